@@ -1,0 +1,72 @@
+"""The Flower ClientApp: decode, call a plain function, encode. Nothing else leaves from here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.node import Node
+from clients.protocol import (
+    ProtocolError,
+    Refusal,
+    TrainRequest,
+    body_of,
+    decode,
+    encode,
+)
+from clients.simulated import open_simulated
+
+log = logging.getLogger("conclave.node")
+
+app = ClientApp()
+
+
+@app.query("describe")
+def describe(message: Message, context: Context) -> Message:
+    """Answer what is public about this node."""
+    return _answer(message, lambda: encode(open_node(context).describe()))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round and reply with the delta of exactly what was sent."""
+
+    def run() -> RecordDict:
+        request = decode(message.content, TrainRequest)
+        reply, body = open_node(context).train(request, body_of(message.content))
+        return encode(reply, body)
+
+    return _answer(message, run)
+
+
+def open_node(context: Context) -> Node:
+    """Find the node that this process stands for.
+
+    ``partition-id`` is set by a simulation engine on its own side; a message cannot set it.
+
+    Raises:
+        ProtocolError: ``not-enrolled``, the node has not been set up.
+    """
+    number = context.node_config.get("partition-id")
+    if not isinstance(number, int):
+        raise ProtocolError("not-enrolled", "this node has no data configured")
+    return open_simulated(str(context.run_config["scenario"]), str(context.run_config["run-dir"]), number)
+
+
+def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
+    """Run a handler; whatever goes wrong stays on the node, and the server gets a code.
+
+    Flower sends the text of an escaping exception to the server verbatim, so none may escape.
+    """
+    try:
+        content = handle()
+    except ProtocolError as error:
+        log.info("refused with %s: %s", error.code, error)
+        content = encode(Refusal(code=error.code))
+    except Exception:
+        log.exception("a handler failed; the server is told internal-error and nothing else")
+        content = encode(Refusal(code="internal-error"))
+    return Message(content, reply_to=message)

@@ -1,0 +1,142 @@
+"""A node: private records, the owner's policy and the ledger, behind two plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from clients.policy import Policy
+from clients.protocol import (
+    PROTOCOL_VERSION,
+    Description,
+    Plan,
+    ProtocolError,
+    TrainReply,
+    TrainRequest,
+    unpack,
+)
+from clients.trainer import train
+from data.sources import Records, Schema
+from model import HeldExperts, parameters
+from privacy.accounting import SampledGaussian
+from privacy.canonical import sha256
+from privacy.code_identity import code_hash
+from privacy.ledger import (
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    Ledger,
+    ReplyExpiredError,
+    StoredReply,
+)
+from privacy.ledger_entry import ChargeRequest
+from privacy.release import release
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One participant.
+
+    new_secret: charge id → 256-bit secret; operating-system entropy except in simulation.
+    """
+
+    records: Records
+    schema: Schema
+    declared_size: int
+    policy: Policy
+    ledger: Ledger
+    new_secret: Callable[[str], bytes]
+
+    def describe(self) -> Description:
+        """Say what is public about this node."""
+        return Description(
+            public_key=self.ledger.genesis.public_key,
+            declared_size=self.declared_size,
+            expert_capacity=self.policy.expert_capacity,
+        )
+
+    def train(self, request: TrainRequest, body: bytes) -> tuple[TrainReply, bytes]:
+        """Check, charge, train, commit; return the reply and the released bytes.
+
+        The charge is durable before a record is touched. A request that was answered before gets the stored
+        bytes again and costs nothing.
+
+        Raises:
+            ProtocolError: with the code that the server may see.
+        """
+        if request.version != PROTOCOL_VERSION:
+            raise ProtocolError("version-mismatch")
+        plan = request.plan
+        self.policy.admit(plan)
+        self._check_assignment(plan, request)
+        expected = parameters.shapes(plan.model, request.held)
+        if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
+            raise ProtocolError("not-allowed", "the model is larger than this node allows")
+        tensors = unpack(body, expected)
+        charge = _charge_for(request, body, seeded=self.policy.simulation)
+        try:
+            secret = self.new_secret(charge.charge_id(self.ledger.genesis.ledger_id))
+            reservation = self.ledger.reserve(charge, secret)
+        except BudgetExhaustedError as error:
+            raise ProtocolError("budget-exhausted") from error
+        except ChargeAbandonedError as error:
+            raise ProtocolError("charge-abandoned") from error
+        except ReplyExpiredError as error:
+            raise ProtocolError("reply-expired") from error
+        if isinstance(reservation, StoredReply):
+            return TrainReply(charge_id=reservation.charge_id), reservation.body
+        delta = train(plan, request.held, tensors, self.records, self.declared_size, reservation.secret)
+        return TrainReply(charge_id=reservation.charge_id), release(
+            self.ledger, reservation, delta, expected
+        )
+
+    def _check_assignment(self, plan: Plan, request: TrainRequest) -> None:
+        config = plan.model
+        image = (config.encoder.channels, config.encoder.height, config.encoder.width)
+        if image != self.schema.image or config.head.classes != self.schema.classes:
+            raise ProtocolError("schema-mismatch", "the model does not fit this node's records")
+        if request.round > plan.rounds:
+            raise ProtocolError("bad-request", "the round lies outside the plan")
+        check_held(request.held, plan, self.policy.expert_capacity)
+
+
+def check_held(held: HeldExperts, plan: Plan, capacity: int) -> None:
+    """Check an assignment: every layer, ascending known ids, enough for top_k, within capacity.
+
+    Raises:
+        ProtocolError: ``bad-request``, or ``not-allowed`` for too many experts.
+    """
+    experts = plan.model.experts
+    if sorted(held) != list(range(plan.model.layers)):
+        raise ProtocolError("bad-request", "the assignment must name every layer once")
+    for ids in held.values():
+        if list(ids) != sorted(set(ids)) or not all(0 <= e < experts.routed for e in ids):
+            raise ProtocolError("bad-request", "expert ids must be ascending and exist")
+        if len(ids) < experts.top_k:
+            raise ProtocolError("bad-request", f"{len(ids)} experts, must be at least top_k {experts.top_k}")
+        if len(ids) > capacity:
+            raise ProtocolError("not-allowed", f"{len(ids)} experts, must be at most {capacity}")
+
+
+def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRequest:
+    plan = request.plan
+    mechanism = None
+    if plan.noise_multiplier is not None:
+        mechanism = SampledGaussian(
+            sampling_rate=plan.privacy.sampling_rate,
+            noise_multiplier=plan.noise_multiplier,
+            steps=plan.training.steps,
+        )
+    return ChargeRequest(
+        kind="train",
+        run_id=request.run_id,
+        round=request.round,
+        plan_hash=plan.hash,
+        # What is trained on: the weights and which experts they are for.
+        model_in_hash=sha256(request.model_dump_json(include={"held"}).encode() + body),
+        code_hash=code_hash(),
+        mechanism=mechanism,
+        clip=plan.privacy.clip,
+        releases=("delta",),
+        numeric="fast" if plan.privacy.gradients == "hooks" else "uncertified",
+        rng="seeded" if seeded else "os-entropy",
+    )

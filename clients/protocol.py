@@ -1,0 +1,205 @@
+"""Messages between server and nodes: typed, versioned, and nothing in them that is not declared here.
+
+Each message is a Flower ``RecordDict`` with one JSON document and, where tensors travel, one safetensors blob
+carried as a Flower array. Both sides treat what they receive as hostile: decoding checks sizes, names, shapes
+and types before anything is used, and never unpickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeVar, get_args
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Size, Tensor
+
+from model.config import Frozen, HeldExperts, ModelConfig
+from privacy.canonical import sha256
+from privacy.config import PrivacyConfig
+
+PROTOCOL_VERSION = 1
+QUERY_DESCRIBE = "query.describe"
+TRAIN = "train"
+
+Code = Literal[
+    "bad-request",
+    "version-mismatch",
+    "not-enrolled",
+    "schema-mismatch",
+    "not-allowed",
+    "budget-exhausted",
+    "charge-abandoned",
+    "reply-expired",
+    "internal-error",
+]
+"""Why a node refused. A code never depends on record values or counts, and no other text leaves a node."""
+
+
+class ProtocolError(Exception):
+    """A message was refused; ``code`` may be sent, the exception's text never is."""
+
+    def __init__(self, code: Code, detail: str = "") -> None:
+        super().__init__(detail or code)
+        self.code: Code = code
+
+
+class TrainingConfig(Frozen):
+    """Local training of one round: ``steps`` of SGD at ``learning_rate``."""
+
+    steps: int = Field(default=1, ge=1, le=100_000)
+    learning_rate: float = Field(gt=0.0, le=1e4)
+
+
+class Plan(Frozen):
+    """What a run will ask of every node, fixed before the first round and independent of private data.
+
+    noise_multiplier: σ, calibrated for all ``rounds``; None only where ``privacy.mechanism`` is ``none``.
+    """
+
+    model: ModelConfig
+    privacy: PrivacyConfig
+    training: TrainingConfig
+    rounds: int = Field(ge=1, le=1_000_000)
+    noise_multiplier: float | None = Field(gt=0.0)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the plan's JSON, which names every field in a fixed order."""
+        return sha256(self.model_dump_json().encode())
+
+
+class TrainRequest(Frozen):
+    """Train one round. The tensors for exactly ``held`` travel beside it."""
+
+    version: int = PROTOCOL_VERSION
+    run_id: str = Field(max_length=128)
+    round: int = Field(ge=1)
+    plan: Plan
+    held: HeldExperts
+
+
+class TrainReply(Frozen):
+    """A committed release. The delta for exactly what was sent travels beside it."""
+
+    version: int = PROTOCOL_VERSION
+    charge_id: str = Field(max_length=64)
+
+
+class Description(Frozen):
+    """What a node says about itself: public by assumption, never computed from record values."""
+
+    version: int = PROTOCOL_VERSION
+    public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
+    declared_size: int = Field(ge=1)
+    expert_capacity: int = Field(ge=1)
+
+    @property
+    def fingerprint(self) -> str:
+        """The node's identity: 16 hexadecimal digits of its ledger key's hash."""
+        return fingerprint(self.public_key)
+
+
+class Refusal(Frozen):
+    """The node refused, and this code is all it says."""
+
+    version: int = PROTOCOL_VERSION
+    code: Code
+
+
+_Document = TypeVar("_Document", bound=Frozen)
+
+
+def fingerprint(public_key: str) -> str:
+    """Return the identity that belongs to a ledger key (hexadecimal Ed25519 public key)."""
+    return sha256(bytes.fromhex(public_key))[:16]
+
+
+def encode(document: Frozen, body: bytes | None = None) -> RecordDict:
+    """Build the content of a Flower message."""
+    content = RecordDict({"document": ConfigRecord({"json": document.model_dump_json()})})
+    if body is not None:
+        blob = Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
+        content["tensors"] = ArrayRecord({"body": blob})
+    return content
+
+
+def decode(content: RecordDict, kind: type[_Document]) -> _Document:
+    """Read the document of a message.
+
+    Raises:
+        ProtocolError: ``version-mismatch``, or ``bad-request`` for anything that is not a ``kind``; if the
+            message is a refusal, with the refusal's code.
+    """
+    record = content.get("document")
+    text = record.get("json") if isinstance(record, ConfigRecord) else None
+    if not isinstance(text, str):
+        raise ProtocolError("bad-request", "the message has no document")
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise ProtocolError(_why_invalid(text), f"the document is no {kind.__name__}") from error
+
+
+def _why_invalid(text: str) -> Code:
+    try:
+        return Refusal.model_validate_json(text).code
+    except ValidationError:
+        pass
+    try:
+        version = _Versioned.model_validate_json(text).version
+    except ValidationError:
+        return "bad-request"
+    return "bad-request" if version == PROTOCOL_VERSION else "version-mismatch"
+
+
+class _Versioned(Frozen):
+    model_config = {"extra": "ignore"}
+    version: int
+
+
+def body_of(content: RecordDict) -> bytes:
+    """Return the blob of a message.
+
+    Raises:
+        ProtocolError: ``bad-request``, there is none.
+    """
+    record = content.get("tensors")
+    blob = record.get("body") if isinstance(record, ArrayRecord) else None
+    if blob is None or blob.stype != "safetensors":
+        raise ProtocolError("bad-request", "the message has no tensors")
+    return blob.data
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Encode float32 tensors, in the order of their names, so equal tensors give equal bytes."""
+    return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+
+
+def unpack(body: bytes, expected: Mapping[str, Size]) -> dict[str, Tensor]:
+    """Decode a blob that must hold exactly ``expected`` (name → shape), all float32 and finite.
+
+    Raises:
+        ProtocolError: ``bad-request``.
+    """
+    allowed = 4 * sum(shape.numel() for shape in expected.values()) + 4096 + 256 * len(expected)
+    if len(body) > allowed:
+        raise ProtocolError("bad-request", f"{len(body)} bytes, must be at most {allowed}")
+    try:
+        tensors = load(body)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ProtocolError("bad-request", "the tensors cannot be decoded") from error
+    if tensors.keys() != expected.keys():
+        raise ProtocolError("bad-request", "the tensors are not those that were asked for")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name] or tensor.dtype != torch.float32:
+            raise ProtocolError("bad-request", f"{name} has the wrong shape or type")
+        if not bool(tensor.isfinite().all()):
+            raise ProtocolError("bad-request", f"{name} is not finite")
+    return tensors
+
+
+CODES: tuple[str, ...] = get_args(Code)

@@ -1,0 +1,93 @@
+"""Simulated nodes: one partition of an embedded data set each, with seeded identity and randomness."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ConfigDict
+
+from clients.node import Node
+from clients.policy import Policy
+from data.config import DataConfig, PartitionConfig
+from data.partition import partition
+from data.sources import DataSet, declared_size, load
+from model.config import Frozen
+from privacy.accounting import budget_units, fixed_order
+from privacy.canonical import decimal, sha256
+from privacy.config import PrivacyConfig
+from privacy.ledger import Ledger, utc_now
+from privacy.ledger_entry import FORMAT_VERSION, Genesis
+from privacy.randomness import derive
+
+
+class SimulatedData(Frozen):
+    """The sections of a scenario that a simulated node reads; the others are the server's business."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    seed: int
+    data: DataConfig
+    partition: PartitionConfig
+    privacy: PrivacyConfig
+
+
+def ledger_path(run_dir: Path, node: int) -> Path:
+    """Where the ledger of simulated node number ``node`` lies."""
+    return run_dir / "ledgers" / f"node-{node:04d}.db"
+
+
+@lru_cache(maxsize=1024)
+def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
+    """Open simulated node ``number`` of a scenario, creating its ledger on first use.
+
+    Its identity, secrets and records follow from the scenario's seed, so a run can be repeated exactly. The
+    ledger is a simulation ledger and says so.
+    """
+    sections, dataset, shares = _deal(scenario_toml)
+    root = derive(sections.seed.to_bytes(32, "big", signed=True), "simulated node", number)
+    index = torch.from_numpy(shares[number])
+    records = {name: tensor[index] for name, tensor in dataset.train.items()}
+    path = ledger_path(Path(run_dir), number)
+    ledger = Ledger(path) if path.exists() else Ledger.create(path, _genesis(sections, root, number))
+    return Node(
+        records=records,
+        schema=dataset.schema,
+        declared_size=declared_size(len(index)),
+        policy=Policy(epsilon=sections.privacy.epsilon, delta=sections.privacy.delta, simulation=True),
+        ledger=ledger,
+        new_secret=lambda charge_id: derive(root, "charge", charge_id),
+    )
+
+
+@lru_cache(maxsize=4)
+def _deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list]:
+    sections = SimulatedData.model_validate(tomllib.loads(scenario_toml))
+    dataset = load(sections.data)
+    return sections, dataset, partition(dataset.train["label"].numpy(), sections.partition, sections.seed)
+
+
+def _genesis(sections: SimulatedData, root: bytes, number: int) -> Genesis:
+    privacy = sections.privacy
+    order = fixed_order(privacy.epsilon, privacy.delta)
+    public_key = Ed25519PrivateKey.from_private_bytes(derive(root, "ledger key")).public_key()
+    key_hex = public_key.public_bytes_raw().hex()
+    return Genesis(
+        version=FORMAT_VERSION,
+        ledger_id=sha256(bytes.fromhex(key_hex))[:32],
+        dataset_id=f"{sections.data.source}/node-{number}",
+        split_key=derive(root, "split").hex(),
+        unit=privacy.unit,
+        adjacency="add-or-remove-one",
+        epsilon=decimal(privacy.epsilon),
+        delta=decimal(privacy.delta),
+        order=decimal(order),
+        rdp_budget=str(budget_units(privacy.epsilon, privacy.delta, order)),
+        mode="simulation",
+        machine_id="simulation",
+        public_key=key_hex,
+        time=utc_now(),
+    )

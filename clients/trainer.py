@@ -1,0 +1,49 @@
+"""One round of local training: build only the assigned experts, train them privately, return the delta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from clients.protocol import Plan
+from model import HeldExperts, from_state, parameters
+from privacy.dpsgd import DpSgd, Records, train_privately
+
+
+def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
+    """Return the mechanism that a plan asks for on a node of the given declared size."""
+    return DpSgd(
+        steps=plan.training.steps,
+        learning_rate=plan.training.learning_rate,
+        sampling_rate=plan.privacy.sampling_rate,
+        clip=plan.privacy.clip,
+        noise_multiplier=plan.noise_multiplier,
+        declared_size=declared_size,
+        gradients=plan.privacy.gradients,
+    )
+
+
+def train(
+    plan: Plan,
+    held: HeldExperts,
+    tensors: Mapping[str, Tensor],
+    records: Records,
+    declared_size: int,
+    secret: bytes,
+) -> dict[str, Tensor]:
+    """Train the held experts, their router rows and the shared weights; return after minus before.
+
+    Args:
+        tensors: wire name → float32, exactly what a holder of ``held`` receives; not modified.
+        records: the node's private records.
+        secret: seeds everything random in this round.
+
+    Returns:
+        Wire name → delta, for the same names: also for experts that no token reached.
+    """
+    state = {name: tensor.clone() for name, tensor in parameters.join(tensors, held).items()}
+    network = from_state(plan.model, held, state)
+    train_privately(network, network.loss, records, mechanism_of(plan, declared_size), secret)
+    after = parameters.split(network.state_dict(), held)
+    return {name: after[name] - tensor for name, tensor in tensors.items()}

@@ -1,0 +1,252 @@
+"""The command line: every command of Conclave in one place.
+
+Heavy libraries are imported inside the commands that need them, so that ``conclave --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from privacy.ledger_audit import LedgerAudit
+    from server.scenario import Scenario
+    from simulations.simulate import Summary
+
+EXIT_VIOLATION = 1
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    help="Train mixture-of-experts models across organisations, under differential privacy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+audit_app = typer.Typer(help="Check what was spent, and whether the claim holds.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
+
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on a line of its own.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(f"conclave {installed_version('conclave-moe')}")
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")] = "digits",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; must be new or empty.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine and write a run directory with a report."""
+    from server.run_directory import RunDirectory
+    from simulations.report import write_report
+    from simulations.simulate import simulate as run_simulation
+
+    resolved = _scenario(scenario, overrides or [], seed)
+    run = RunDirectory.create(resolved, out)
+    with _progress(resolved.federation.rounds) as advance:
+        summary = run_simulation(resolved, run, advance)
+    report_path = write_report(run)
+    _print_summary(resolved, summary, report_path)
+    if as_json:
+        _print_json({**asdict(summary), "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
+
+
+@app.command()
+def scenarios(as_json: Json = False) -> None:
+    """List the scenarios that come with Conclave."""
+    from server.scenario import read_scenario
+    from simulations.catalog import shipped
+
+    found = {name: read_scenario(path) for name, path in shipped().items()}
+    for name, item in found.items():
+        typer.echo(f"{name:<16} {item.description}")
+    if as_json:
+        _print_json({"scenarios": {name: item.description for name, item in found.items()}})
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
+    """Render a run's report again, from its directory alone."""
+    from server.run_directory import RunDirectory
+    from simulations.report import write_report
+
+    path = write_report(RunDirectory.open(run))
+    typer.echo(str(path))
+    if as_json:
+        _print_json({"report": str(path)})
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A model folder or a run directory.")],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a .npy array, or digits:N.")],
+    as_json: Json = False,
+) -> None:
+    """Predict with a trained model."""
+    from simulations.predict import predict as run_prediction
+
+    prediction = run_prediction(model, source)
+    truth = "" if prediction.truth is None else f" (truth {prediction.truth})"
+    typer.echo(f"{prediction.label} with probability {prediction.probability:.3f}{truth}")
+    if as_json:
+        _print_json(asdict(prediction))
+
+
+@audit_app.command("ledger")
+def audit_ledger(
+    ledgers: Annotated[list[Path], typer.Argument(help="Ledger files, or folders that hold them.")],
+    as_json: Json = False,
+) -> None:
+    """Recompute what ledgers spent from their entries; exit 1 if a chain, a price or a budget does not hold."""
+    from privacy.ledger import Ledger
+    from privacy.ledger_audit import audit_entries
+
+    results: dict[str, LedgerAudit] = {}
+    for path in _ledger_files(ledgers):
+        ledger = Ledger(path)
+        results[str(path)] = audit_entries(ledger.genesis, ledger.entries())
+        ledger.close()
+    _print_audit(results)
+    violated = any(result.findings for result in results.values())
+    if as_json:
+        rows = {path: {**asdict(result), "epsilon": _finite(result.epsilon)} for path, result in results.items()}
+        _print_json({"verdict": "VIOLATED" if violated else "NOT_REFUTED", "ledgers": rows})
+    if violated:
+        raise typer.Exit(EXIT_VIOLATION)
+
+
+def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
+    from server.scenario import parse_override, read_scenario
+    from simulations.catalog import find
+
+    changes = dict(parse_override(text) for text in overrides)
+    if seed is not None:
+        changes["seed"] = seed
+    return read_scenario(find(name), changes)
+
+
+def _ledger_files(given: list[Path]) -> list[Path]:
+    from model.errors import BadInputError
+
+    files: list[Path] = []
+    for path in given:
+        found = sorted(path.rglob("*.db")) if path.is_dir() else [path]
+        if not found:
+            raise BadInputError(f"{path}: holds no ledger (*.db), must be a ledger or a folder with ledgers")
+        files += found
+    return files
+
+
+class _progress:  # noqa: N801  (used like a function)
+    """A progress bar over rounds, shown on a terminal only."""
+
+    def __init__(self, rounds: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._bar = Progress(console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task("rounds", total=rounds)
+
+    def __enter__(self) -> Any:
+        self._bar.__enter__()
+        return lambda round_number: self._bar.update(self._task, completed=round_number)
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)  # type: ignore[arg-type]
+
+
+def _print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
+    if scenario.privacy.mechanism == "none":
+        table.add_row("privacy", "NONE (epsilon = infinity)")
+    else:
+        budget = f"budget {scenario.privacy.epsilon:g}, per {scenario.privacy.unit} and node"
+        table.add_row("epsilon", f"{summary.epsilon:.4f} at delta {summary.delta:g} ({budget})")
+    share = summary.bytes_per_node / summary.bytes_full_model
+    table.add_row(
+        "traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's"
+    )
+    table.add_row("rounds", str(summary.rounds))
+    table.add_row("run", str(summary.run))
+    table.add_row("report", str(report_path))
+    Console(soft_wrap=True).print(table)
+
+
+def _print_audit(results: dict[str, LedgerAudit]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("ledger", "charges", "epsilon", "budget", "delta", "RDP", "PLD", "PRV", "verdict", box=None)
+    for path, result in results.items():
+        accountants = [
+            f"{result.accountants[name]:.4f}" if name in result.accountants else "-" for name in ("rdp", "pld", "prv")
+        ]
+        table.add_row(
+            Path(path).name,
+            str(result.charges),
+            f"{result.epsilon:.4f}",
+            f"{result.budget:g}",
+            f"{result.delta:g}",
+            *accountants,
+            "VIOLATED" if result.findings else "holds",
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for path, result in results.items():
+        for finding in result.findings:
+            console.print(f"{path}: {finding}", markup=False, highlight=False)
+        if result.seeded:
+            console.print(f"{path}: seeded randomness, a simulation", markup=False, highlight=False)
+
+
+def _finite(value: float) -> float | str:
+    """Spell infinity as the ledger does; JSON has no number for it."""
+    return value if value != float("inf") else "inf"
+
+
+def _print_json(document: object) -> None:
+    typer.echo(json.dumps(document, allow_nan=False))
+
+
+def main() -> None:
+    """Run the command line; bad input is one sentence on stderr and exit status 2."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app()
+    except ValueError as error:
+        from model.errors import BadInputError
+
+        if not isinstance(error, BadInputError):
+            raise
+        sys.stderr.write(f"conclave: {error}\n")
+        sys.exit(EXIT_BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Modality encoders: from raw values to tokens [B, T, D]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ImagePatchConfig
+from model.errors import BadInputError
+
+
+class PositionTable(nn.Module):
+    """Adds a learned vector per position."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tokens, width))
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Draw a small table, so that content dominates at first."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, 0.02, generator=generator)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return ``x_BTD`` plus the table."""
+        return x_BTD + self.weight
+
+
+class ImagePatchEncoder(nn.Module):
+    """Patches of an image, each mapped linearly to one token."""
+
+    def __init__(self, config: ImagePatchConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.patch_values, width)
+        self.position = PositionTable(config.tokens, width) if config.tokens > 1 else None
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Return tokens [B, T, D] in reading order.
+
+        Raises:
+            BadInputError: the images are not [B, channels, height, width] as configured.
+        """
+        c = self.config
+        if image_BCHW.shape[1:] != (c.channels, c.height, c.width):
+            raise BadInputError(
+                f"images of shape {list(image_BCHW.shape[1:])} (channels, height, width), "
+                f"must be {[c.channels, c.height, c.width]}"
+            )
+        patch_BVT = nn.functional.unfold(image_BCHW, kernel_size=c.patch, stride=c.patch)
+        x_BTD: Tensor = self.embed(patch_BVT.transpose(1, 2))
+        if self.position is not None:
+            x_BTD = self.position(x_BTD)
+        return x_BTD

@@ -1,0 +1,60 @@
+"""Models on disk: ``model.safetensors`` (wire names) beside ``model.json`` (configuration)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from model import parameters
+from model.config import ModelConfig
+from model.errors import BadInputError
+from model.network import Network, from_state
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, sees the old or the new content and never a mixture."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:
+    """Write a full model (all experts) to ``folder``, which is created."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in wire.items()}
+    write_atomically(folder / "model.safetensors", save(tensors))
+    write_atomically(folder / "model.json", config.model_dump_json(indent=2).encode())
+
+
+def load(folder: Path) -> Network:
+    """Load a full model written by :func:`save_model`, in evaluation mode.
+
+    Raises:
+        BadInputError: a file is missing, unreadable, or the two do not belong together.
+    """
+    for name in ("model.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise BadInputError(f"{folder}: no {name} here, must be a folder that holds a saved model")
+    try:
+        config = ModelConfig.model_validate_json((folder / "model.json").read_bytes())
+    except ValidationError as error:
+        raise BadInputError(
+            f"{folder / 'model.json'}: {error.error_count()} key(s) do not fit this version of Conclave"
+        ) from error
+    try:
+        wire = load_file(folder / "model.safetensors")
+        network = from_state(config, config.all_experts, parameters.join(wire, config.all_experts))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise BadInputError(
+            f"{folder / 'model.safetensors'}: damaged, or not the weights that model.json describes"
+        ) from error
+    return network.eval()

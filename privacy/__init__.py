@@ -1,0 +1,1 @@
+"""What makes training private: DP-SGD, accounting, the ledger, the one release door, the audit."""

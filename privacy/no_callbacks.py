@@ -1,0 +1,14 @@
+"""Keep libraries from calling out: no telemetry, no update checks, no hub (PRIVACY rule 14)."""
+
+from __future__ import annotations
+
+import os
+
+
+def silence() -> None:
+    """Set the libraries' own switches. Must run before they are imported; an owner's setting is kept only
+    where it is stricter, which for these switches none is."""
+    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"

@@ -1,0 +1,124 @@
+"""The Flower ServerApp: describe nodes, run the rounds, evaluate on public data, write the run directory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from clients.protocol import QUERY_DESCRIBE, Description, ProtocolError, decode
+from data.sources import load
+from model import BadInputError, build, parameters
+from server.checkpoint import Checkpoint, write_checkpoint
+from server.evaluation import Evaluation, evaluate
+from server.run_directory import RunDirectory
+from server.scenario import Scenario, parse_scenario
+from server.strategy import ExpertStrategy
+
+log = logging.getLogger("conclave.server")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the scenario in the run config."""
+    scenario = parse_scenario(str(context.run_config["scenario"]), where="run config")
+    run_scenario(grid, scenario, RunDirectory(Path(str(context.run_config["run-dir"]))), str(context.run_id))
+
+
+def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str) -> None:
+    """Run every round of a scenario and leave metrics, checkpoint and model in the run directory.
+
+    Raises:
+        BadInputError: no usable node answered, or the scenario cannot be carried out.
+    """
+    plan = scenario.plan()
+    test = load(scenario.data).test
+    network = build(scenario.model, scenario.seed)
+    strategy = ExpertStrategy(
+        plan=plan,
+        config=scenario.federation,
+        seed=scenario.seed,
+        run_id=run_id,
+        nodes=describe_nodes(grid, scenario),
+        tensors=parameters.split(network.state_dict(), network.held),
+    )
+    strategy.summary()
+    full_bytes = strategy.full_model_bytes()
+    for round_number in range(1, scenario.federation.rounds + 1):
+        started = time.perf_counter()
+        requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
+        replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
+        strategy.aggregate_train(round_number, replies)
+        wire = strategy.optimizer.snapshot()
+        evaluation = evaluate(scenario.model, wire, test)
+        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.momentum())
+        write_checkpoint(run.checkpoint, checkpoint)
+        seconds = time.perf_counter() - started
+        run.append_metrics(_metrics(round_number, strategy, evaluation, full_bytes, seconds))
+        log.info("round %d: accuracy %.4f", round_number, evaluation.accuracy)
+    run.save_model(scenario.model, strategy.optimizer.snapshot())
+
+
+def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
+    """Ask every node what is public about it; return those that can take part, by Flower node id.
+
+    Raises:
+        BadInputError: none can.
+    """
+    requests = [
+        Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE)
+        for node in grid.get_node_ids()
+    ]
+    replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
+    described = dict(_descriptions(replies, scenario.model.experts.top_k))
+    if not described:
+        raise BadInputError("no node that can take part answered, must be at least one")
+    return described
+
+
+def _descriptions(replies: Iterable[Message], top_k: int) -> Iterable[tuple[int, Description]]:
+    seen = set()
+    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        try:
+            if not reply.has_content():
+                raise ProtocolError("internal-error")
+            description = decode(reply.content, Description)
+        except ProtocolError as error:
+            log.warning("node %d cannot take part: %s", node, error.code)
+            continue
+        if description.fingerprint in seen:
+            log.warning("node %d uses the key of another node; left out", node)
+        elif description.expert_capacity < top_k:
+            log.warning("node %s can hold fewer experts than a token needs; left out", description.fingerprint)
+        else:
+            seen.add(description.fingerprint)
+            yield node, description
+
+
+def _metrics(
+    round_number: int, strategy: ExpertStrategy, evaluation: Evaluation, full_bytes: int, seconds: float
+) -> dict[str, Any]:
+    tally = strategy.tally
+    return {
+        "round": round_number,
+        **asdict(evaluation),
+        "asked": tally.asked,
+        "accepted": tally.accepted,
+        "refused": dict(tally.refused),
+        "dropped": tally.dropped,
+        "missing": tally.missing,
+        "tensors_unchanged": tally.held_back,
+        "bytes_down_per_node": round(tally.bytes_down / max(1, tally.asked)),
+        "bytes_up_per_node": round(tally.bytes_up / max(1, tally.accepted)),
+        "bytes_full_model": full_bytes,
+        "seconds": round(seconds, 4),
+    }

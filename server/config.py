@@ -1,0 +1,60 @@
+"""Configuration of the federation: rounds, cohorts, assignment of experts, aggregation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from model.config import Frozen
+
+
+class FixedCohort(Frozen):
+    """Every round, ``size`` nodes drawn without replacement (all of them if there are fewer)."""
+
+    kind: Literal["fixed"]
+    size: int = Field(ge=1)
+
+
+class PoissonCohort(Frozen):
+    """Every round, each node independently with probability ``rate``; a round may find nobody."""
+
+    kind: Literal["poisson"]
+    rate: float = Field(gt=0.0, le=1.0)
+
+
+class AllNodes(Frozen):
+    """Every node, every round."""
+
+    kind: Literal["all"] = "all"
+
+
+CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discriminator="kind")]
+
+
+class ServerOptimizerConfig(Frozen):
+    """The aggregate delta is a pseudo-gradient for this optimizer. Learning rate 1, momentum 0 is FedAvg;
+    momentum above 0 is FedAvgM (Hsu et al. 2019, arXiv:1909.06335)."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: float = Field(default=1.0, gt=0.0, le=1e4)
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class FederationConfig(Frozen):
+    """How rounds run.
+
+    experts_per_node: routed experts per layer that travel to a node (capped by what the node declares).
+    assignment: ``all``, ``random``, or ``balanced`` (every expert gets its minimum holders first).
+    min_holders: an expert that fewer nodes returned keeps its value.
+    weights: average deltas uniformly or by declared size.
+    """
+
+    rounds: int = Field(ge=1, le=1_000_000)
+    experts_per_node: int = Field(ge=1)
+    assignment: Literal["all", "random", "balanced"] = "balanced"
+    min_holders: int = Field(default=1, ge=1)
+    weights: Literal["declared", "uniform"] = "declared"
+    cohort: CohortConfig = AllNodes()
+    optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    reply_timeout_s: float = Field(default=3600.0, gt=0.0)

@@ -1,0 +1,142 @@
+"""The run directory: everything one run leaves behind, enough to audit it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from model import BadInputError, ModelConfig, save_model
+from model.store import write_atomically
+from server.scenario import Scenario, read_scenario
+
+_TESTED_PACKAGES = ("conclave-moe", "torch", "flwr", "flwr-datasets", "opacus", "dp-accounting", "numpy")
+
+
+class RunDirectory:
+    """Paths inside a run directory, and how each file is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, scenario: Scenario, out: Path | None = None) -> RunDirectory:
+        """Create the directory: exactly ``out``, or ``runs/<scenario>-<utc time>``.
+
+        Raises:
+            BadInputError: the directory is not empty, or cannot be created.
+        """
+        if out is None:
+            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+            out = Path("runs") / f"{scenario.name}-{stamp}"
+        try:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise BadInputError(f"--out {out}: not empty, must be a new or empty directory")
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInputError(f"--out {out}: cannot be created ({error.strerror})") from error
+        run = cls(out)
+        write_atomically(out / "scenario.toml", scenario.to_toml().encode())
+        write_atomically(out / "environment.json", json.dumps(_environment(scenario.seed), indent=2).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run directory.
+
+        Raises:
+            BadInputError: it does not look like one.
+        """
+        if not (path / "scenario.toml").is_file():
+            raise BadInputError(f"{path}: no scenario.toml here, must be a run directory")
+        return cls(path)
+
+    @property
+    def scenario(self) -> Scenario:
+        """The resolved scenario of the run."""
+        return read_scenario(self.path / "scenario.toml")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions and platform of the run."""
+        document: dict[str, Any] = json.loads((self.path / "environment.json").read_text())
+        return document
+
+    @property
+    def ledgers(self) -> list[Path]:
+        """Ledger files; simulation only."""
+        return sorted((self.path / "ledgers").glob("*.db"))
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last round's checkpoint file."""
+        return self.path / "checkpoint" / "round.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The report, a self-contained HTML file."""
+        return self.path / "report.html"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics, one mapping a round.
+
+        Raises:
+            BadInputError: the run has no finished round, or a line is damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            rounds = [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line") from error
+        if not rounds:
+            raise BadInputError(f"{path}: empty, the run must have finished a round")
+        return rounds
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Append one round's metrics."""
+        with (self.path / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+    def save_model(self, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:
+        """Write the final model."""
+        save_model(self.path / "model", config, wire)
+
+
+def _environment(seed: int) -> dict[str, Any]:
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "seed": seed,
+        "commit": _git_commit(),
+        "packages": {name: _version(name) for name in _TESTED_PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that this code runs from, if it is one."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603  (fixed arguments)
+            ["git", "rev-parse", "HEAD"],  # noqa: S607
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,190 @@
+"""A scenario: one TOML file that describes a whole federation. It composes every folder's configuration."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from clients.protocol import Plan, TrainingConfig
+from data.config import DataConfig, PartitionConfig
+from data.sources import SCHEMAS
+from model.config import Frozen, ModelConfig
+from model.errors import BadInputError
+from privacy.accounting import calibrate_noise
+from privacy.config import PrivacyConfig
+from server.config import FederationConfig
+
+Overrides = Mapping[str, Any]
+
+
+class Scenario(Frozen):
+    """Everything about a federation except which machine simulates it.
+
+    ``seed`` fixes partitions, initial weights, cohorts and assignments; in a simulation also sampling and noise.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    description: str = ""
+    seed: int = Field(default=1, ge=-(2**63), lt=2**63)
+    model: ModelConfig
+    data: DataConfig
+    partition: PartitionConfig
+    privacy: PrivacyConfig
+    training: TrainingConfig
+    federation: FederationConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Scenario:
+        experts, per_node = self.model.experts, self.federation.experts_per_node
+        if per_node > experts.routed:
+            raise ValueError(
+                f"federation.experts_per_node is {per_node}, must be at most model.experts.routed {experts.routed}"
+            )
+        if experts.top_k > per_node:
+            raise ValueError(
+                f"model.experts.top_k is {experts.top_k}, must be at most federation.experts_per_node {per_node}"
+            )
+        if self.federation.assignment == "all" and per_node != experts.routed:
+            raise ValueError(
+                f"federation.experts_per_node is {per_node}, must be {experts.routed} with assignment 'all'"
+            )
+        schema, encoder = SCHEMAS[self.data.source], self.model.encoder
+        image = (encoder.channels, encoder.height, encoder.width)
+        if image != schema.image:
+            raise ValueError(
+                f"model.encoder describes images {image}, must be {schema.image} (channels, height, width) "
+                f"for data.source {self.data.source}"
+            )
+        if self.model.head.classes != schema.classes:
+            raise ValueError(
+                f"model.head.classes is {self.model.head.classes}, must be {schema.classes} "
+                f"for data.source {self.data.source}"
+            )
+        return self
+
+    def plan(self) -> Plan:
+        """Return what the run will ask of every node, with σ calibrated for taking part in every round.
+
+        Raises:
+            BadInputError: no noise multiplier satisfies (ε, δ).
+        """
+        noise = None
+        if self.privacy.mechanism == "gaussian":
+            noise = calibrate_noise(
+                epsilon=self.privacy.epsilon,
+                delta=self.privacy.delta,
+                sampling_rate=self.privacy.sampling_rate,
+                steps_per_charge=self.training.steps,
+                charges=self.federation.rounds,
+            )
+        return Plan(
+            model=self.model,
+            privacy=self.privacy,
+            training=self.training,
+            rounds=self.federation.rounds,
+            noise_multiplier=noise,
+        )
+
+    def to_toml(self) -> str:
+        """Return the resolved scenario, every default written out."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+
+def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:
+    """Read a scenario file.
+
+    Args:
+        overrides: dotted key → value, put in place before validation.
+
+    Raises:
+        BadInputError: one sentence that names the file, the key, the value and what is allowed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path}: cannot be read, must be a scenario file in TOML") from error
+    return parse_scenario(text, where=str(path), overrides=overrides)
+
+
+def parse_scenario(text: str, *, where: str, overrides: Overrides | None = None) -> Scenario:
+    """Parse a scenario; ``where`` names its origin in errors. Raises as :func:`read_scenario`."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInputError(f"{where}: not TOML: {error}") from error
+    for key, value in (overrides or {}).items():
+        _put(document, key, value)
+    try:
+        return Scenario.model_validate(document)
+    except ValidationError as error:
+        raise BadInputError(f"{where}: {explain(error.errors()[0])}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``a.b=value``; the value is TOML, or a bare string.
+
+    Raises:
+        BadInputError: there is no ``=`` or no key.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise BadInputError(f"--set {text}: must have the form key.subkey=value")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def explain(error: ErrorDetails) -> str:
+    """Turn a validation error into one sentence: key, value, what is allowed, nearest known key."""
+    key = ".".join(str(part) for part in error["loc"] if part not in _DISCRIMINATOR_TAGS)
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(key)}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key or error["type"] == "value_error":
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    return f"{key} is {error['input']!r}, {message[0].lower()}{message[1:].replace('Input ', '')}".replace(
+        "input should", "must"
+    )
+
+
+def _put(document: dict[str, Any], key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        document = document.setdefault(parent, {})
+        if not isinstance(document, dict):
+            raise BadInputError(f"--set {key}: {parent} is a value, must be a table")
+    document[last] = value
+
+
+def _nearest(key: str) -> str:
+    close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
+    return f", the nearest known key is {close[0]}" if close else ""
+
+
+def _known_keys() -> list[str]:
+    schema = TypeAdapter(Scenario).json_schema()
+
+    def walk(node: Mapping[str, Any], prefix: str) -> list[str]:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        found = []
+        for name, child in node.get("properties", {}).items():
+            found += [prefix + name, *walk(child, f"{prefix}{name}.")]
+        for option in node.get("oneOf", []):
+            found += walk(option, prefix)
+        return found
+
+    return walk(schema, "")
+
+
+_DISCRIMINATOR_TAGS = {"iid", "dirichlet", "pathological", "fixed", "poisson", "all", "function-after"}

@@ -1,0 +1,205 @@
+"""Conclave's strategy: who gets which experts, and what becomes of the replies.
+
+Not FedAvg: nodes train different experts, so replies have different keys, which FedAvg refuses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from clients.protocol import (
+    TRAIN,
+    Description,
+    Plan,
+    ProtocolError,
+    TrainReply,
+    TrainRequest,
+    body_of,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
+from model import HeldExperts, parameters
+from server.aggregation import Contribution, ServerOptimizer, average, norm_bound
+from server.assignment import assign
+from server.cohort import choose_cohort
+from server.config import FederationConfig
+from server.traffic import wire_bytes
+
+log = logging.getLogger("conclave.server")
+
+
+@dataclass
+class RoundTally:
+    """What one round came to. Bytes count Flower's objects on the wire.
+
+    refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
+    shape, for another assignment, or over the norm bound. missing: nodes that sent nothing in time.
+    """
+
+    asked: int = 0
+    accepted: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    dropped: int = 0
+    missing: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    held_back: int = 0
+
+
+class ExpertStrategy(Strategy):
+    """Sample a cohort, assign experts, send each node its part, aggregate per parameter group.
+
+    The strategy owns the global tensors (``optimizer``); the ``arrays`` arguments of Flower's interface are
+    what it returned last and are not read.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        config: FederationConfig,
+        seed: int,
+        run_id: str,
+        nodes: Mapping[int, Description],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Set up a run.
+
+        Args:
+            nodes: Flower node id → what the node said about itself; fingerprints are distinct.
+            tensors: wire name → float32, the initial global model.
+        """
+        self.plan = plan
+        self.config = config
+        self.seed = seed
+        self.run_id = run_id
+        self.nodes = {description.fingerprint: (node, description) for node, description in nodes.items()}
+        self.optimizer = ServerOptimizer(config.optimizer, tensors)
+        self.tally = RoundTally()
+        self._asked: dict[int, tuple[str, HeldExperts]] = {}
+
+    def summary(self) -> None:
+        """Log the configuration."""
+        log.info(
+            "%d nodes, assignment %s, weights %s", len(self.nodes), self.config.assignment, self.config.weights
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return the round's requests: to each node of the cohort, its experts and the shared weights."""
+        self.tally = RoundTally()
+        cohort = choose_cohort(list(self.nodes), self.config.cohort, self.seed, server_round)
+        assignment = assign(
+            self.config.assignment,
+            capacities={name: self.nodes[name][1].expert_capacity for name in cohort},
+            experts=self.plan.model.experts.routed,
+            per_node=self.config.experts_per_node,
+            layers=self.plan.model.layers,
+            seed=self.seed,
+            round_number=server_round,
+        )
+        self._asked = {self.nodes[name][0]: (name, assignment[name]) for name in cohort}
+        messages = [self._request(server_round, node, held) for node, (_, held) in self._asked.items()]
+        self.tally.asked = len(messages)
+        self.tally.bytes_down = sum(wire_bytes(message.content) for message in messages)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Validate the replies, average per group and step the global model.
+
+        A reply that does not hold exactly what was asked for is dropped and counted; the run goes on. A round
+        without an acceptable reply changes nothing.
+        """
+        contributions = {}
+        for reply in replies:
+            contribution = self._validated(reply)
+            if contribution is not None:
+                contributions[contribution.node] = contribution
+        self.tally.accepted = len(contributions)
+        heard = self.tally.accepted + self.tally.dropped + sum(self.tally.refused.values())
+        self.tally.missing = max(0, self.tally.asked - heard)
+        if not contributions:
+            return None, None
+        averaged = average(list(contributions.values()), self.config.min_holders)
+        self.tally.held_back = len(self.optimizer.tensors) - len(averaged)
+        self.optimizer.step(averaged)
+        return ArrayRecord(self.optimizer.snapshot()), MetricRecord({"accepted": self.tally.accepted})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Ask nothing: the server evaluates on public data; private evaluation would be a charged release."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return nothing; see :meth:`configure_evaluate`."""
+        return None
+
+    def full_model_bytes(self) -> int:
+        """Return the bytes of one exchange (request and reply) that carried the whole model."""
+        held = self.plan.model.all_experts
+        reply = encode(TrainReply(charge_id="0" * 64), pack(self.optimizer.snapshot()))
+        return wire_bytes(self._content(1, held)) + wire_bytes(reply)
+
+    def _request(self, server_round: int, node: int, held: HeldExperts) -> Message:
+        return Message(
+            content=self._content(server_round, held),
+            dst_node_id=node,
+            message_type=TRAIN,
+            group_id=str(server_round),
+        )
+
+    def _content(self, server_round: int, held: HeldExperts):  # noqa: ANN202
+        request = TrainRequest(run_id=self.run_id, round=server_round, plan=self.plan, held=held)
+        tensors = self.optimizer.snapshot()
+        return encode(request, pack({name: tensors[name] for name in parameters.select(tensors, held)}))
+
+    def _validated(self, reply: Message) -> Contribution | None:
+        asked = self._asked.pop(reply.metadata.src_node_id, None)
+        if asked is None:  # not asked this round, or answered already
+            self.tally.dropped += 1
+            return None
+        name, held = asked
+        if not reply.has_content():
+            self.tally.dropped += 1
+            log.warning("node %s failed to answer", name)
+            return None
+        self.tally.bytes_up += wire_bytes(reply.content)
+        expected = parameters.shapes(self.plan.model, held)
+        try:
+            decode(reply.content, TrainReply)
+            delta = unpack(body_of(reply.content), expected)
+        except ProtocolError as error:
+            self._count_refusal(name, error)
+            return None
+        size = self.nodes[name][1].declared_size
+        count = sum(shape.numel() for shape in expected.values())
+        norm = float(torch.stack([tensor.double().square().sum() for tensor in delta.values()]).sum().sqrt())
+        if norm > norm_bound(self.plan, count, size):
+            self.tally.dropped += 1
+            log.warning("node %s: the norm of its delta is above the bound; dropped", name)
+            return None
+        weight = float(size) if self.config.weights == "declared" else 1.0
+        return Contribution(name, weight, delta)
+
+    def _count_refusal(self, name: str, error: ProtocolError) -> None:
+        if error.code == "bad-request":
+            self.tally.dropped += 1
+            log.warning("node %s sent an unusable reply: %s", name, error)
+        else:
+            self.tally.refused[error.code] += 1
+            log.warning("node %s refused: %s", name, error.code)

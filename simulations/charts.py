@@ -1,0 +1,96 @@
+"""The report's charts, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_INK, _MUTED, _ACCENT, _SECOND, _WARN = "#1f2933", "#9aa5b1", "#2563a8", "#c98a1b", "#b3261e"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "conclave",  # the same run gives the same file
+}
+
+
+def accuracy(rounds: Sequence[int], with_experts: Sequence[float], without: Sequence[float]) -> str:
+    """Accuracy of the global model per round, with and without its routed experts."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("round", "accuracy on public test records")
+        axes.plot(rounds, with_experts, color=_ACCENT, linewidth=2, label="global model")
+        axes.plot(rounds, without, color=_MUTED, linewidth=1.5, linestyle="--", label="routed experts silenced")
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False, loc="lower right")
+        return _svg(figure)
+
+
+def epsilon(names: Sequence[str], spent: Sequence[float], budget: float) -> str:
+    """ε spent by each node against its budget."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("node", "ε spent")
+        colors = [_ACCENT if value <= budget else _WARN for value in spent]
+        axes.bar(range(len(names)), spent, color=colors, width=0.6)
+        axes.axhline(budget, color=_WARN, linewidth=1.2, linestyle="--", label=f"budget ε = {budget:g}")
+        _name_ticks(axes, names)
+        axes.set_ylim(0, budget * 1.25)
+        axes.legend(frameon=False, loc="upper right")
+        return _svg(figure)
+
+
+def load(shares: Sequence[float], title: str) -> str:
+    """Share of routed tokens that each expert of one layer received, with the even share marked."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("expert", "share of routed tokens")
+        axes.bar(range(len(shares)), shares, color=_ACCENT, width=0.6)
+        axes.axhline(1 / len(shares), color=_SECOND, linewidth=1.2, linestyle="--", label="even share")
+        _name_ticks(axes, [str(index) for index in range(len(shares))])
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.legend(frameon=False, loc="upper right")
+        return _svg(figure)
+
+
+def traffic(rounds: Sequence[int], down: Sequence[int], up: Sequence[int], full: int) -> str:
+    """Bytes per node and round, both ways, against sending the whole model both ways."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("round", "kB per node")
+        kilo_down, kilo_up = [b / 1e3 for b in down], [b / 1e3 for b in up]
+        axes.bar(rounds, kilo_down, color=_ACCENT, width=0.8, label="to the node")
+        axes.bar(rounds, kilo_up, bottom=kilo_down, color=_SECOND, width=0.8, label="from the node")
+        axes.axhline(full / 1e3, color=_INK, linewidth=1.2, linestyle="--", label="whole model, both ways")
+        axes.set_ylim(0, max(full, *map(sum, zip(down, up, strict=True))) / 1e3 * 1.35)
+        axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=8)
+        return _svg(figure)
+
+
+def _new(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.4, 3.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(axis="y")
+    return figure, axes
+
+
+def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
+    every = max(1, len(names) // 20)
+    axes.set_xticks(range(0, len(names), every), names[::every])
+
+
+def _svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,106 @@
+"""The inline engine: a Flower Grid that calls the very same ClientApp in this process.
+
+Flower's Message is built for its own transport; the two private touches it takes live here and nowhere else:
+``TaskIdentity`` must be set before a message can be made, and a message's id has no setter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RunConfig = dict[str, str]
+_FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
+
+
+class InlineGrid(Grid):
+    """Delivers each message to a ClientApp call and keeps the replies until they are pulled."""
+
+    def __init__(
+        self, client_app: ClientApp, nodes: int, run_id: int, run_config: RunConfig, on_reply: Callable[[Message], None]
+    ) -> None:
+        """Set up ``nodes`` nodes; node i is told ``partition-id`` i, as Flower's own simulation does.
+
+        Args:
+            on_reply: called after every reply, for progress.
+        """
+        self._client_app = client_app
+        self._on_reply = on_reply
+        self._run = Run.create_empty(run_id)
+        self._contexts = {
+            _FIRST_NODE_ID + number: Context(
+                run_id=run_id,
+                node_id=_FIRST_NODE_ID + number,
+                node_config={"partition-id": number, "num-partitions": nodes},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for number in range(nodes)
+        }
+        self._replies: dict[str, Message] = {}
+        self._sent = 0
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = run_id, SUPERLINK_NODE_ID, 0
+
+    def set_run(self, run: Run) -> None:
+        """Set the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Create a message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> list[int]:
+        """Return the ids of all nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Deliver messages; each is answered before the next is taken. Returns their ids."""
+        ids = []
+        for message in messages:
+            self._sent += 1
+            message_id = f"inline-{self._sent}"
+            message.metadata.__dict__["_message_id"] = message_id
+            reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+            reply.metadata.__dict__["_message_id"] = f"{message_id}-reply"
+            self._replies[message_id] = reply
+            self._on_reply(reply)
+            ids.append(message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return and forget the replies to the given messages."""
+        return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Deliver messages and return their replies; ``timeout`` cannot pass, since delivery is a call."""
+        return self.pull_messages(self.push_messages(messages))
+
+
+def run_inline(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    *,
+    nodes: int,
+    run_id: int,
+    run_config: RunConfig,
+    on_reply: Callable[[Message], None],
+) -> None:
+    """Run a whole federation in this process."""
+    grid = InlineGrid(client_app, nodes, run_id, run_config, on_reply)
+    context = Context(
+        run_id=run_id, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
+    )
+    server_app(grid, context)

@@ -1,0 +1,89 @@
+"""Predict with a saved model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data.config import DataConfig
+from data.sources import load as load_data
+from model import BadInputError, load
+from model.config import ImagePatchConfig
+
+_LARGEST_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most likely class, its probability, and the probabilities of all classes."""
+
+    label: int
+    probability: float
+    probabilities: list[float]
+    truth: int | None
+
+
+def predict(model: Path, source: str) -> Prediction:
+    """Classify one input.
+
+    Args:
+        model: a model folder, or a run directory.
+        source: an image file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` for
+            the N-th public test record.
+
+    Raises:
+        BadInputError: the model or the input cannot be used.
+    """
+    folder = model / "model" if (model / "model").is_dir() else model
+    network = load(folder)
+    image_CHW, truth = _read(source, network.config.encoder)
+    with torch.inference_mode():
+        probabilities = network({"image": image_CHW.unsqueeze(0)}).scores_BC.softmax(dim=1)[0]
+    label = int(probabilities.argmax())
+    return Prediction(label, float(probabilities[label]), probabilities.tolist(), truth)
+
+
+def _read(source: str, config: ImagePatchConfig) -> tuple[Tensor, int | None]:
+    if source.startswith("digits:"):
+        return _read_digit(source)
+    path = Path(source)
+    if not path.is_file():
+        raise BadInputError(f"{source}: no such file, must be an image, a .npy array or digits:N")
+    array = _read_npy(path) if path.suffix == ".npy" else _read_image(path, config)
+    image_CHW = torch.from_numpy(array)
+    return (image_CHW.unsqueeze(0) if image_CHW.ndim == 2 else image_CHW), None
+
+
+def _read_digit(source: str) -> tuple[Tensor, int]:
+    test = load_data(DataConfig(source="digits")).test
+    number = source.removeprefix("digits:")
+    if not number.isdecimal() or int(number) >= len(test["label"]):
+        raise BadInputError(f"{source}: must be digits:0 to digits:{len(test['label']) - 1}")
+    return test["image"][int(number)], int(test["label"][int(number)])
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path}: cannot be read, must be a .npy array of numbers") from error
+    if array.dtype.kind not in "fiu" or array.ndim not in (2, 3) or not np.isfinite(array).all():
+        raise BadInputError(f"{path}: must be a finite array [H, W] or [C, H, W] of numbers")
+    return array.astype(np.float32)
+
+
+def _read_image(path: Path, config: ImagePatchConfig) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if max(image.size) > _LARGEST_SIDE:
+                raise BadInputError(f"{path}: {image.size} pixels, each side must be at most {_LARGEST_SIDE}")
+            resized = image.convert("L" if config.channels == 1 else "RGB").resize((config.width, config.height))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BadInputError(f"{path}: cannot be read, must be an image file") from error
+    array = np.asarray(resized, dtype=np.float32) / 255.0
+    return array if array.ndim == 2 else array.transpose(2, 0, 1)

@@ -1,0 +1,89 @@
+"""The report of a run: one self-contained HTML file, rendered from the run directory alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from model.store import write_atomically
+from privacy.ledger import Ledger
+from privacy.ledger_audit import LedgerAudit, audit_entries
+from server.run_directory import RunDirectory
+from simulations import charts
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One node's line in the report."""
+
+    name: str
+    fingerprint: str
+    audit: LedgerAudit
+
+
+def write_report(run: RunDirectory) -> Path:
+    """Render ``report.html`` into the run directory and return its path.
+
+    Raises:
+        BadInputError: the run has no finished round, or a file of it is damaged.
+    """
+    scenario, metrics = run.scenario, run.metrics()
+    nodes = [_node_row(path) for path in run.ledgers]
+    last = metrics[-1]
+    rounds = [line["round"] for line in metrics]
+    private = scenario.privacy.mechanism != "none"
+    figures = {
+        "accuracy": charts.accuracy(
+            rounds,
+            [line["accuracy"] for line in metrics],
+            [line["accuracy_without_experts"] for line in metrics],
+        ),
+        "traffic": charts.traffic(
+            rounds,
+            [line["bytes_down_per_node"] for line in metrics],
+            [line["bytes_up_per_node"] for line in metrics],
+            last["bytes_full_model"],
+        ),
+    }
+    if private and nodes:
+        figures["epsilon"] = charts.epsilon(
+            [row.name for row in nodes], [row.audit.epsilon for row in nodes], scenario.privacy.epsilon
+        )
+    layers = [charts.load(shares, f"layer {layer}") for layer, shares in enumerate(last["load"])]
+    exchanged = last["bytes_down_per_node"] + last["bytes_up_per_node"]
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    page = environment.get_template("report.html.j2").render(
+        scenario=scenario,
+        toml=(run.path / "scenario.toml").read_text(),
+        environment=run.environment,
+        plan=scenario.plan(),
+        last=last,
+        rounds=len(metrics),
+        private=private,
+        nodes=nodes,
+        figures={name: Markup(svg) for name, svg in figures.items()},  # noqa: S704  (our own SVG)
+        layers=[Markup(svg) for svg in layers],  # noqa: S704
+        traffic_share=exchanged / last["bytes_full_model"],
+        exchanged=exchanged,
+        refused=sum(sum(line["refused"].values()) for line in metrics),
+        dropped=sum(line["dropped"] + line["missing"] for line in metrics),
+        seconds=sum(line["seconds"] for line in metrics),
+    )
+    write_atomically(run.report, page.encode())
+    return run.report
+
+
+def _node_row(path: Path) -> NodeRow:
+    ledger = Ledger(path)
+    try:
+        audit = audit_entries(ledger.genesis, ledger.entries())
+    finally:
+        ledger.close()
+    return NodeRow(path.stem.removeprefix("node-").lstrip("0") or "0", ledger.genesis.ledger_id[:16], audit)

@@ -50,7 +50,8 @@ def _version(
 def simulate(
     scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")] = "digits",
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; must be new or empty.")] = None,
@@ -188,9 +189,7 @@ def _print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> N
         budget = f"budget {scenario.privacy.epsilon:g}, per {scenario.privacy.unit} and node"
         table.add_row("epsilon", f"{summary.epsilon:.4f} at delta {summary.delta:g} ({budget})")
     share = summary.bytes_per_node / summary.bytes_full_model
-    table.add_row(
-        "traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's"
-    )
+    table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
     table.add_row("rounds", str(summary.rounds))
     table.add_row("run", str(summary.run))
     table.add_row("report", str(report_path))

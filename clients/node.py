@@ -85,9 +85,7 @@ class Node:
         if isinstance(reservation, StoredReply):
             return TrainReply(charge_id=reservation.charge_id), reservation.body
         delta = train(plan, request.held, tensors, self.records, self.declared_size, reservation.secret)
-        return TrainReply(charge_id=reservation.charge_id), release(
-            self.ledger, reservation, delta, expected
-        )
+        return TrainReply(charge_id=reservation.charge_id), release(self.ledger, reservation, delta, expected)
 
     def _check_assignment(self, plan: Plan, request: TrainRequest) -> None:
         config = plan.model

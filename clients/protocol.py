@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, get_args
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Size, Tensor
@@ -157,7 +157,7 @@ def _why_invalid(text: str) -> Code:
 
 
 class _Versioned(Frozen):
-    model_config = {"extra": "ignore"}
+    model_config = ConfigDict(frozen=True, extra="ignore")
     version: int
 
 

@@ -6,6 +6,7 @@ import tomllib
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict
@@ -64,7 +65,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
 
 
 @lru_cache(maxsize=4)
-def _deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list]:
+def _deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
     sections = SimulatedData.model_validate(tomllib.loads(scenario_toml))
     dataset = load(sections.data)
     return sections, dataset, partition(dataset.train["label"].numpy(), sections.partition, sections.seed)

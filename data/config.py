@@ -40,6 +40,4 @@ class PathologicalPartition(Frozen):
     labels_per_node: int = Field(ge=1)
 
 
-PartitionConfig = Annotated[
-    IidPartition | DirichletPartition | PathologicalPartition, Field(discriminator="scheme")
-]
+PartitionConfig = Annotated[IidPartition | DirichletPartition | PathologicalPartition, Field(discriminator="scheme")]

@@ -25,9 +25,7 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np
         BadInputError: the records cannot be dealt that way.
     """
     if config.nodes > len(labels):
-        raise BadInputError(
-            f"partition.nodes is {config.nodes}, must be at most the {len(labels)} training records"
-        )
+        raise BadInputError(f"partition.nodes is {config.nodes}, must be at most the {len(labels)} training records")
     # Flower's IID partitioner cuts the set in order and takes no seed: shuffle first, for every scheme.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner = _partitioner(config, seed)

@@ -72,4 +72,4 @@ def declared_size(records: int) -> int:
     if records < 100:
         return max(1, records)
     scale = int(10 ** (len(str(records)) - 2))
-    return int(round(records / scale)) * scale
+    return round(records / scale) * scale

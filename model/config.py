@@ -28,9 +28,7 @@ class ImagePatchConfig(Frozen):
     @model_validator(mode="after")
     def _patch_divides(self) -> ImagePatchConfig:
         if self.height % self.patch or self.width % self.patch:
-            raise ValueError(
-                f"patch is {self.patch}, must divide the image sides {self.height} and {self.width}"
-            )
+            raise ValueError(f"patch is {self.patch}, must divide the image sides {self.height} and {self.width}")
         return self
 
     @property

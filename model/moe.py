@@ -29,8 +29,10 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(experts_BTK: Tensor, held: int) -> Dispatch:
-    """Sort the chosen (token, expert) pairs by expert. Drops nothing: there is no capacity limit,
-    because a dropped token would depend on the other examples in the batch."""
+    """Sort the chosen (token, expert) pairs by expert.
+
+    Nothing is dropped: there is no capacity limit, because what it drops would depend on the other examples.
+    """
     _, tokens, top_k = experts_BTK.shape
     flat_N = experts_BTK.reshape(-1)
     order_N = torch.argsort(flat_N, stable=True)  # stable: examples stay in order within an expert

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from model.config import HeldExperts, ModelConfig
-from model.encoders import ImagePatchEncoder
+from model.encoders import ImagePatchEncoder, PositionTable
+from model.experts import GroupedLinear
 from model.heads import ClassificationHead
 from model.moe import MoELayer
 from model.routers import Routing
@@ -79,8 +80,8 @@ class Network(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the training loss of each example, shape [B]: the task's, plus ``balance`` × auxiliary."""
-        output = self(batch)
-        task_B = self.head.loss(output.scores_BC, batch["label"])
+        output: Output = self(batch)
+        task_B: Tensor = self.head.loss(output.scores_BC, batch["label"])
         return task_B + self.config.experts.balance * output.aux_B
 
 
@@ -103,7 +104,7 @@ def _reset(module: nn.Module, generator: torch.Generator) -> None:
                 module.bias.zero_()
         elif isinstance(module, nn.RMSNorm):
             module.weight.fill_(1.0)
-        elif hasattr(module, "reset"):
+        elif isinstance(module, GroupedLinear | PositionTable):
             module.reset(generator)
 
 

@@ -142,9 +142,7 @@ def calibrate_noise(
     budget = budget_units(epsilon, delta, order)
 
     def fits(noise: float) -> bool:
-        mechanism = SampledGaussian(
-            sampling_rate=sampling_rate, noise_multiplier=noise, steps=steps_per_charge
-        )
+        mechanism = SampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise, steps=steps_per_charge)
         try:
             return charge_units(mechanism, order) * charges <= budget
         except BadInputError:

@@ -98,39 +98,36 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             loss_reduction="sum",
         )
         self.noise_secret: bytes | None = None
+        self._sums = self._zero_sums()
 
     def accumulate_hooks(self) -> None:
         """Clip the ``grad_sample`` of every parameter jointly and add them to the running sums."""
         samples = [self._get_flat_grad_sample(p) for p in self.params]
         square_B = torch.stack([g.double().flatten(1).square().sum(1) for g in samples]).sum(0)
         factor_B = clip_factors(square_B.sqrt(), self.max_grad_norm)
-        for parameter, sample in zip(self.params, samples, strict=True):
-            self._add(parameter, clipped_sum(sample, factor_B))
+        for parameter, sample, total in zip(self.params, samples, self._sums, strict=True):
+            total += clipped_sum(sample, factor_B)
             parameter.grad_sample = None
 
     def accumulate_ghost(self) -> None:
         """Add ``p.grad``, already the clipped sum of a physical batch, to the running sums."""
-        for parameter in self.params:
-            self._add(parameter, parameter.grad.double())
+        for parameter, total in zip(self.params, self._sums, strict=True):
+            total += parameter.grad.double()
             parameter.grad = None
 
-    def _add(self, parameter: nn.Parameter, total: Tensor) -> None:
-        if parameter.summed_grad is None:
-            parameter.summed_grad = torch.zeros_like(parameter, dtype=torch.float64)
-        parameter.summed_grad += total
+    def _zero_sums(self) -> list[Tensor]:
+        return [torch.zeros_like(parameter, dtype=torch.float64) for parameter in self.params]
 
     def add_noise(self) -> None:
         """Set ``p.grad`` to the sum plus noise, for every parameter, whether or not a unit reached it."""
         if self.noise_secret is None:
             raise RuntimeError("a step needs a noise secret of its own")
         std = self.noise_multiplier * self.max_grad_norm
-        for index, parameter in enumerate(self.params):
+        for index, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
             noise = standard_normal(derive(self.noise_secret, index), parameter.numel()).view_as(parameter)
-            noisy = noise.to(parameter.device) * std
-            if parameter.summed_grad is not None:
-                noisy += parameter.summed_grad
+            noisy = total + noise.to(parameter.device) * std
             parameter.grad = (noisy / self.expected_batch_size).to(parameter.dtype)
-            parameter.summed_grad = None
+        self._sums = self._zero_sums()
         self.noise_secret = None  # noise is used once
 
     def noisy_step(self, noise_secret: bytes) -> None:
@@ -163,7 +160,8 @@ def train_privately(module: nn.Module, unit_loss: UnitLoss, records: Records, me
     mechanisms with the given rate and σ; nothing else leaves this function.
     """
     if mechanism.noise_multiplier is None:
-        return _train_without_privacy(module, unit_loss, records, mechanism, secret)
+        _train_without_privacy(module, unit_loss, records, mechanism, secret)
+        return
     units = len(next(iter(records.values())))
     optimizer = UnitDPOptimizer(torch.optim.SGD(module.parameters(), lr=mechanism.learning_rate), mechanism)
     hooks = _attach(module, mechanism)
@@ -179,7 +177,6 @@ def train_privately(module: nn.Module, unit_loss: UnitLoss, records: Records, me
                 optimizer.noisy_step(derive(secret, "noise", step))
     finally:
         hooks.cleanup()
-    return None
 
 
 def _attach(module: nn.Module, mechanism: DpSgd) -> GradSampleHooks:
@@ -192,21 +189,29 @@ def _accumulate(unit_loss: UnitLoss, batch: Records, optimizer: UnitDPOptimizer,
     if len(next(iter(batch.values()))) == 0:  # Poisson sampling drew nobody: only noise this step
         return
     loss_B = unit_loss(batch)
-    if not isinstance(hooks, SelectingGhostHooks):
+    if isinstance(hooks, SelectingGhostHooks):
+        _accumulate_ghost(unit_loss, batch, loss_B, optimizer, hooks)
+    else:
         loss_B.sum().backward()
         optimizer.accumulate_hooks()
-        return
+
+
+def _accumulate_ghost(
+    unit_loss: UnitLoss, batch: Records, loss_B: Tensor, optimizer: UnitDPOptimizer, hooks: SelectingGhostHooks
+) -> None:
     loss_B.sum().backward(retain_graph=True)
     factor_B = hooks.factors()
     optimizer.original_optimizer.zero_grad()
     keep_B = factor_B > 0.0
-    if not bool(keep_B.all()):
+    if bool(keep_B.all()):
+        hooks.disable_hooks()
+        (factor_B.to(loss_B.dtype) * loss_B).sum().backward()
+        hooks.enable_hooks()
+        optimizer.accumulate_ghost()
+    else:
         # 0·inf is NaN in a backward pass: run again without the unusable units. Units are independent.
-        return _accumulate(unit_loss, {k: v[keep_B] for k, v in batch.items()}, optimizer, hooks)
-    hooks.disable_hooks()
-    (factor_B.to(loss_B.dtype) * loss_B).sum().backward()
-    hooks.enable_hooks()
-    optimizer.accumulate_ghost()
+        usable = {name: tensor[keep_B] for name, tensor in batch.items()}
+        _accumulate(unit_loss, usable, optimizer, hooks)
 
 
 def _take(records: Records, index: Tensor) -> dict[str, Tensor]:

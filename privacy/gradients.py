@@ -54,7 +54,6 @@ def _segments(activations: list[Tensor], backprops: Tensor) -> tuple[Segments, i
     return segment(rows_NI.to(backprops.dtype), backprops, offsets_E, example_N), len(example_B)
 
 
-@register_grad_sampler(GroupedLinear)
 def grouped_linear_gradients(
     layer: GroupedLinear, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
@@ -65,7 +64,6 @@ def grouped_linear_gradients(
     return {layer.weight: gradient_BEIO}
 
 
-@register_norm_sampler(GroupedLinear)
 def grouped_linear_norms(
     layer: GroupedLinear, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
@@ -79,9 +77,13 @@ def grouped_linear_norms(
     return {layer.weight: square_B.sqrt()}
 
 
-@register_grad_sampler(PositionTable)
 def position_table_gradients(
     layer: PositionTable, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Return the gradient of every example, shape [B, T, D]: its own output gradient."""
     return {layer.weight: backprops}
+
+
+register_grad_sampler(GroupedLinear)(grouped_linear_gradients)
+register_norm_sampler(GroupedLinear)(grouped_linear_norms)
+register_grad_sampler(PositionTable)(position_table_gradients)

@@ -43,7 +43,7 @@ CREATE TRIGGER entries_never_go BEFORE DELETE ON entries
     BEGIN SELECT RAISE(ABORT, 'ledger entries are never deleted'); END;
 PRAGMA user_version = {FORMAT_VERSION};
 """
-_INSERT = f"INSERT INTO entries VALUES ({', '.join(':' + _column for _column in ENTRY_FIELDS)})"
+_INSERT = f"INSERT INTO entries VALUES ({', '.join(':' + _column for _column in ENTRY_FIELDS)})"  # noqa: S608  (our own names)
 
 
 class BudgetExhaustedError(Exception):
@@ -202,9 +202,7 @@ class Ledger:
             raise BudgetExhaustedError
         return str(price)
 
-    def _append(
-        self, charge_id: str, request: ChargeRequest, state: State, charge: str, *, output_hash: str
-    ) -> None:
+    def _append(self, charge_id: str, request: ChargeRequest, state: State, charge: str, *, output_hash: str) -> None:
         seq, total, prev_hash = self._head()
         entry = Entry(
             version=FORMAT_VERSION,
@@ -231,9 +229,7 @@ class Ledger:
         self._db.execute(_INSERT, asdict(entry))
 
     def _head(self) -> tuple[int, str, str]:
-        row = self._db.execute(
-            "SELECT seq, rdp_total, entry_hash FROM entries ORDER BY seq DESC LIMIT 1"
-        ).fetchone()
+        row = self._db.execute("SELECT seq, rdp_total, entry_hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
         return (0, "0", self.genesis.hash) if row is None else row
 
     def _states(self, charge_id: str) -> set[str]:

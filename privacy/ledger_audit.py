@@ -1,4 +1,4 @@
-"""Audit of one ledger: is its history whole, and does its price list hold?
+"""Audit of one ledger: whether its history is whole and its prices hold.
 
 Everything is recomputed from the entries; nothing that the ledger claims about itself is believed.
 """

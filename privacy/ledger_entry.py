@@ -68,9 +68,7 @@ class ChargeRequest:
     def charge_id(self, ledger_id: str) -> str:
         """Identify the charge by its whole content, so other content is another charge."""
         return sha256(
-            canonical_json(
-                [self.run_id, self.round, ledger_id, self.plan_hash, self.model_in_hash, self.kind]
-            )
+            canonical_json([self.run_id, self.round, ledger_id, self.plan_hash, self.model_in_hash, self.kind])
         )
 
     def mechanism_json(self) -> str:

@@ -6,8 +6,7 @@ import os
 
 
 def silence() -> None:
-    """Set the libraries' own switches. Must run before they are imported; an owner's setting is kept only
-    where it is stricter, which for these switches none is."""
+    """Set the libraries' own switches; must run before they are imported."""
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
     os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"

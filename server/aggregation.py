@@ -65,9 +65,7 @@ class ServerOptimizer:
     def __init__(self, config: ServerOptimizerConfig, tensors: Mapping[str, Tensor]) -> None:
         """Wrap the global ``tensors`` (float32), which :meth:`step` changes in place."""
         self.tensors = {name: torch.nn.Parameter(tensors[name].clone()) for name in sorted(tensors)}
-        self._optimizer = torch.optim.SGD(
-            self.tensors.values(), lr=config.learning_rate, momentum=config.momentum
-        )
+        self._optimizer = torch.optim.SGD(self.tensors.values(), lr=config.learning_rate, momentum=config.momentum)
 
     def step(self, averaged: Mapping[str, Tensor]) -> None:
         """Take one step; tensors not in ``averaged`` keep value and optimizer state."""

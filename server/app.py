@@ -74,8 +74,7 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
         BadInputError: none can.
     """
     requests = [
-        Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE)
-        for node in grid.get_node_ids()
+        Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE) for node in grid.get_node_ids()
     ]
     replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
     described = dict(_descriptions(replies, scenario.model.experts.top_k))

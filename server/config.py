@@ -33,8 +33,10 @@ CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discrimin
 
 
 class ServerOptimizerConfig(Frozen):
-    """The aggregate delta is a pseudo-gradient for this optimizer. Learning rate 1, momentum 0 is FedAvg;
-    momentum above 0 is FedAvgM (Hsu et al. 2019, arXiv:1909.06335)."""
+    """The aggregate delta is a pseudo-gradient for this optimizer.
+
+    Learning rate 1 and momentum 0 is FedAvg; momentum above 0 is FedAvgM (Hsu et al. 2019, arXiv:1909.06335).
+    """
 
     kind: Literal["sgd"] = "sgd"
     learning_rate: float = Field(default=1.0, gt=0.0, le=1e4)

@@ -39,9 +39,7 @@ def evaluate(config: ModelConfig, wire: Mapping[str, Tensor], test: Records) -> 
     with torch.inference_mode():
         output = network(test)
         loss = float(network.head.loss(output.scores_BC, test["label"]).mean())
-        load = tuple(
-            tuple(_shares(routing.experts_BTK, config.experts.routed)) for routing in output.routing
-        )
+        load = tuple(tuple(_shares(routing.experts_BTK, config.experts.routed)) for routing in output.routing)
         return Evaluation(
             accuracy=_accuracy(output.scores_BC, test),
             loss=loss,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -92,7 +92,10 @@ class ExpertStrategy(Strategy):
     def summary(self) -> None:
         """Log the configuration."""
         log.info(
-            "%d nodes, assignment %s, weights %s", len(self.nodes), self.config.assignment, self.config.weights
+            "%d nodes, assignment %s, weights %s",
+            len(self.nodes),
+            self.config.assignment,
+            self.config.weights,
         )
 
     def configure_train(
@@ -163,7 +166,7 @@ class ExpertStrategy(Strategy):
             group_id=str(server_round),
         )
 
-    def _content(self, server_round: int, held: HeldExperts):  # noqa: ANN202
+    def _content(self, server_round: int, held: HeldExperts) -> RecordDict:
         request = TrainRequest(run_id=self.run_id, round=server_round, plan=self.plan, held=held)
         tensors = self.optimizer.snapshot()
         return encode(request, pack({name: tensors[name] for name in parameters.select(tensors, held)}))

@@ -23,7 +23,12 @@ class InlineGrid(Grid):
     """Delivers each message to a ClientApp call and keeps the replies until they are pulled."""
 
     def __init__(
-        self, client_app: ClientApp, nodes: int, run_id: int, run_config: RunConfig, on_reply: Callable[[Message], None]
+        self,
+        client_app: ClientApp,
+        nodes: int,
+        run_id: int,
+        run_config: RunConfig,
+        on_reply: Callable[[Message], None],
     ) -> None:
         """Set up ``nodes`` nodes; node i is told ``partition-id`` i, as Flower's own simulation does.
 
@@ -57,7 +62,12 @@ class InlineGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Create a message to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -101,6 +111,10 @@ def run_inline(
     """Run a whole federation in this process."""
     grid = InlineGrid(client_app, nodes, run_id, run_config, on_reply)
     context = Context(
-        run_id=run_id, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
+        run_id=run_id,
+        node_id=SUPERLINK_NODE_ID,
+        node_config={},
+        state=RecordDict(),
+        run_config=dict(run_config),
     )
     server_app(grid, context)

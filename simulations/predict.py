@@ -74,7 +74,7 @@ def _read_npy(path: Path) -> np.ndarray:
         raise BadInputError(f"{path}: cannot be read, must be a .npy array of numbers") from error
     if array.dtype.kind not in "fiu" or array.ndim not in (2, 3) or not np.isfinite(array).all():
         raise BadInputError(f"{path}: must be a finite array [H, W] or [C, H, W] of numbers")
-    return array.astype(np.float32)
+    return np.asarray(array, dtype=np.float32)
 
 
 def _read_image(path: Path, config: ImagePatchConfig) -> np.ndarray:

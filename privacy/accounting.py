@@ -27,6 +27,7 @@ from model.errors import BadInputError
 UNITS_PER_NAT = 10**12
 _RELATIVE_SLACK = 1e-9  # covers the floating-point error of one RDP evaluation, on the private side
 _LARGEST_NOISE = 1e6
+_SMALLEST_NOISE = 1e-2  # below it the RDP overflows, and no real budget could pay
 
 NEIGHBORS = dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
 
@@ -103,8 +104,8 @@ def rdp_at(mechanism: SampledGaussian, order: float) -> float:
     Raises:
         BadInputError: see :func:`charge_units`.
     """
-    value = _rdp(mechanism.event, order)
-    if not math.isfinite(value):
+    value = _rdp(mechanism.event, order) if mechanism.noise_multiplier >= _SMALLEST_NOISE else math.inf
+    if not math.isfinite(value) and mechanism.noise_multiplier >= _SMALLEST_NOISE:
         # The series for a fractional order did not converge. RDP grows with the order.
         value = _rdp(mechanism.event, math.ceil(order))
     if not math.isfinite(value):

@@ -92,6 +92,7 @@ class Ledger:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version == FORMAT_VERSION:
                 self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
                 self.genesis = _read_genesis(self._db)
                 return
         except (sqlite3.DatabaseError, TypeError, ValueError) as error:
@@ -178,6 +179,8 @@ class Ledger:
             self._append(charge_id, reservation.request, "COMMITTED", "0", output_hash=sha256(body))
             self._db.execute("INSERT INTO replies VALUES (?, ?)", (charge_id, body))
             self._db.execute("DELETE FROM secrets WHERE charge_id = ?", (charge_id,))
+        # The secret's bytes survive in the write-ahead log until it is folded back and cut off.
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         return body
 
     def entries(self) -> list[Entry]:

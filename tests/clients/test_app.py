@@ -1,0 +1,99 @@
+"""The ClientApp: thin, and nothing but declared fields and codes leaves it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
+
+import clients.app
+from clients.protocol import (
+    QUERY_DESCRIBE,
+    TRAIN,
+    Description,
+    ProtocolError,
+    TrainRequest,
+    decode,
+    encode,
+)
+from clients.simulated import ledger_path, open_simulated
+from privacy.ledger import Ledger
+from server.scenario import read_scenario
+from simulations.catalog import find
+
+
+@pytest.fixture
+def context(tmp_path):
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 0
+    scenario = read_scenario(find("digits")).to_toml()
+    yield Context(
+        run_id=1,
+        node_id=2,
+        node_config={"partition-id": 0, "num-partitions": 10},
+        state=RecordDict(),
+        run_config={"scenario": scenario, "run-dir": str(tmp_path)},
+    )
+    open_simulated.cache_clear()
+
+
+def ask(context, message_type, content=None) -> RecordDict:
+    message = Message(content or RecordDict(), dst_node_id=2, message_type=message_type, group_id="1")
+    return clients.app.app(message, context).content
+
+
+def refusal(content: RecordDict) -> str:
+    with pytest.raises(ProtocolError) as caught:
+        decode(content, TrainRequest)
+    return caught.value.code
+
+
+def test_describe(context):
+    described = decode(ask(context, QUERY_DESCRIBE), Description)
+    assert described.declared_size >= 10
+    assert described.fingerprint
+
+
+def test_a_malformed_request_gets_a_code(context):
+    assert refusal(ask(context, TRAIN)) == "bad-request"
+
+
+def test_a_node_that_was_not_set_up_says_so(context):
+    context.node_config = {}
+    assert refusal(ask(context, QUERY_DESCRIBE)) == "not-enrolled"
+
+
+def test_exception_text_stays_on_the_node(context, monkeypatch, caplog):
+    secret = "patient 4711 has a NaN in column 3"
+
+    def fail(*args):
+        raise KeyError(secret)
+
+    monkeypatch.setattr(clients.app, "open_node", fail)
+    with caplog.at_level(logging.ERROR, logger="conclave.node"):
+        content = ask(context, QUERY_DESCRIBE)
+    assert refusal(content) == "internal-error"
+    assert secret not in str(content)
+    assert secret in caplog.text
+
+
+def test_a_message_cannot_make_a_node_a_simulation(context):
+    """Simulation rights come from the node's own configuration, not from what the server sends."""
+    del context.node_config["partition-id"]
+    context.run_config["partition-id"] = 0
+    request = RecordDict()
+    assert refusal(ask(context, TRAIN, request)) == "bad-request"
+    assert refusal(ask(context, QUERY_DESCRIBE)) == "not-enrolled"
+
+
+def test_simulated_nodes_are_distinct_seeded_and_say_so(context, tmp_path):
+    scenario, run_dir = context.run_config["scenario"], context.run_config["run-dir"]
+    nodes = [open_simulated(scenario, run_dir, number) for number in range(10)]
+    assert len({node.describe().fingerprint for node in nodes}) == 10
+    assert sum(len(node.records["label"]) for node in nodes) == 1437
+    genesis = Ledger(ledger_path(tmp_path, 3)).genesis
+    assert (genesis.mode, genesis.epsilon, genesis.delta) == ("simulation", "8", "0.00001")
+    assert nodes[0].new_secret("a") == nodes[0].new_secret("a") != nodes[1].new_secret("a")
+    assert encode(nodes[0].describe())

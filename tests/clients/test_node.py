@@ -1,0 +1,184 @@
+"""A node: policy, charge before training, exact replies, codes only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_batch, make_config
+from ledger_samples import new_ledger
+from test_protocol import plan, request
+
+import clients.node
+from clients.node import Node
+from clients.policy import Policy
+from clients.protocol import ProtocolError, pack, unpack
+from data.sources import Schema
+from model import build, parameters
+from privacy.randomness import derive
+
+HELD = {0: (1, 3, 4)}
+
+
+@pytest.fixture
+def node(tmp_path):
+    return make_node(tmp_path)
+
+
+def make_node(folder, epsilon=8.0, **policy) -> Node:
+    policy = {"epsilon": epsilon, "delta": 1e-5, "simulation": True} | policy
+    return Node(
+        records=make_batch(40),
+        schema=Schema(image=(1, 8, 8), classes=5),
+        declared_size=40,
+        policy=Policy(**policy),
+        ledger=new_ledger(folder, epsilon=epsilon),
+        new_secret=lambda charge_id: derive(bytes(32), charge_id),
+    )
+
+
+def body(held=HELD, config=None) -> bytes:
+    network = build(config or make_config(), seed=1)
+    wire = parameters.split(network.state_dict(), network.held)
+    return pack({name: wire[name] for name in parameters.select(wire, held)})
+
+
+def code_of(node: Node, *args) -> str:
+    before = len(node.ledger.entries())
+    with pytest.raises(ProtocolError) as caught:
+        node.train(*args)
+    assert len(node.ledger.entries()) == before, "a refusal must cost nothing"
+    return caught.value.code
+
+
+def test_a_round_is_charged_and_answers_exactly_what_was_sent(node):
+    reply, sent = node.train(request(held=HELD), body())
+    expected = parameters.shapes(make_config(), HELD)
+    delta = unpack(sent, expected)
+    assert delta.keys() == expected.keys()
+    assert all((tensor != 0).all() for tensor in delta.values())  # every assigned parameter is noised
+    reserved, committed = node.ledger.entries()
+    assert (reserved.state, committed.state) == ("RESERVED", "COMMITTED")
+    assert reply.charge_id == reserved.charge_id
+    assert reserved.releases == '["delta"]'
+
+
+def test_a_vanishing_learning_rate_gives_a_vanishing_delta(node):
+    """The delta is after minus before: the model's own weights do not show in it."""
+    slow = request(held=HELD, plan=plan(training={"learning_rate": 1e-30}))
+    _, sent = node.train(slow, body())
+    delta = unpack(sent, parameters.shapes(make_config(), HELD))
+    assert all(tensor.abs().max() < 1e-25 for tensor in delta.values())
+
+
+def test_a_redelivery_gets_the_same_bytes_and_costs_nothing(node):
+    first = node.train(request(held=HELD), body())
+    spent = node.ledger.epsilon_spent
+    assert node.train(request(held=HELD), body()) == first
+    assert node.ledger.epsilon_spent == spent
+    assert len(node.ledger.entries()) == 2
+
+
+def test_the_charge_is_durable_before_training_and_a_crash_replays_the_same_bytes(node, tmp_path, monkeypatch):
+    def crash(*args):
+        assert [entry.state for entry in node.ledger.entries()] == ["RESERVED"]
+        raise MemoryError("in the middle of a batch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clients.node, "train", crash)
+        with pytest.raises(MemoryError):
+            node.train(request(held=HELD), body())
+    assert node.ledger.epsilon_spent > 0
+    after_crash = node.train(request(held=HELD), body())
+    (tmp_path / "undisturbed").mkdir()
+    assert make_node(tmp_path / "undisturbed").train(request(held=HELD), body())[1] == after_crash[1]
+
+
+def test_other_weights_or_experts_are_another_charge(node):
+    node.train(request(held=HELD), body())
+    node.train(request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)}))
+    changed = unpack(body(), parameters.shapes(make_config(), HELD))
+    node.train(request(held=HELD), pack({name: tensor + 1 for name, tensor in changed.items()}))
+    assert len({entry.charge_id for entry in node.ledger.entries()}) == 3
+
+
+def test_an_exhausted_budget_is_an_orderly_answer(tmp_path):
+    node = make_node(tmp_path, epsilon=1.0)
+    assert code_of(node, request(held=HELD), body()) == "budget-exhausted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"version": 2}, "version-mismatch"),
+        ({"held": {0: (1,)}}, "bad-request"),  # fewer experts than top_k
+        ({"held": {0: (3, 1, 4)}}, "bad-request"),
+        ({"held": {0: (1, 1, 4)}}, "bad-request"),
+        ({"held": {0: (1, 3, 6)}}, "bad-request"),
+        ({"held": {}}, "bad-request"),
+        ({"held": {0: (1, 3, 4), 1: (1, 3, 4)}}, "bad-request"),
+        ({"round": 11}, "bad-request"),
+        ({"plan": plan(noise_multiplier=None)}, "bad-request"),
+    ],
+)
+def test_a_request_that_contradicts_itself_is_refused_and_costs_nothing(node, changes, code):
+    assert code_of(node, request(**({"held": HELD} | changes)), body()) == code
+
+
+def test_a_model_that_does_not_fit_the_records_is_refused(node):
+    document = make_config().model_dump()
+    for key, value in (("head", {"classes": 6}), ("encoder", {"height": 4, "width": 4, "patch": 4})):
+        asked = request(held=HELD, plan=plan(model=document | {key: value}))
+        assert code_of(node, asked, body()) == "schema-mismatch"
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[:-1], lambda b: b"", lambda b: body({0: (0, 3, 4)})])
+def test_tensors_that_do_not_fit_are_refused(node, spoil):
+    assert code_of(node, request(held=HELD), spoil(body())) == "bad-request"
+
+
+def test_crafted_non_finite_weights_are_refused(node):
+    tensors = unpack(body(), parameters.shapes(make_config(), HELD))
+    tensors["shared/head.score.bias"][0] = float("nan")
+    assert code_of(node, request(held=HELD), pack(tensors)) == "bad-request"
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"),
+    [
+        ({"simulation": False}, {"noise_multiplier": 0.2}),
+        ({"simulation": False, "min_noise_multiplier": 3.0}, {}),
+        ({"max_rounds": 9}, {}),
+        ({"max_steps": 2}, {"training": {"learning_rate": 1.0, "steps": 3}}),
+        ({"max_parameters": 100}, {}),
+        ({"expert_capacity": 2}, {}),
+        ({"releases": ()}, {}),
+        (
+            {"simulation": False},
+            {"privacy": {"epsilon": 8, "delta": 1e-5, "clip": 1, "sampling_rate": 0.5, "mechanism": "none"}, "noise_multiplier": None},
+        ),
+        (
+            {"simulation": False},
+            {"privacy": {"epsilon": 8, "delta": 1e-5, "clip": 1, "sampling_rate": 0.5, "gradients": "ghost"}},
+        ),
+    ],
+)  # fmt: skip
+def test_the_owner_decides(tmp_path, policy, changes):
+    node = make_node(tmp_path, **policy)
+    assert code_of(node, request(held=HELD, plan=plan(**changes)), body()) == "not-allowed"
+
+
+def test_what_a_node_says_about_itself_is_public(node):
+    described = node.describe()
+    assert set(described.model_dump()) == {"version", "public_key", "declared_size", "expert_capacity"}
+    assert described.declared_size == 40
+
+
+def test_the_divisor_is_the_declared_size(tmp_path):
+    updates = []
+    for declared in (40, 80):
+        (tmp_path / str(declared)).mkdir()
+        node = make_node(tmp_path / str(declared))
+        object.__setattr__(node, "declared_size", declared)
+        _, sent = node.train(request(held=HELD), body())
+        updates.append(unpack(sent, parameters.shapes(make_config(), HELD))["shared/encoder.embed.weight"])
+    torch.testing.assert_close(updates[0], updates[1] * 2, rtol=1e-3, atol=1e-6)

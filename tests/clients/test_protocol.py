@@ -1,0 +1,155 @@
+"""Messages: typed, versioned, hostile input refused with a code."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_config
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.torch import save
+
+from clients.protocol import (
+    CODES,
+    Description,
+    Plan,
+    ProtocolError,
+    Refusal,
+    TrainReply,
+    TrainRequest,
+    body_of,
+    decode,
+    encode,
+    fingerprint,
+    pack,
+    unpack,
+)
+
+EXPECTED = {"shared/a": torch.Size([2, 3]), "router/0/4/score.weight": torch.Size([3])}
+
+
+def plan(**changes) -> Plan:
+    document = {
+        "model": make_config(),
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
+        "training": {"learning_rate": 0.5},
+        "rounds": 10,
+        "noise_multiplier": 2.0,
+    }
+    return Plan.model_validate(document | changes)
+
+
+def request(**changes) -> TrainRequest:
+    return TrainRequest(**({"run_id": "1", "round": 1, "plan": plan(), "held": {0: (1, 3)}} | changes))
+
+
+def test_documents_and_tensors_survive_the_wire():
+    tensors = {name: torch.randn(shape) for name, shape in EXPECTED.items()}
+    content = encode(request(), pack(tensors))
+    assert decode(content, TrainRequest) == request()
+    assert all(torch.equal(t, tensors[name]) for name, t in unpack(body_of(content), EXPECTED).items())
+
+
+def test_plan_hash_changes_with_every_field():
+    base = plan()
+    others = [
+        plan(rounds=11),
+        plan(noise_multiplier=2.0000001),
+        plan(training={"learning_rate": 0.25}),
+        plan(privacy=base.privacy.model_copy(update={"clip": 2.0})),
+        plan(model=make_config(hidden=16)),
+    ]
+    assert len({base.hash, *(other.hash for other in others)}) == 6
+    assert Plan.model_validate_json(base.model_dump_json()).hash == base.hash
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_refusal_arrives_as_its_code_whatever_was_expected(code):
+    for kind in (TrainReply, Description):
+        with pytest.raises(ProtocolError) as caught:
+            decode(encode(Refusal(code=code)), kind)
+        assert caught.value.code == code
+
+
+def document(text) -> RecordDict:
+    return RecordDict({"document": ConfigRecord({"json": text})})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"document": ArrayRecord()}),
+        RecordDict({"document": ConfigRecord({"other": "x"})}),
+        document(7),
+        document(""),
+        document("[]"),
+        document("{"),
+        document('{"version": 1}'),
+        document('{"version": 1, "charge_id": "x", "loss": 0.3}'),  # an extra field is not declared
+        document('{"version": 1, "code": "the record of Mr Smith"}'),  # free text is no code
+        document("[" * 100_000),
+    ],
+)
+def test_what_is_no_reply_is_a_bad_request(content):
+    with pytest.raises(ProtocolError) as caught:
+        decode(content, TrainReply)
+    assert caught.value.code == "bad-request"
+
+
+def test_another_version_is_named_as_such():
+    text = json.dumps({"version": 2, "novelty": True})
+    with pytest.raises(ProtocolError) as caught:
+        decode(document(text), TrainReply)
+    assert caught.value.code == "version-mismatch"
+
+
+def tensors(**changes) -> bytes:
+    good = {name: torch.ones(shape) for name, shape in EXPECTED.items()}
+    return save({name: t for name, t in (good | changes).items() if t is not None})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x00" * 100,
+        b"\xff" * 8 + b"{}",
+        tensors()[:-4],
+        tensors() + b"\x00" * 4,
+        tensors(**{"shared/a": None}),
+        tensors(**{"shared/b": torch.ones(1)}),
+        tensors(**{"shared/a": torch.ones(3, 2)}),
+        tensors(**{"shared/a": torch.ones(2, 3, dtype=torch.float64)}),
+        tensors(**{"shared/a": torch.full((2, 3), float("nan"))}),
+        tensors(**{"shared/a": torch.full((2, 3), float("inf"))}),
+        b"\x00" * 1_000_000,
+    ],
+)
+def test_tensors_that_are_not_exactly_as_expected_are_refused(body):
+    with pytest.raises(ProtocolError) as caught:
+        unpack(body, EXPECTED)
+    assert caught.value.code == "bad-request"
+
+
+def test_a_pickled_or_numpy_array_is_not_even_looked_at():
+    content = encode(TrainReply(charge_id="x"))
+    for array in (Array(np.ones(3)), Array(dtype="uint8", shape=(1,), stype="pickle", data=b"x")):
+        content["tensors"] = ArrayRecord({"body": array})
+        with pytest.raises(ProtocolError):
+            body_of(content)
+    with pytest.raises(ProtocolError):
+        body_of(encode(TrainReply(charge_id="x")))
+
+
+def test_equal_tensors_give_equal_bytes_in_any_order():
+    one = {name: torch.ones(shape) for name, shape in EXPECTED.items()}
+    assert pack(one) == pack(dict(reversed(one.items())))
+
+
+def test_the_fingerprint_follows_the_key():
+    keys = ["00" * 32, "01" * 32]
+    assert len({fingerprint(key) for key in keys}) == 2
+    assert all(len(fingerprint(key)) == 16 for key in keys)

@@ -70,15 +70,35 @@ class ExpertsConfig(Frozen):
         return self
 
 
+class InitConfig(Frozen):
+    """Fresh weights are normal with standard deviation ``gain/√fan_in``; one gain per kind of layer.
+
+    Clipped gradients make training sensitive to these scales, because they decide how a unit's fixed gradient
+    norm is shared between layers. ``experts = "copies"`` starts all experts of a layer from the same weights
+    (as in sparse upcycling, arXiv:2212.05055): each then learns from the first round what any of them would, and
+    they part as their routers and holders differ.
+    """
+
+    embed: float = Field(default=1.0, ge=0.0, le=100.0)
+    router: float = Field(default=1.0, ge=0.0, le=100.0)
+    up: float = Field(default=1.0, ge=0.0, le=100.0)
+    down: float = Field(default=1.0, ge=0.0, le=100.0)
+    head: float = Field(default=1.0, ge=0.0, le=100.0)
+    experts: Literal["independent", "copies"] = "independent"
+
+
 class ModelConfig(Frozen):
     """A whole model: encoder → blocks with MoE layers → pooling → head.
 
     ``preset = "moe"`` is the first architecture of the family: one block, no attention.
+    ``norm`` stands before each MoE layer and before the head. No layer but the norm has a bias-like parameter.
     ``width`` is a multiple of 8 because grouped matrix products need rows of 16-byte multiples in
     fp32 and bf16 alike.
     """
 
     preset: Literal["moe"] = "moe"
+    norm: Literal["rms", "none"] = "rms"
+    init: InitConfig = InitConfig()
     width: int = Field(ge=8, le=16_384, multiple_of=8)
     encoder: ImagePatchConfig
     experts: ExpertsConfig

@@ -16,11 +16,6 @@ class PositionTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(tokens, width))
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw a small table, so that content dominates at first."""
-        with torch.no_grad():
-            self.weight.normal_(0.0, 0.02, generator=generator)
-
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return ``x_BTD`` plus the table."""
         return x_BTD + self.weight
@@ -32,7 +27,7 @@ class ImagePatchEncoder(nn.Module):
     def __init__(self, config: ImagePatchConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Linear(config.patch_values, width)
+        self.embed = nn.Linear(config.patch_values, width, bias=False)
         self.position = PositionTable(config.tokens, width) if config.tokens > 1 else None
 
     def forward(self, image_BCHW: Tensor) -> Tensor:

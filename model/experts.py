@@ -5,7 +5,6 @@ Dimension suffixes: N rows after dispatch, E experts held, D width, H expert hid
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -37,11 +36,6 @@ class GroupedLinear(nn.Module):
     def __init__(self, experts: int, in_width: int, out_width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, in_width, out_width))
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Draw fresh weights: normal with standard deviation 1/√in_width."""
-        with torch.no_grad():
-            self.weight.normal_(0.0, 1.0 / math.sqrt(self.weight.shape[1]), generator=generator)
 
     def forward(self, rows_NI: Tensor, offsets_E: Tensor, example_N: Tensor, example_B: Tensor) -> Tensor:
         """Multiply every row by its expert's matrix; see the class for shapes."""

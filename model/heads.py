@@ -13,7 +13,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: ClassificationConfig, width: int) -> None:
         super().__init__()
-        self.score = nn.Linear(width, config.classes)
+        self.score = nn.Linear(width, config.classes, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return class scores [B, classes] (logits)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from model.config import HeldExperts, ModelConfig
-from model.encoders import ImagePatchEncoder, PositionTable
-from model.experts import GroupedLinear
+from model.encoders import ImagePatchEncoder
 from model.heads import ClassificationHead
+from model.initialisation import initialise
 from model.moe import MoELayer
 from model.routers import Routing
 
@@ -29,12 +28,17 @@ class Output:
     routing: tuple[Routing, ...]
 
 
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the configured normalisation; each acts on one token alone."""
+    return nn.RMSNorm(config.width) if config.norm == "rms" else nn.Identity()
+
+
 class Block(nn.Module):
     """Pre-norm residual block around an MoE layer."""
 
     def __init__(self, config: ModelConfig, held: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = make_norm(config)
         self.moe = MoELayer(config.experts, held, config.width)
 
     def forward(self, x_BTD: Tensor, allowed_E: Tensor) -> tuple[Tensor, Routing]:
@@ -55,7 +59,7 @@ class Network(nn.Module):
         self.held = held
         self.encoder = ImagePatchEncoder(config.encoder, config.width)
         self.blocks = nn.ModuleList(Block(config, len(held[layer])) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = make_norm(config)
         self.head = ClassificationHead(config.head, config.width)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
@@ -90,22 +94,10 @@ def build(config: ModelConfig, seed: int) -> Network:
     with torch.device("meta"):
         network = Network(config, config.all_experts)
     network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for module in network.modules():
-        _reset(module, generator)
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed
+    initialise(network, torch.Generator().manual_seed(seed))
     return network
-
-
-def _reset(module: nn.Module, generator: torch.Generator) -> None:
-    with torch.no_grad():
-        if isinstance(module, nn.Linear):
-            module.weight.normal_(0.0, 1.0 / math.sqrt(module.in_features), generator=generator)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.RMSNorm):
-            module.weight.fill_(1.0)
-        elif isinstance(module, GroupedLinear | PositionTable):
-            module.reset(generator)
 
 
 def from_state(config: ModelConfig, held: HeldExperts, state: Mapping[str, Tensor]) -> Network:

@@ -67,8 +67,10 @@ class ServerOptimizer:
         self.tensors = {name: torch.nn.Parameter(tensors[name].clone()) for name in sorted(tensors)}
         self._optimizer = torch.optim.SGD(self.tensors.values(), lr=config.learning_rate, momentum=config.momentum)
 
-    def step(self, averaged: Mapping[str, Tensor]) -> None:
+    def step(self, averaged: Mapping[str, Tensor], learning_rate: float) -> None:
         """Take one step; tensors not in ``averaged`` keep value and optimizer state."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
         for name, parameter in self.tensors.items():
             parameter.grad = -averaged[name] if name in averaged else None
         self._optimizer.step()

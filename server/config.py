@@ -41,6 +41,11 @@ class ServerOptimizerConfig(Frozen):
     kind: Literal["sgd"] = "sgd"
     learning_rate: float = Field(default=1.0, gt=0.0, le=1e4)
     momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    decay: float = Field(default=0.0, ge=0.0, le=1.0)
+
+    def rate(self, round_number: int, rounds: int) -> float:
+        """Return the learning rate of a round (1 to ``rounds``): it falls linearly by the share ``decay``."""
+        return self.learning_rate * (1.0 - self.decay * (round_number - 1) / max(1, rounds - 1))
 
 
 class FederationConfig(Frozen):

@@ -139,7 +139,7 @@ class ExpertStrategy(Strategy):
             return None, None
         averaged = average(list(contributions.values()), self.config.min_holders)
         self.tally.held_back = len(self.optimizer.tensors) - len(averaged)
-        self.optimizer.step(averaged)
+        self.optimizer.step(averaged, self.config.optimizer.rate(server_round, self.plan.rounds))
         return ArrayRecord(self.optimizer.snapshot()), MetricRecord({"accepted": self.tally.accepted})
 
     def configure_evaluate(

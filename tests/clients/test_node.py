@@ -17,6 +17,7 @@ from model import build, parameters
 from privacy.randomness import derive
 
 HELD = {0: (1, 3, 4)}
+PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5}
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_tensors_that_do_not_fit_are_refused(node, spoil):
 
 def test_crafted_non_finite_weights_are_refused(node):
     tensors = unpack(body(), parameters.shapes(make_config(), HELD))
-    tensors["shared/head.score.bias"][0] = float("nan")
+    tensors["shared/head.score.weight"][0, 0] = float("nan")
     assert code_of(node, request(held=HELD), pack(tensors)) == "bad-request"
 
 
@@ -152,14 +153,8 @@ def test_crafted_non_finite_weights_are_refused(node):
         ({"max_parameters": 100}, {}),
         ({"expert_capacity": 2}, {}),
         ({"releases": ()}, {}),
-        (
-            {"simulation": False},
-            {"privacy": {"epsilon": 8, "delta": 1e-5, "clip": 1, "sampling_rate": 0.5, "mechanism": "none"}, "noise_multiplier": None},
-        ),
-        (
-            {"simulation": False},
-            {"privacy": {"epsilon": 8, "delta": 1e-5, "clip": 1, "sampling_rate": 0.5, "gradients": "ghost"}},
-        ),
+        ({"simulation": False}, {"privacy": PRIVACY | {"mechanism": "none"}, "noise_multiplier": None}),
+        ({"simulation": False}, {"privacy": PRIVACY | {"gradients": "ghost"}}),
     ],
 )  # fmt: skip
 def test_the_owner_decides(tmp_path, policy, changes):

@@ -1,0 +1,53 @@
+"""Fresh weights for every kind of layer, in one fixed order from one generator."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from model.encoders import ImagePatchEncoder, PositionTable
+from model.experts import GroupedLinear, RoutedExperts, SharedExpert
+from model.heads import ClassificationHead
+from model.routers import SoftmaxRouter
+
+if TYPE_CHECKING:
+    from model.network import Network
+
+_POSITION_STD = 0.02  # small, so that content dominates at first
+
+
+@torch.no_grad()
+def initialise(network: Network, generator: torch.Generator) -> None:
+    """Draw all weights of a network in place; see :class:`model.config.InitConfig` for the scales."""
+    init = network.config.init
+    copies = init.experts == "copies"
+    for module in network.modules():
+        if isinstance(module, ImagePatchEncoder):
+            _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
+        elif isinstance(module, PositionTable):
+            module.weight.normal_(0.0, _POSITION_STD, generator=generator)
+        elif isinstance(module, SoftmaxRouter):
+            _draw(module.score.weight, module.score.in_features, init.router, generator)
+        elif isinstance(module, RoutedExperts):
+            _draw_experts(module.up, init.up, generator, copies=copies)
+            _draw_experts(module.down, init.down, generator, copies=copies)
+        elif isinstance(module, SharedExpert):
+            _draw(module.up.weight, module.up.in_features, init.up, generator)
+            _draw(module.down.weight, module.down.in_features, init.down, generator)
+        elif isinstance(module, ClassificationHead):
+            _draw(module.score.weight, module.score.in_features, init.head, generator)
+        elif isinstance(module, nn.RMSNorm):
+            module.weight.fill_(1.0)
+
+
+def _draw(weight: Tensor, fan_in: int, gain: float, generator: torch.Generator) -> None:
+    weight.normal_(0.0, 1.0, generator=generator).mul_(gain / math.sqrt(fan_in))
+
+
+def _draw_experts(layer: GroupedLinear, gain: float, generator: torch.Generator, *, copies: bool) -> None:
+    _draw(layer.weight, layer.weight.shape[1], gain, generator)
+    if copies:
+        layer.weight.copy_(layer.weight[:1].expand_as(layer.weight).clone())

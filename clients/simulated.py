@@ -48,7 +48,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
     Its identity, secrets and records follow from the scenario's seed, so a run can be repeated exactly. The
     ledger is a simulation ledger and says so.
     """
-    sections, dataset, shares = _deal(scenario_toml)
+    sections, dataset, shares = deal(scenario_toml)
     root = derive(sections.seed.to_bytes(32, "big", signed=True), "simulated node", number)
     index = torch.from_numpy(shares[number])
     records = {name: tensor[index] for name, tensor in dataset.train.items()}
@@ -65,7 +65,12 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
 
 
 @lru_cache(maxsize=4)
-def _deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
+def deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
+    """Load a scenario's data and deal it: its sections, the data set, and each node's record indices.
+
+    Raises:
+        BadInputError: the records cannot be dealt as the scenario asks.
+    """
     sections = SimulatedData.model_validate(tomllib.loads(scenario_toml))
     dataset = load(sections.data)
     return sections, dataset, partition(dataset.train["label"].numpy(), sections.partition, sections.seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from datasets import Dataset
 from flwr_datasets.partitioner import (
@@ -31,10 +33,12 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np
     partitioner = _partitioner(config, seed)
     partitioner.dataset = Dataset.from_dict({"label": labels[order].tolist(), "record": order.tolist()})
     try:
-        return [
-            np.sort(np.asarray(partitioner.load_partition(node)["record"], dtype=np.int64))
-            for node in range(config.nodes)
-        ]
+        with warnings.catch_warnings():  # the Dirichlet partitioner warns at each of its own retries
+            warnings.simplefilter("ignore", UserWarning)
+            return [
+                np.sort(np.asarray(partitioner.load_partition(node)["record"], dtype=np.int64))
+                for node in range(config.nodes)
+            ]
     except ValueError as error:
         raise BadInputError(
             f"partition: {config.scheme} cannot deal {len(labels)} records to {config.nodes} nodes "

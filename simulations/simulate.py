@@ -12,7 +12,7 @@ from flwr.app import Message
 
 import clients.app
 import server.app
-from clients.simulated import open_simulated
+from clients.simulated import deal, open_simulated
 from privacy.ledger import Ledger
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
@@ -55,6 +55,7 @@ def simulate(scenario: Scenario, run: RunDirectory, on_round: Callable[[int], No
         if reply.metadata.group_id:
             on_round(int(reply.metadata.group_id))
 
+    deal(scenario.to_toml())  # a partition that cannot be made is the caller's mistake, not each node's
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small products gain nothing from two threads, and lose 100-fold on a busy machine
     try:

@@ -1,0 +1,143 @@
+"""The command line as a user sees it: exit status, one sentence for bad input, one JSON object at the end."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+import conclave
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Run the command line in this process; return exit status, stdout, stderr."""
+    before = sys.argv
+    sys.argv = ["conclave", *map(str, arguments)]
+    try:
+        conclave.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+FAST = ("--set", "federation.rounds=2", "--set", "partition.nodes=3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "conclave", "simulate", "digits", *FAST, "--out", str(folder), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_simulate_ends_with_one_json_object_and_leaves_a_report(run):
+    folder, done = run
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {"accuracy", "epsilon", "delta", "rounds", "bytes_per_node", "run"} <= result.keys()
+    assert (result["rounds"], result["delta"], result["run"]) == (2, 1e-5, str(folder))
+    assert 0 < result["epsilon"] <= 8
+    assert (folder / "report.html").is_file()
+    assert done.stderr == ""  # no progress bar and no library chatter where there is no terminal
+
+
+def test_audit_passes_a_true_ledger_and_exits_1_on_a_forged_one(run, capsys, tmp_path):
+    folder, _ = run
+    status, out, _ = call(capsys, "audit", "ledger", folder, "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (status, result["verdict"], len(result["ledgers"])) == (0, "NOT_REFUTED", 3)
+    forged = tmp_path / "forged.db"
+    with sqlite3.connect(folder / "ledgers" / "node-0001.db") as source, sqlite3.connect(forged) as copy:
+        source.backup(copy)
+        copy.execute("DROP TRIGGER entries_never_change")
+        copy.execute("UPDATE entries SET rdp_charge = '1' WHERE seq = 1")
+    status, out, _ = call(capsys, "audit", "ledger", forged, "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (status, result["verdict"]) == (1, "VIOLATED")
+    assert any("charged 1, must be at least" in text for text in result["ledgers"][str(forged)]["findings"])
+
+
+def test_an_exceeded_budget_is_a_violation(run, capsys, tmp_path):
+    folder, _ = run
+    poor = tmp_path / "poor.db"
+    with sqlite3.connect(folder / "ledgers" / "node-0000.db") as source, sqlite3.connect(poor) as copy:
+        source.backup(copy)
+        (document,) = copy.execute("SELECT document FROM genesis").fetchone()
+        genesis = json.loads(document) | {"epsilon": "4", "rdp_budget": "1"}
+        copy.execute("UPDATE genesis SET document = ?", (json.dumps(genesis),))
+    status, out, _ = call(capsys, "audit", "ledger", poor)
+    assert status == 1
+    assert "must be at most the budget of 4" in " ".join(out.split())
+
+
+def test_report_predict_scenarios_and_version(run, capsys):
+    folder, _ = run
+    (folder / "report.html").unlink()
+    status, out, _ = call(capsys, "report", folder, "--json")
+    assert status == 0
+    assert json.loads(out.splitlines()[-1]) == {"report": str(folder / "report.html")}
+    status, out, _ = call(capsys, "predict", folder, "digits:5", "--json")
+    assert status == 0
+    assert json.loads(out.splitlines()[-1])["label"] in range(10)
+    status, out, _ = call(capsys, "scenarios", "--json")
+    assert status == 0
+    assert "digits" in json.loads(out.splitlines()[-1])["scenarios"]
+    assert call(capsys, "--version")[1].startswith("conclave ")
+
+
+BAD = [
+    (("simulate", "digit"), "did you mean digits"),
+    (("simulate", "missing.toml"), "missing.toml: no such file"),
+    (("simulate", "digits", "--set", "privacy.epsilom=3"), "nearest known key is privacy.epsilon"),
+    (("simulate", "digits", "--set", "privacy.epsilon=0"), "privacy.epsilon is 0"),
+    (("simulate", "digits", "--set", "privacy.delta=1"), "privacy.delta is 1"),
+    (("simulate", "digits", "--set", "privacy.sampling_rate=1.5"), "privacy.sampling_rate is 1.5"),
+    (("simulate", "digits", "--set", "federation.experts_per_node=9"), "at most model.experts.routed 8"),
+    (("simulate", "digits", "--set", "federation.experts_per_node=0"), "federation.experts_per_node is 0"),
+    (("simulate", "digits", "--set", "federation.experts_per_node=1"), "at most federation.experts_per_node 1"),
+    (("simulate", "digits", "--set", "privacy"), "key.subkey=value"),
+    (("simulate", "digits", "--set", "seed=x.y.z"), "seed is 'x.y.z'"),
+    (("simulate", "digits", "--set", "partition.nodes=5000"), "at most the 1437 training records"),
+    (("simulate", "digits", "--set", "partition.min_records=800"), "fewer nodes or a milder skew"),
+    (("report", "nowhere"), "must be a run directory"),
+    (("predict", "nowhere", "digits:0"), "must be a folder that holds a saved model"),
+    (("audit", "ledger", "nowhere.db"), "nowhere.db: no such file"),
+    (("audit", "ledger", "."), "holds no ledger"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=lambda value: value if isinstance(value, str) else None)
+def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call(capsys, *arguments)
+    assert status == 2
+    assert sentence in err
+    assert err.startswith("conclave: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_a_non_empty_out_is_refused_and_left_alone(capsys, tmp_path):
+    (tmp_path / "precious").write_text("keep me")
+    status, _, err = call(capsys, "simulate", "digits", "--out", tmp_path)
+    assert status == 2
+    assert "must be a new or empty directory" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_help_imports_no_heavy_library():
+    code = "import sys, conclave\nsys.argv = ['conclave', '--help']\ntry: conclave.main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'flwr', 'opacus', 'matplotlib', 'pydantic'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

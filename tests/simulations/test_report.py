@@ -1,0 +1,76 @@
+"""The report: self-contained, and it says what it must."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from model.errors import BadInputError
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.catalog import find
+from simulations.report import write_report
+from simulations.simulate import simulate
+
+FAST = {"federation.rounds": 2, "partition.nodes": 3}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    scenario = read_scenario(find("digits"), FAST)
+    run = RunDirectory.create(scenario, tmp_path_factory.mktemp("report") / "run")
+    simulate(scenario, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(directory):
+    return write_report(directory).read_text()
+
+
+def test_it_loads_nothing_from_elsewhere(page):
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
+    assert not re.findall(r"url\((?!#)", page)
+    assert "<script" not in page
+
+
+def test_it_shows_every_chart_and_every_node(page, directory):
+    assert page.count("<svg") == 4
+    assert page.count("holds</td>") == len(directory.ledgers) == 3
+    for text in ("Accuracy per round", "Privacy spent per node", "Expert load", "Traffic against"):
+        assert text in page
+
+
+def test_it_states_the_claim_and_its_limits(page):
+    for text in (
+        "δ = 1e-05", "add or remove one", "Poisson-sampled DP-SGD", "numeric level", "assumed public",
+        "releases without privacy", "This is a simulation", "composition of their ledgers",
+    ):  # fmt: skip
+        assert text in page, text
+    assert "NO PRIVACY" not in page
+
+
+def test_the_same_run_renders_the_same_bytes(directory, page):
+    assert write_report(directory).read_text() == page
+
+
+def test_a_run_without_privacy_wears_the_banner(tmp_path):
+    scenario = read_scenario(find("digits"), FAST | {"privacy.mechanism": "none"})
+    run = RunDirectory.create(scenario, tmp_path / "open")
+    simulate(scenario, run)
+    page = write_report(run).read_text()
+    assert "NO PRIVACY" in page
+    assert page.count("<svg") == 3
+    assert ">inf<" in page
+
+
+def test_an_unfinished_run_is_refused_in_one_sentence(directory, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory.path, copy)
+    (copy / "metrics.jsonl").unlink()
+    with pytest.raises(BadInputError, match=r"metrics\.jsonl"):
+        write_report(RunDirectory(copy))
+    with pytest.raises(BadInputError, match="must be a run directory"):
+        RunDirectory.open(tmp_path)

@@ -1,0 +1,125 @@
+"""A whole simulation: reproducible, private, charged, and every part of it on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import load, parameters
+from privacy.ledger import Ledger
+from privacy.ledger_audit import audit_entries
+from server.checkpoint import read_checkpoint
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.catalog import find
+from simulations.simulate import simulate
+
+FAST = {"federation.rounds": 3, "partition.nodes": 4}
+
+
+def run(folder, **overrides):
+    scenario = read_scenario(find("digits"), FAST | overrides)
+    return simulate(scenario, RunDirectory.create(scenario, folder)), RunDirectory(folder)
+
+
+def events(directory):
+    """Ledger entries without what depends on the clock."""
+    clock = {"time", "prev_hash", "entry_hash"}
+    return [
+        [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in Ledger(path).entries()]
+        for path in directory.ledgers
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("run") / "a")
+
+
+def test_the_same_seed_gives_identical_model_bytes_and_ledger_events(finished, tmp_path):
+    _, first = finished
+    _, second = run(tmp_path / "b")
+    for name in ("model/model.safetensors", "model/model.json", "scenario.toml"):
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
+    assert events(first) == events(second)
+
+
+def test_another_seed_gives_another_model_and_other_events(finished, tmp_path):
+    _, first = finished
+    _, other = run(tmp_path / "c", seed=77)
+    name = "model/model.safetensors"
+    assert (first.path / name).read_bytes() != (other.path / name).read_bytes()
+    assert not {e["charge_id"] for node in events(first) for e in node} & {
+        e["charge_id"] for node in events(other) for e in node
+    }
+
+
+def test_every_node_is_charged_once_a_round_and_stays_within_its_budget(finished):
+    summary, directory = finished
+    assert len(directory.ledgers) == 4
+    for path in directory.ledgers:
+        ledger = Ledger(path)
+        result = audit_entries(ledger.genesis, ledger.entries())
+        assert result.findings == []
+        assert result.charges == 3
+        assert [entry.round for entry in ledger.entries() if entry.state == "COMMITTED"] == [1, 2, 3]
+        assert 7.9 < result.epsilon <= 8.0  # σ uses the budget up, and no more
+        assert all(entry.rng == "seeded" for entry in ledger.entries())
+    assert summary.epsilon == max(Ledger(path).epsilon_spent for path in directory.ledgers)
+
+
+def test_the_run_directory_holds_the_whole_run(finished):
+    summary, directory = finished
+    assert RunDirectory.open(directory.path).scenario.federation.rounds == 3
+    lines = directory.metrics()
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["accuracy"] == summary.accuracy
+    assert all(line["accepted"] == 4 and line["dropped"] == 0 and not line["refused"] for line in lines)
+    assert sum(lines[-1]["load"][0]) == pytest.approx(1.0)
+    environment = json.loads((directory.path / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    network = load(directory.path / "model")
+    wire = parameters.split(network.state_dict(), network.held)
+    checkpoint = read_checkpoint(directory.checkpoint)
+    assert checkpoint.round == 3
+    assert all(torch.equal(tensor, wire[name]) for name, tensor in checkpoint.tensors.items())
+    assert load_file(directory.path / "model/model.safetensors").keys() == wire.keys()
+
+
+def test_a_node_exchanges_its_part_of_the_model_and_no_more(finished):
+    _, directory = finished
+    config = directory.scenario.model
+    line = directory.metrics()[-1]
+
+    def tensor_bytes(held):
+        return 4 * sum(shape.numel() for shape in parameters.shapes(config, held).values())
+
+    part, whole = tensor_bytes({0: (0, 1, 2, 3)}), tensor_bytes(config.all_experts)
+    overhead = 8192  # documents, tensor names, Flower's object headers
+    assert part < line["bytes_up_per_node"] < part + overhead
+    assert part < line["bytes_down_per_node"] < part + overhead
+    assert 2 * whole < line["bytes_full_model"] < 2 * (whole + overhead)
+
+
+def test_without_privacy_says_so_everywhere(tmp_path):
+    summary, directory = run(tmp_path / "d", **{"privacy.mechanism": "none"})
+    assert summary.epsilon == float("inf")
+    assert {e["rdp_charge"] for node in events(directory) for e in node if e["state"] == "RESERVED"} == {"inf"}
+
+
+def test_partial_cohorts_charge_only_who_took_part(tmp_path):
+    _, directory = run(tmp_path / "e", **{"federation.cohort": {"kind": "fixed", "size": 2}, "partition.nodes": 6})
+    charged = [sum(e["state"] == "COMMITTED" for e in node) for node in events(directory)]
+    assert sum(charged) == 3 * 2
+    assert all(line["asked"] == line["accepted"] == 2 for line in directory.metrics())
+
+
+def test_a_round_that_finds_nobody_changes_nothing_and_costs_nothing(tmp_path):
+    _, directory = run(tmp_path / "f", **{"federation.cohort": {"kind": "poisson", "rate": 1e-9}})
+    assert all(line["asked"] == 0 for line in directory.metrics())
+    assert len({line["loss"] for line in directory.metrics()}) == 1
+    assert not any(events(directory))

@@ -16,7 +16,8 @@ class Frozen(BaseModel):
 class ImagePatchConfig(Frozen):
     """Cut an image into square patches; each patch is one token.
 
-    ``patch`` must divide both sides. ``height == width == patch`` gives a single token.
+    ``patch`` must divide both sides. ``height == width == patch`` gives a single token. Values enter as
+    ``(value − center)/scale``: public constants, never statistics of private records.
     """
 
     kind: Literal["image-patch"] = "image-patch"
@@ -24,6 +25,8 @@ class ImagePatchConfig(Frozen):
     width: int = Field(ge=1, le=4096)
     channels: int = Field(default=1, ge=1, le=64)
     patch: int = Field(ge=1, le=4096)
+    center: float = Field(default=0.0, ge=-1e6, le=1e6)
+    scale: float = Field(default=1.0, gt=0.0, le=1e6)
 
     @model_validator(mode="after")
     def _patch_divides(self) -> ImagePatchConfig:

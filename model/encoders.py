@@ -42,7 +42,8 @@ class ImagePatchEncoder(nn.Module):
                 f"images of shape {list(image_BCHW.shape[1:])} (channels, height, width), "
                 f"must be {[c.channels, c.height, c.width]}"
             )
-        patch_BVT = nn.functional.unfold(image_BCHW, kernel_size=c.patch, stride=c.patch)
+        standard_BCHW = (image_BCHW - c.center) / c.scale
+        patch_BVT = nn.functional.unfold(standard_BCHW, kernel_size=c.patch, stride=c.patch)
         x_BTD: Tensor = self.embed(patch_BVT.transpose(1, 2))
         if self.position is not None:
             x_BTD = self.position(x_BTD)

@@ -1,0 +1,93 @@
+"""A small federation for the server's tests: plan, strategy, nodes, and replies made by hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+import torch
+from conftest import make_config
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
+from torch import Tensor
+
+from clients.protocol import Description, Plan, TrainReply, TrainRequest, body_of, decode, encode, pack, unpack
+from model import build, parameters
+from server.config import FederationConfig
+from server.strategy import ExpertStrategy
+
+_ids: Iterator[int] = itertools.count()
+
+
+def be_the_server() -> None:
+    """Flower wants to know who makes a message, as in ``simulations/inline_engine.py``."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 0
+
+
+def make_plan(**changes) -> Plan:
+    document = {
+        "model": make_config(),
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.5, "sampling_rate": 0.5},
+        "training": {"learning_rate": 0.5, "steps": 3},
+        "rounds": 10,
+        "noise_multiplier": 2.0,
+    }
+    return Plan.model_validate(document | changes)
+
+
+def describe(number: int, **changes) -> Description:
+    key = bytes([number]) * 32
+    document = {"public_key": key.hex(), "declared_size": 100 * number, "expert_capacity": 6}
+    return Description.model_validate(document | changes)
+
+
+def make_strategy(nodes: int = 4, plan: Plan | None = None, seed: int = 1, **federation) -> ExpertStrategy:
+    be_the_server()
+    plan = plan or make_plan()
+    network = build(plan.model, 1)
+    return ExpertStrategy(
+        plan=plan,
+        config=FederationConfig.model_validate({"rounds": plan.rounds, "experts_per_node": 3} | federation),
+        seed=seed,
+        run_id="1",
+        nodes={10 + number: describe(number) for number in range(1, nodes + 1)},
+        tensors=parameters.split(network.state_dict(), network.held),
+    )
+
+
+def ask(strategy: ExpertStrategy, round_number: int = 1) -> list[Message]:
+    requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), None)
+    for request in requests:
+        request.metadata.__dict__["_message_id"] = f"request-{next(_ids)}"
+    return requests
+
+
+def held_of(request: Message):
+    return decode(request.content, TrainRequest).held
+
+
+def received(request: Message, strategy: ExpertStrategy) -> dict[str, Tensor]:
+    return unpack(body_of(request.content), parameters.shapes(strategy.plan.model, held_of(request)))
+
+
+def delta_for(request: Message, strategy: ExpertStrategy, value: float = 0.001) -> dict[str, Tensor]:
+    shapes = parameters.shapes(strategy.plan.model, held_of(request))
+    return {name: torch.full(shape, value) for name, shape in shapes.items()}
+
+
+def reply_with(request: Message, content) -> Message:
+    """A reply to a request; ``content`` is a RecordDict or a Flower Error."""
+    reply = Message(content, reply_to=request)
+    reply.metadata.__dict__["_message_id"] = f"reply-{next(_ids)}"
+    return reply
+
+
+def train_reply(request: Message, delta: Mapping[str, Tensor]) -> Message:
+    return reply_with(request, encode(TrainReply(charge_id="0" * 64), pack(delta)))
+
+
+def document(text: str, body: bytes | None = None) -> RecordDict:
+    content = encode(TrainReply(charge_id="0"), body)
+    content["document"] = ConfigRecord({"json": text})
+    return content

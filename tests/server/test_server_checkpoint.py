@@ -1,0 +1,106 @@
+"""Checkpoints: what was written is read back, bit by bit; a failure leaves the previous one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from model import BadInputError
+from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+
+
+def sample(round_number=3) -> Checkpoint:
+    return Checkpoint(
+        round=round_number,
+        run_id="12345",
+        plan_hash="ab" * 32,
+        tensors={"shared/a:b": torch.tensor([-0.0, 1e-45, 1 / 3]), "expert/0/1/up.weight": torch.ones(2, 3)},
+        momentum={"shared/a:b": torch.tensor([5.0, 6.0, 7.0])},
+    )
+
+
+def same(a: Checkpoint, b: Checkpoint) -> bool:
+    def bits(tensors):
+        return {name: (t.shape, t.dtype, t.view(torch.int32).flatten().tolist()) for name, t in tensors.items()}
+
+    facts = [(c.round, c.run_id, c.plan_hash, bits(c.tensors), bits(c.momentum)) for c in (a, b)]
+    return facts[0] == facts[1]
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "checkpoint" / "round.safetensors"
+    write_checkpoint(path, sample())
+    assert same(read_checkpoint(path), sample())
+    write_checkpoint(path, sample(4))
+    assert same(read_checkpoint(path), sample(4))
+    assert [p.name for p in path.parent.iterdir()] == ["round.safetensors"]
+
+
+def test_views_and_transposes_are_stored_by_value(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {"expert/0/0/up.weight": base[1], "expert/0/1/up.weight": base[2], "shared/t": base.clone().T}
+    path = tmp_path / "c"
+    write_checkpoint(path, Checkpoint(1, "r", "p", tensors, {}))
+    back = read_checkpoint(path)
+    assert all(torch.equal(back.tensors[name], t) for name, t in tensors.items())
+    assert back.momentum == {}
+
+
+def refusal(path) -> str:
+    with pytest.raises(BadInputError) as caught:
+        read_checkpoint(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_missing(tmp_path):
+    refusal(tmp_path / "nothing")
+    refusal(tmp_path)  # a directory
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.02, 0.3, 0.9, 0.999])
+def test_truncated(tmp_path, keep):
+    path = tmp_path / "c"
+    write_checkpoint(path, sample())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        (None, "model:a"),
+        ({"other": "1"}, "model:a"),
+        ({"state": "{"}, "model:a"),
+        ({"state": "[]"}, "model:a"),
+        ({"state": '{"round": 1}'}, "model:a"),
+        ({"state": '{"round": "x", "run_id": "1", "plan_hash": "p"}'}, "model:a"),
+        ({"state": '{"round": null, "run_id": "1", "plan_hash": "p"}'}, "model:a"),
+        ({"state": '{"round": 1, "run_id": "1", "plan_hash": "p"}'}, "optimizer:a"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(tmp_path, metadata, name):
+    path = tmp_path / "c"
+    path.write_bytes(save({name: torch.ones(1)}, metadata=metadata))
+    refusal(path)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
+    path = tmp_path / "c"
+    write_checkpoint(path, sample(3))
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(path, sample(4))
+    monkeypatch.undo()
+    assert same(read_checkpoint(path), sample(3))

@@ -100,6 +100,9 @@ def test_every_parameter_is_noised_also_unrouted_experts_and_the_noise_has_the_s
         assert law.ppf(1e-6) < float(values.square().sum()) < law.ppf(1 - 1e-6), name
         assert stats.kstest(values.numpy(), "norm").pvalue > 1e-6, name
     assert len(groups["all"]) > 5000
+    up, down = (noise[f"blocks.0.moe.experts.{layer}.weight"].flatten() for layer in ("up", "down"))
+    assert len(up) == len(down)  # two parameters of one size would show the same noise twice
+    assert abs(float(torch.corrcoef(torch.stack([up, down]))[0, 1])) < 5 / len(up) ** 0.5
 
 
 def test_noise_differs_between_parameters_steps_and_secrets():

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from clients.policy import Policy
 from clients.protocol import (
-    PROTOCOL_VERSION,
     Description,
     Plan,
     ProtocolError,
@@ -63,8 +62,6 @@ class Node:
         Raises:
             ProtocolError: with the code that the server may see.
         """
-        if request.version != PROTOCOL_VERSION:
-            raise ProtocolError("version-mismatch")
         plan = request.plan
         self.policy.admit(plan)
         self._check_assignment(plan, request)

@@ -21,7 +21,7 @@ from model.config import Frozen, HeldExperts, ModelConfig
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION: Literal[1] = 1
 QUERY_DESCRIBE = "query.describe"
 TRAIN = "train"
 
@@ -75,7 +75,7 @@ class Plan(Frozen):
 class TrainRequest(Frozen):
     """Train one round. The tensors for exactly ``held`` travel beside it."""
 
-    version: int = PROTOCOL_VERSION
+    version: Literal[1] = PROTOCOL_VERSION
     run_id: str = Field(max_length=128)
     round: int = Field(ge=1)
     plan: Plan
@@ -85,14 +85,14 @@ class TrainRequest(Frozen):
 class TrainReply(Frozen):
     """A committed release. The delta for exactly what was sent travels beside it."""
 
-    version: int = PROTOCOL_VERSION
+    version: Literal[1] = PROTOCOL_VERSION
     charge_id: str = Field(max_length=64)
 
 
 class Description(Frozen):
     """What a node says about itself: public by assumption, never computed from record values."""
 
-    version: int = PROTOCOL_VERSION
+    version: Literal[1] = PROTOCOL_VERSION
     public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
     declared_size: int = Field(ge=1)
     expert_capacity: int = Field(ge=1)
@@ -106,7 +106,7 @@ class Description(Frozen):
 class Refusal(Frozen):
     """The node refused, and this code is all it says."""
 
-    version: int = PROTOCOL_VERSION
+    version: Literal[1] = PROTOCOL_VERSION
     code: Code
 
 

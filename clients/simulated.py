@@ -49,7 +49,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
     ledger is a simulation ledger and says so.
     """
     sections, dataset, shares = deal(scenario_toml)
-    root = derive(sections.seed.to_bytes(32, "big", signed=True), "simulated node", number)
+    root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     index = torch.from_numpy(shares[number])
     records = {name: tensor[index] for name, tensor in dataset.train.items()}
     path = ledger_path(Path(run_dir), number)

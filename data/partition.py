@@ -35,7 +35,7 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np
     try:
         with warnings.catch_warnings():  # the Dirichlet partitioner warns at each of its own retries
             warnings.simplefilter("ignore", UserWarning)
-            return [
+            shares = [
                 np.sort(np.asarray(partitioner.load_partition(node)["record"], dtype=np.int64))
                 for node in range(config.nodes)
             ]
@@ -44,6 +44,13 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np
             f"partition: {config.scheme} cannot deal {len(labels)} records to {config.nodes} nodes "
             "with these settings; use fewer nodes or a milder skew"
         ) from error
+    dealt = sum(map(len, shares))
+    if dealt != len(labels):
+        raise BadInputError(
+            f"partition: {config.scheme} on {config.nodes} nodes would leave {len(labels) - dealt} of {len(labels)} records to nobody, "
+            "there must be at least one node for every label"
+        )
+    return shares
 
 
 def _partitioner(config: PartitionConfig, seed: int) -> Partitioner:
@@ -62,5 +69,6 @@ def _partitioner(config: PartitionConfig, seed: int) -> Partitioner:
         num_partitions=config.nodes,
         partition_by="label",
         num_classes_per_partition=config.labels_per_node,
+        class_assignment_mode="first-deterministic",  # node i sees label i first, so no label is forgotten
         seed=seed,
     )

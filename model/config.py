@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
-    """Base of every configuration: immutable, and an unknown key is an error, never ignored."""
+    """Base of every configuration: immutable; an unknown key is an error, and a value is never converted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ImagePatchConfig(Frozen):

@@ -44,7 +44,7 @@ class GroupedLinear(nn.Module):
         else:
             rows_NO = F.grouped_mm(rows_NI, self.weight, offs=offsets_E)
         if rows_NO.requires_grad:  # grouped_mm's backward raises on an expanded (stride-0) gradient
-            rows_NO.register_hook(torch.Tensor.contiguous)
+            rows_NO.register_hook(lambda grad: grad if grad is None else grad.contiguous())
         return rows_NO
 
 

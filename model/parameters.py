@@ -20,6 +20,7 @@ from model.config import HeldExperts, ModelConfig
 from model.network import Network
 
 _STACKED = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.(?P<part>experts|router)\.(?P<name>.+)")
+_NUMBER = re.compile(r"0|[1-9][0-9]*")  # one spelling only: no leading zeros, no other scripts
 _PART_TO_GROUP = {"experts": "expert", "router": "router"}
 _GROUP_TO_PART = {group: part for part, group in _PART_TO_GROUP.items()}
 
@@ -42,7 +43,7 @@ def owner(wire_name: str) -> Owner:
     if group == "shared" and rest:
         return Owner("shared", None, None)
     parts = rest.split("/")
-    if group in _GROUP_TO_PART and len(parts) == 3 and parts[0].isdecimal() and parts[1].isdecimal() and parts[2]:
+    if group in _GROUP_TO_PART and len(parts) == 3 and all(map(_NUMBER.fullmatch, parts[:2])) and parts[2]:
         return Owner(group, int(parts[0]), int(parts[1]))
     raise ValueError("not a parameter name")
 

@@ -50,10 +50,10 @@ class SoftmaxRouter(nn.Module):
         if allowed < self.top_k:
             raise BadInputError(f"top_k is {self.top_k}, must be at most the {allowed} experts present")
         logits_BTE = self.score(x_BTD).masked_fill(~allowed_E, float("-inf"))
-        prob_BTE = logits_BTE.softmax(dim=-1)
-        chosen_BTK, experts_BTK = prob_BTE.topk(self.top_k, dim=-1)
-        weights_BTK = chosen_BTK / chosen_BTK.sum(dim=-1, keepdim=True)
-        return Routing(weights_BTK, experts_BTK, example_balance_loss(prob_BTE, experts_BTK, allowed))
+        # Choose by logit: a probability can underflow to the 0 of a forbidden expert, a logit never to its −inf.
+        chosen_BTK, experts_BTK = logits_BTE.topk(self.top_k, dim=-1)
+        aux_B = example_balance_loss(logits_BTE.softmax(dim=-1), experts_BTK, allowed)
+        return Routing(chosen_BTK.softmax(dim=-1), experts_BTK, aux_B)
 
 
 def example_balance_loss(prob_BTE: Tensor, experts_BTK: Tensor, allowed: int) -> Tensor:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Size, Tensor
 
 from model import parameters
 from model.config import ModelConfig
@@ -20,11 +21,19 @@ from model.network import Network, from_state
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old or the new content and never a mixture."""
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:
@@ -33,6 +42,13 @@ def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) ->
     tensors = {name: tensor.detach().contiguous() for name, tensor in wire.items()}
     write_atomically(folder / "model.safetensors", save(tensors))
     write_atomically(folder / "model.json", config.model_dump_json(indent=2).encode())
+
+
+def _check_belongs(wire: Mapping[str, Tensor], expected: Mapping[str, Size]) -> None:
+    if {name: tensor.shape for name, tensor in wire.items()} != expected:
+        raise ValueError("other tensors than the configuration describes")
+    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in wire.values()):
+        raise ValueError("tensors must be finite and float32")
 
 
 def load(folder: Path) -> Network:
@@ -52,6 +68,7 @@ def load(folder: Path) -> Network:
         ) from error
     try:
         wire = load_file(folder / "model.safetensors")
+        _check_belongs(wire, parameters.shapes(config, config.all_experts))
         network = from_state(config, config.all_experts, parameters.join(wire, config.all_experts))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise BadInputError(

@@ -35,7 +35,7 @@ class RunDirectory:
         """
         if out is None:
             stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-            out = Path("runs") / f"{scenario.name}-{stamp}"
+            out = _unused(Path("runs") / f"{scenario.name}-{stamp}")
         try:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise BadInputError(f"--out {out}: not empty, must be a new or empty directory")
@@ -107,6 +107,15 @@ class RunDirectory:
     def save_model(self, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:
         """Write the final model."""
         save_model(self.path / "model", config, wire)
+
+
+def _unused(path: Path) -> Path:
+    """Return ``path``, or the first of path-2, path-3, … that does not exist: two runs may start in one second."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
 
 
 def _environment(seed: int) -> dict[str, Any]:

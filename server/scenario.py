@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, ValidationError, model_validator
 
 from clients.protocol import Plan, TrainingConfig
 from data.config import DataConfig, PartitionConfig
@@ -20,6 +18,7 @@ from model.errors import BadInputError
 from privacy.accounting import calibrate_noise
 from privacy.config import PrivacyConfig
 from server.config import FederationConfig
+from server.explain import explain, keys_of
 
 Overrides = Mapping[str, Any]
 
@@ -32,7 +31,7 @@ class Scenario(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     description: str = ""
-    seed: int = Field(default=1, ge=-(2**63), lt=2**63)
+    seed: int = Field(default=1, ge=0, lt=2**63)
     model: ModelConfig
     data: DataConfig
     partition: PartitionConfig
@@ -119,12 +118,15 @@ def parse_scenario(text: str, *, where: str, overrides: Overrides | None = None)
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BadInputError(f"{where}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise BadInputError(f"{where}: nested too deeply, must be a scenario in TOML") from error
     for key, value in (overrides or {}).items():
         _put(document, key, value)
+    _drop_stale_options(document, overrides or {})
     try:
         return Scenario.model_validate(document)
     except ValidationError as error:
-        raise BadInputError(f"{where}: {explain(error.errors()[0])}") from error
+        raise BadInputError(f"{where}: {explain(error, Scenario)}") from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -137,24 +139,12 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise BadInputError(f"--set {text}: must have the form key.subkey=value")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
-
-
-def explain(error: ErrorDetails) -> str:
-    """Turn a validation error into one sentence: key, value, what is allowed, nearest known key."""
-    key = ".".join(str(part) for part in error["loc"] if part not in _DISCRIMINATOR_TAGS)
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(key)}"
-    if error["type"] == "missing":
-        return f"{key} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not key or error["type"] == "value_error":
-        return f"{key}: {message}" if key and not message.startswith(key) else message
-    return f"{key} is {error['input']!r}, {message[0].lower()}{message[1:].replace('Input ', '')}".replace(
-        "input should", "must"
-    )
+    if parsed.keys() != {"value"}:
+        raise BadInputError(f"--set {key.strip()}: must set one key to one value")
+    return key.strip(), parsed["value"]
 
 
 def _put(document: dict[str, Any], key: str, value: object) -> None:
@@ -166,25 +156,17 @@ def _put(document: dict[str, Any], key: str, value: object) -> None:
     document[last] = value
 
 
-def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key, _known_keys(), n=1, cutoff=0.5)
-    return f", the nearest known key is {close[0]}" if close else ""
-
-
-def _known_keys() -> list[str]:
-    schema = TypeAdapter(Scenario).json_schema()
-
-    def walk(node: Mapping[str, Any], prefix: str) -> list[str]:
-        if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-        found = []
-        for name, child in node.get("properties", {}).items():
-            found += [prefix + name, *walk(child, f"{prefix}{name}.")]
-        for option in node.get("oneOf", []):
-            found += walk(option, prefix)
-        return found
-
-    return walk(schema, "")
-
-
-_DISCRIMINATOR_TAGS = {"iid", "dirichlet", "pathological", "fixed", "poisson", "all", "function-after"}
+def _drop_stale_options(document: dict[str, Any], overrides: Overrides) -> None:
+    """Where an override picks another option of a table, forget the file's keys that only the old one had."""
+    for key in overrides:
+        table_key, _, field = key.rpartition(".")
+        options = keys_of(Scenario).options(table_key) if field in ("scheme", "kind") else {}
+        fields = options.get(str(overrides[key]))
+        if fields is None:
+            continue
+        table = document
+        for part in table_key.split("."):
+            table = table[part]
+        for name in set(table) - fields:
+            if f"{table_key}.{name}" not in overrides:
+                del table[name]

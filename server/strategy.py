@@ -133,8 +133,7 @@ class ExpertStrategy(Strategy):
             if contribution is not None:
                 contributions[contribution.node] = contribution
         self.tally.accepted = len(contributions)
-        heard = self.tally.accepted + self.tally.dropped + sum(self.tally.refused.values())
-        self.tally.missing = max(0, self.tally.asked - heard)
+        self.tally.missing = len(self._asked)  # who answered has been struck off
         if not contributions:
             return None, None
         averaged = average(list(contributions.values()), self.config.min_holders)

@@ -110,7 +110,6 @@ def test_an_exhausted_budget_is_an_orderly_answer(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"version": 2}, "version-mismatch"),
         ({"held": {0: (1,)}}, "bad-request"),  # fewer experts than top_k
         ({"held": {0: (3, 1, 4)}}, "bad-request"),
         ({"held": {0: (1, 1, 4)}}, "bad-request"),

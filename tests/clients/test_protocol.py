@@ -100,10 +100,10 @@ def test_what_is_no_reply_is_a_bad_request(content):
 
 
 def test_another_version_is_named_as_such():
-    text = json.dumps({"version": 2, "novelty": True})
-    with pytest.raises(ProtocolError) as caught:
-        decode(document(text), TrainReply)
-    assert caught.value.code == "version-mismatch"
+    for text in ({"version": 2, "novelty": True}, {"version": 99, "charge_id": "x"}):
+        with pytest.raises(ProtocolError) as caught:
+            decode(document(json.dumps(text)), TrainReply)
+        assert caught.value.code == "version-mismatch"
 
 
 def tensors(**changes) -> bytes:

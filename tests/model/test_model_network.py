@@ -192,6 +192,15 @@ def test_patches_come_in_reading_order():
             place += 1
 
 
+def test_values_enter_centred_and_scaled():
+    config = ImagePatchConfig(height=2, width=2, patch=2, center=3.0, scale=0.5)
+    encoder = ImagePatchEncoder(config, width=4)
+    with torch.no_grad():
+        encoder.embed.weight.copy_(torch.eye(4))
+    image = torch.tensor([[[[3.0, 4.0], [2.0, 0.0]]]])
+    assert encoder(image).tolist() == [[[0.0, 2.0, -2.0, -6.0]]]
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 8, 9), (3, 2, 8, 8), (3, 8, 8), (3, 64), (2, 3, 1, 8, 8)])
 def test_images_of_another_shape_are_bad_input(config, shape):
     with pytest.raises(BadInputError, match=r"must be \[1, 8, 8\]") as caught:

@@ -64,7 +64,11 @@ def test_select_and_join_give_a_holder_exactly_its_part(held, data):
         name
         for layer, experts in part.items()
         for e in experts
-        for name in (f"router/{layer}/{e}/score.weight", f"expert/{layer}/{e}/up.weight", f"expert/{layer}/{e}/down.weight")
+        for name in (
+            f"router/{layer}/{e}/score.weight",
+            f"expert/{layer}/{e}/up.weight",
+            f"expert/{layer}/{e}/down.weight",
+        )
     }
     assert set(chosen) == shared | own
     assert len(chosen) == len(set(chosen))

@@ -43,8 +43,8 @@ def test_routing_equals_a_loop_over_tokens(top_k, mask):
     assert torch.allclose(routing.weights_BTK.sum(-1), torch.ones(5, 7, dtype=x.dtype), rtol=0, atol=1e-12)
     for b in range(5):
         aux = 0.0
-        picked = {e: 0 for e in range(HELD)}
-        mean = {e: 0.0 for e in range(HELD)}
+        picked = dict.fromkeys(range(HELD), 0)
+        mean = dict.fromkeys(range(HELD), 0.0)
         for t in range(7):
             best, weights, prob = loop_route(router.score.weight.tolist(), x[b, t].tolist(), mask, top_k)
             assert routing.experts_BTK[b, t].tolist() == best
@@ -116,3 +116,16 @@ def test_balance_loss_does_not_couple_examples():
         assert gradient[b].any()
         alone = example_balance_loss(prob[b : b + 1], prob[b : b + 1].topk(2).indices, HELD)
         assert torch.equal(alone[0], loss[b])
+
+
+def test_a_forbidden_expert_is_not_chosen_even_where_allowed_probabilities_underflow():
+    router = SoftmaxRouter(8, 6, 2)
+    with torch.no_grad():
+        router.score.weight.zero_()
+        router.score.weight[5, 0] = 300.0  # the softmax of every other expert is exactly 0
+    x_BTD = torch.zeros(1, 1, 8)
+    x_BTD[..., 0] = 1.0
+    allowed_E = torch.tensor([False, False, False, False, True, True])
+    routing = router.route(x_BTD, allowed_E)
+    assert routing.experts_BTK.flatten().tolist() == [5, 4]
+    assert routing.weights_BTK.isfinite().all()

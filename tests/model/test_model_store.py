@@ -110,3 +110,25 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch, call):
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_weights_that_do_not_belong_to_the_configuration_are_refused(tmp_path):
+    network = build(make_config(), seed=1)
+    wire = parameters.split(network.state_dict(), network.held)
+    spoiled = {
+        "fewer": (make_config(routed=5), wire),
+        "double": (make_config(), {name: tensor.double() for name, tensor in wire.items()}),
+        "nan": (make_config(), wire | {"shared/head.score.weight": wire["shared/head.score.weight"] * float("nan")}),
+        "extra": (make_config(), wire | {"shared/more": torch.zeros(1)}),
+    }
+    for name, (config, tensors) in spoiled.items():
+        save_model(tmp_path / name, config, tensors)
+        with pytest.raises(BadInputError, match="not the weights that"):
+            load(tmp_path / name)
+
+
+def test_a_failed_write_leaves_no_partial_file(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OSError, match="taken"):
+        write_atomically(tmp_path / "taken", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -1,0 +1,79 @@
+"""The run directory: created once, read back as written, damage said in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from model import BadInputError
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.catalog import find
+
+
+@pytest.fixture
+def scenario():
+    return read_scenario(find("digits"), {"seed": 5})
+
+
+def test_what_was_written_is_read_back(tmp_path, scenario):
+    created = RunDirectory.create(scenario, tmp_path / "a" / "run")
+    run = RunDirectory.open(created.path)
+    assert run.scenario == scenario
+    assert run.environment["seed"] == 5
+    assert run.environment["packages"]["torch"]
+    assert run.ledgers == []
+    lines = [{"round": 1, "accuracy": 0.1}, {"round": 2, "accuracy": 1 / 3}]
+    for line in lines:
+        run.append_metrics(line)
+    assert run.metrics() == lines
+
+
+def test_a_name_of_its_own_without_out(tmp_path, scenario, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = RunDirectory.create(scenario).path
+    assert path.parent.name == "runs"
+    assert path.name.startswith("digits-2")
+
+
+def test_an_empty_directory_may_be_used_a_full_one_not(tmp_path, scenario):
+    RunDirectory.create(scenario, tmp_path)
+    before = (tmp_path / "scenario.toml").read_bytes()
+    with pytest.raises(BadInputError, match="not empty, must be a new or empty directory"):
+        RunDirectory.create(scenario, tmp_path)
+    assert (tmp_path / "scenario.toml").read_bytes() == before
+
+
+def test_a_file_in_the_way_is_bad_input(tmp_path, scenario):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BadInputError) as caught:
+            RunDirectory.create(scenario, out)
+        assert str(out) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(BadInputError, match=r"no scenario.toml here, must be a run directory"):
+            RunDirectory.open(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [(None, "missing or damaged"), ('{"a": 1}\n{"b', "damaged"), ("", "empty")]
+)
+def test_damaged_metrics_are_bad_input(tmp_path, scenario, content, sentence):
+    run = RunDirectory.create(scenario, tmp_path)
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(BadInputError, match=sentence):
+        run.metrics()
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path, scenario):
+    run = RunDirectory.create(scenario, tmp_path)
+    for number in (1, 2, 3):
+        run.append_metrics({"round": number, "text": "a\nb"})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]

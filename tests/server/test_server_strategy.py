@@ -1,0 +1,371 @@
+"""A round with hand-made replies: bad ones are dropped or refused and counted, good ones still count."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from conftest import make_config
+from flwr.app import ArrayRecord, Error, Message, RecordDict
+from safetensors.torch import save
+from server_samples import (
+    ask,
+    be_the_server,
+    delta_for,
+    describe,
+    document,
+    held_of,
+    make_plan,
+    make_strategy,
+    received,
+    reply_with,
+    train_reply,
+)
+
+from clients.protocol import CODES, TRAIN, Refusal, TrainReply, TrainRequest, decode, encode, pack
+from model import parameters
+
+NO_PRIVACY = make_plan(
+    noise_multiplier=None,
+    privacy={"mechanism": "none", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
+)
+
+
+def values(strategy):
+    return {name: t.clone() for name, t in strategy.optimizer.snapshot().items()}
+
+
+def with_tensor(delta, pick, change):
+    name = next(n for n in sorted(delta) if n.startswith(pick))
+    return delta | {name: change(delta[name])}
+
+
+# Each makes a bad reply out of a request: (request, its honest delta) → reply.
+def no_document(request, delta):
+    return reply_with(request, RecordDict({"other": ArrayRecord()}))
+
+
+def no_json(request, delta):
+    return reply_with(request, document("{", pack(delta)))
+
+
+def an_extra_field(request, delta):
+    return reply_with(request, document('{"version": 1, "charge_id": "0", "loss": 0.25}', pack(delta)))
+
+
+def no_tensors(request, delta):
+    return reply_with(request, encode(TrainReply(charge_id="0")))
+
+
+def garbage_tensors(request, delta):
+    return reply_with(request, encode(TrainReply(charge_id="0"), b"\x08" + b"\x00" * 40))
+
+
+def a_pickle(request, delta):
+    content = encode(TrainReply(charge_id="0"), pack(delta))
+    content["tensors"]["body"].stype = "pickle"
+    return reply_with(request, content)
+
+
+def a_missing_tensor(request, delta):
+    return train_reply(request, {n: t for n, t in delta.items() if n != "shared/head.score.weight"})
+
+
+def wrong_shape(request, delta):
+    return train_reply(request, with_tensor(delta, "expert/", lambda t: t.T.contiguous()))
+
+
+def flat_shape(request, delta):
+    return train_reply(request, with_tensor(delta, "shared/", torch.flatten))
+
+
+def wrong_type(request, delta):
+    body = save(with_tensor(delta, "shared/", lambda t: t.double()))
+    return reply_with(request, encode(TrainReply(charge_id="0"), body))
+
+
+def a_nan(request, delta):
+    return train_reply(request, with_tensor(delta, "router/", lambda t: t.index_fill(0, torch.tensor([1]), math.nan)))
+
+
+def an_infinity(request, delta):
+    return train_reply(request, with_tensor(delta, "expert/", lambda t: t / 0.0))
+
+
+def another_expert(request, delta):
+    (mine,) = held_of(request).values()
+    other = min(set(range(6)) - set(mine))
+    renamed = {n.replace(f"/0/{mine[0]}/", f"/0/{other}/"): t for n, t in delta.items()}
+    return train_reply(request, renamed)
+
+
+def one_expert_too_many(request, delta):
+    (mine,) = held_of(request).values()
+    other = min(set(range(6)) - set(mine))
+    extra = {n.replace(f"/0/{mine[0]}/", f"/0/{other}/"): t.clone() for n, t in delta.items() if f"/0/{mine[0]}/" in n}
+    return train_reply(request, delta | extra)
+
+
+def an_odd_name(request, delta):
+    return train_reply(request, delta | {"shared/../../etc": torch.ones(1)})
+
+
+def over_the_norm(request, delta):
+    return train_reply(request, {n: torch.full_like(t, 1e6) for n, t in delta.items()})
+
+
+def overflowing(request, delta):
+    return train_reply(request, {n: torch.full_like(t, 3e38) for n, t in delta.items()})
+
+
+def a_description(request, delta):
+    return reply_with(request, encode(describe(1), pack(delta)))
+
+
+def a_flower_error(request, delta):
+    return reply_with(request, Error(code=0, reason="the app crashed"))
+
+
+BAD = [
+    no_document,
+    no_json,
+    an_extra_field,
+    no_tensors,
+    garbage_tensors,
+    a_pickle,
+    a_missing_tensor,
+    wrong_shape,
+    flat_shape,
+    wrong_type,
+    a_nan,
+    an_infinity,
+    another_expert,
+    one_expert_too_many,
+    an_odd_name,
+    over_the_norm,
+    overflowing,
+    a_description,
+    a_flower_error,
+]
+
+
+@pytest.mark.parametrize("spoil", BAD)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bad_reply_is_dropped_and_a_good_one_still_counts(spoil, first):
+    strategy = make_strategy(nodes=2)
+    before = values(strategy)
+    bad, good = ask(strategy)
+    replies = [spoil(bad, delta_for(bad, strategy)), train_reply(good, delta_for(good, strategy))]
+    arrays, metrics = strategy.aggregate_train(1, replies if first else reversed(replies))
+    tally = strategy.tally
+    assert (tally.asked, tally.accepted, tally.dropped, tally.missing) == (2, 1, 1, 0)
+    assert tally.refused == Counter()
+    expected = parameters.shapes(strategy.plan.model, held_of(good))
+    for name, tensor in values(strategy).items():
+        assert torch.equal(tensor, before[name] + 0.001 if name in expected else before[name]), name
+    assert set(arrays) == set(before)
+    assert metrics["accepted"] == 1
+
+
+@pytest.mark.parametrize("spoil", BAD)
+def test_a_round_of_bad_replies_changes_nothing(spoil):
+    strategy = make_strategy(nodes=3, optimizer={"momentum": 0.9})
+    requests = ask(strategy)
+    strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy)) for r in requests])
+    before, momentum = values(strategy), {n: t.clone() for n, t in strategy.optimizer.momentum().items()}
+    requests = ask(strategy, 2)
+    outcome = strategy.aggregate_train(2, [spoil(r, delta_for(r, strategy)) for r in requests])
+    assert outcome == (None, None)
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, 3)
+    assert all(torch.equal(t, before[n]) for n, t in values(strategy).items())
+    assert all(torch.equal(t, momentum[n]) for n, t in strategy.optimizer.momentum().items())
+
+
+@pytest.mark.parametrize("code", [code for code in CODES if code != "bad-request"])
+def test_a_refusal_is_counted_by_its_code(code):
+    strategy = make_strategy(nodes=3)
+    first, second, good = ask(strategy)
+    refusals = [reply_with(r, encode(Refusal(code=code))) for r in (first, second)]
+    strategy.aggregate_train(1, [*refusals, train_reply(good, delta_for(good, strategy))])
+    tally = strategy.tally
+    assert tally.refused == {code: 2}
+    assert (tally.accepted, tally.dropped, tally.missing) == (1, 0, 0)
+
+
+def test_silent_nodes_are_missing():
+    strategy = make_strategy(nodes=4)
+    requests = ask(strategy)
+    strategy.aggregate_train(1, [train_reply(requests[0], delta_for(requests[0], strategy))])
+    assert (strategy.tally.accepted, strategy.tally.missing) == (1, 3)
+    ask(strategy, 2)
+    before = values(strategy)
+    assert strategy.aggregate_train(2, []) == (None, None)
+    assert (strategy.tally.accepted, strategy.tally.dropped, strategy.tally.missing) == (0, 0, 4)
+    assert all(torch.equal(t, before[n]) for n, t in values(strategy).items())
+
+
+def test_the_second_reply_of_a_node_is_dropped():
+    strategy = make_strategy(nodes=2)
+    before = values(strategy)
+    one, two = ask(strategy)
+    replies = [train_reply(one, delta_for(one, strategy, 0.001)), train_reply(one, delta_for(one, strategy, 0.002))]
+    strategy.aggregate_train(1, [*replies, train_reply(two, delta_for(two, strategy, 0.001))])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (2, 1)
+    name = "shared/head.score.weight"
+    torch.testing.assert_close(values(strategy)[name], before[name] + 0.001, rtol=0, atol=1e-7)
+
+
+def test_a_reply_from_a_node_that_was_not_asked_is_dropped():
+    strategy = make_strategy(nodes=3, cohort={"kind": "fixed", "size": 1})
+    before = values(strategy)
+    (request,) = ask(strategy)
+    absent = next(11 + n for n in range(3) if 11 + n != request.metadata.dst_node_id)
+    for stranger in (absent, 999):
+        forged = Message(request.content, dst_node_id=stranger, message_type=TRAIN)
+        forged.metadata.__dict__["_message_id"] = "forged"
+        strategy.aggregate_train(1, [train_reply(forged, delta_for(request, strategy, 5.0))])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, 2)
+    assert all(torch.equal(t, before[n]) for n, t in values(strategy).items())
+    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy))])
+    assert strategy.tally.accepted == 1
+
+
+def test_a_reply_of_the_last_round_is_dropped_unless_asked_again():
+    strategy = make_strategy(nodes=6, cohort={"kind": "fixed", "size": 2})
+    rounds = [ask(strategy, r) for r in (1, 2)]
+    late = [r for r in rounds[0] if r.metadata.dst_node_id not in {q.metadata.dst_node_id for q in rounds[1]}]
+    assert late
+    strategy.aggregate_train(2, [train_reply(r, delta_for(r, strategy)) for r in late])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, len(late))
+
+
+@pytest.mark.parametrize(("share", "accepted"), [(0.999, 1), (1.001, 0)])
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_norm_bound_uses_the_nodes_own_size_and_parameters(share, accepted, number):
+    strategy = make_strategy(nodes=4)
+    request = next(r for r in ask(strategy) if r.metadata.dst_node_id == 10 + number)
+    shapes = parameters.shapes(strategy.plan.model, held_of(request))
+    count = sum(shape.numel() for shape in shapes.values())
+    # 3·lr·steps·(C + σC√d/(q·size)) with the numbers of make_plan and describe
+    bound = 3 * 0.5 * 3 * (1.5 + 2.0 * 1.5 * math.sqrt(count) / (0.5 * 100 * number))
+    value = share * bound / math.sqrt(count)
+    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy, value))])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (accepted, 1 - accepted)
+
+
+def test_without_privacy_there_is_no_norm_bound():
+    strategy = make_strategy(nodes=1, plan=NO_PRIVACY)
+    (request,) = ask(strategy)
+    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy, 1e6))])
+    assert strategy.tally.accepted == 1
+
+
+@pytest.mark.parametrize("weights", ["declared", "uniform"])
+def test_a_round_applies_the_weighted_mean_over_holders(weights):
+    strategy = make_strategy(nodes=4, weights=weights, optimizer={"learning_rate": 0.5, "decay": 0.5})
+    before = values(strategy)
+    requests = ask(strategy, 3)
+    strategy.aggregate_train(
+        3, [train_reply(r, delta_for(r, strategy, 0.001 * (r.metadata.dst_node_id - 10) ** 2)) for r in requests]
+    )
+    rate = 0.5 * (1 - 0.5 * 2 / 9)  # round 3 of 10
+    for name, tensor in values(strategy).items():
+        layer_expert = name.split("/")[1:3] if not name.startswith("shared/") else None
+        holders = [
+            r.metadata.dst_node_id - 10
+            for r in requests
+            if layer_expert is None or int(layer_expert[1]) in held_of(r)[int(layer_expert[0])]
+        ]
+        weight = {n: (100.0 * n if weights == "declared" else 1.0) for n in holders}
+        mean = sum(weight[n] * 0.001 * n**2 for n in holders) / sum(weight.values())
+        torch.testing.assert_close(tensor, before[name] + rate * mean, rtol=0, atol=1e-6)
+
+
+def test_an_expert_with_too_few_holders_keeps_its_value():
+    strategy = make_strategy(nodes=3, min_holders=2)
+    before = values(strategy)
+    requests = ask(strategy)
+    strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy)) for r in requests])
+    holders = Counter(e for r in requests for e in held_of(r)[0])
+    kept = {n for n, t in values(strategy).items() if torch.equal(t, before[n])}
+    single = {e for e in range(6) if holders[e] < 2}
+    assert 0 < len(single) < 6
+    assert kept == {n for n in before if not n.startswith("shared/") and int(n.split("/")[2]) in single}
+    assert strategy.tally.held_back == len(kept)
+
+
+def test_the_order_of_replies_does_not_touch_a_bit():
+    size = {11: 1e20, 12: 1.0, 13: -1e20, 14: 3e15}  # summed in another order, even float64 gives another result
+    results = []
+    for backwards in (False, True):
+        strategy = make_strategy(nodes=4, plan=NO_PRIVACY, weights="uniform")
+        replies = [train_reply(r, delta_for(r, strategy, size[r.metadata.dst_node_id])) for r in ask(strategy)]
+        strategy.aggregate_train(1, reversed(replies) if backwards else replies)
+        assert strategy.tally.accepted == 4
+        results.append(values(strategy))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_request_carries_exactly_the_nodes_part():
+    strategy = make_strategy(nodes=4)
+    now = values(strategy)
+    for request in ask(strategy, 2):
+        document = decode(request.content, TrainRequest)
+        assert (document.round, document.run_id, document.plan) == (2, "1", strategy.plan)
+        assert len(document.held[0]) == 3
+        tensors = received(request, strategy)
+        assert set(tensors) == set(parameters.select(now, document.held))
+        assert len(tensors) < len(now)
+        assert all(torch.equal(t, now[n]) for n, t in tensors.items())
+        assert request.metadata.group_id == "2"
+
+
+def test_requests_follow_the_seed_and_the_round():
+    def parts(seed, round_number):
+        requests = ask(make_strategy(nodes=4, seed=seed), round_number)
+        return [(r.metadata.dst_node_id, held_of(r)[0]) for r in requests]
+
+    assert parts(1, 1) == parts(1, 1)
+    assert len({tuple(sorted(parts(s, r))) for s, r in [(1, 1), (1, 2), (2, 1)]}) == 3
+
+
+def test_an_empty_poisson_round_asks_nobody_and_goes_on():
+    strategy = make_strategy(nodes=2, cohort={"kind": "poisson", "rate": 1e-9})
+    assert ask(strategy) == []
+    assert strategy.aggregate_train(1, []) == (None, None)
+    assert (strategy.tally.asked, strategy.tally.missing, strategy.tally.bytes_down) == (0, 0, 0)
+
+
+def test_a_small_node_gets_what_it_can_hold():
+    strategy = make_strategy(nodes=2)
+    node, _ = strategy.nodes[describe(1).fingerprint]
+    strategy.nodes[describe(1).fingerprint] = (node, describe(1, expert_capacity=2))
+    sizes = {r.metadata.dst_node_id: len(held_of(r)[0]) for r in ask(strategy)}
+    assert sizes == {11: 2, 12: 3}
+
+
+def test_bytes_are_tallied_both_ways():
+    be_the_server()
+    small, large = (make_strategy(nodes=2, plan=make_plan(model=make_config(hidden=h))) for h in (8, 64))
+    tallies = []
+    for strategy in (small, large):
+        requests = ask(strategy)
+        strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy)) for r in requests])
+        floats = sum(t.numel() for r in requests for t in delta_for(r, strategy).values())
+        # float32 payload, and per message at most 12 KiB of names, plan and Flower's object headers
+        for count in (strategy.tally.bytes_down, strategy.tally.bytes_up):
+            assert 4 * floats < count < 4 * floats + 2 * 12_288
+        assert 4 * sum(t.numel() for t in values(strategy).values()) * 2 < strategy.full_model_bytes()
+        tallies.append(strategy.tally)
+    assert tallies[0].bytes_down < tallies[1].bytes_down
+    assert tallies[0].bytes_up < tallies[1].bytes_up
+
+
+def test_a_node_that_answers_often_does_not_hide_the_silent_ones():
+    strategy = make_strategy(nodes=4)
+    first, *_ = ask(strategy)
+    reply = train_reply(first, delta_for(first, strategy))
+    strategy.aggregate_train(1, [reply, reply, reply])
+    assert (strategy.tally.accepted, strategy.tally.dropped, strategy.tally.missing) == (1, 2, 3)

@@ -1,0 +1,64 @@
+"""Bytes on the wire against a walk over Flower's objects."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from server_samples import ask, describe, make_strategy
+
+from clients.protocol import encode, pack
+from server.traffic import wire_bytes
+
+
+def objects(item) -> dict[str, bytes]:
+    """Every object below ``item`` by the hash of its content: equal ones are stored, and sent, once."""
+    content = item.deflate()
+    found = {hashlib.sha256(content).hexdigest(): content}
+    for child in (item.children or {}).values():
+        found |= objects(child)
+    return found
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        encode(describe(1)),
+        encode(describe(1), pack({"a": torch.arange(100.0)})),
+        RecordDict(
+            {"a": ArrayRecord({"x": Array(np.ones(7)), "y": Array(np.zeros((3, 5)))}), "m": MetricRecord({"k": 1})}
+        ),
+    ],
+)
+def test_wire_bytes_are_the_sum_of_the_deflated_objects(content):
+    assert wire_bytes(content) == sum(map(len, objects(content).values()))
+
+
+def test_a_request_counts_all_its_objects():
+    for request in ask(make_strategy(nodes=2)):
+        assert wire_bytes(request) == sum(map(len, objects(request).values()))
+        assert wire_bytes(request.content) == sum(map(len, objects(request.content).values()))
+
+
+def test_bytes_grow_with_the_tensors():
+    sizes = [wire_bytes(encode(describe(1), pack({"a": torch.rand(n)}))) for n in (10, 1000, 100_000)]
+    assert 4 * 990 <= sizes[1] - sizes[0] <= 4 * 990 + 64  # 64: longer numbers in headers
+    assert 4 * 99_000 <= sizes[2] - sizes[1] <= 4 * 99_000 + 64
+
+
+def test_equal_objects_are_sent_once():
+    def record(*values):
+        return RecordDict({f"r{i}": ArrayRecord({"x": Array(np.full(10_000, v))}) for i, v in enumerate(values)})
+
+    one, twice, two = (wire_bytes(record(*values)) for values in ((1.0,), (1.0, 1.0), (1.0, 2.0)))
+    assert twice - one < 1_000
+    assert two - one > 80_000
+
+
+def test_a_longer_document_costs_its_length():
+    sizes = [wire_bytes(RecordDict({"document": ConfigRecord({"json": "x" * n})})) for n in (100, 5100)]
+    assert 5000 <= sizes[1] - sizes[0] <= 5016

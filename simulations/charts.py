@@ -33,7 +33,7 @@ def accuracy(rounds: Sequence[int], with_experts: Sequence[float], without: Sequ
         axes.plot(rounds, with_experts, color=_ACCENT, linewidth=2, label="global model")
         axes.plot(rounds, without, color=_MUTED, linewidth=1.5, linestyle="--", label="routed experts silenced")
         axes.set_ylim(0, 1)
-        axes.legend(frameon=False, loc="lower right")
+        axes.legend(frameon=False, loc="center right")
         return _svg(figure)
 
 
@@ -67,8 +67,8 @@ def traffic(rounds: Sequence[int], down: Sequence[int], up: Sequence[int], full:
     with mpl.rc_context(_STYLE):
         figure, axes = _new("round", "kB per node")
         kilo_down, kilo_up = [b / 1e3 for b in down], [b / 1e3 for b in up]
-        axes.bar(rounds, kilo_down, color=_ACCENT, width=0.8, label="to the node")
-        axes.bar(rounds, kilo_up, bottom=kilo_down, color=_SECOND, width=0.8, label="from the node")
+        axes.bar(rounds, kilo_down, color=_ACCENT, width=1.0, label="to the node")
+        axes.bar(rounds, kilo_up, bottom=kilo_down, color=_SECOND, width=1.0, label="from the node")
         axes.axhline(full / 1e3, color=_INK, linewidth=1.2, linestyle="--", label="whole model, both ways")
         axes.set_ylim(0, max(full, *map(sum, zip(down, up, strict=True))) / 1e3 * 1.35)
         axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=8)

@@ -47,8 +47,8 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np
     dealt = sum(map(len, shares))
     if dealt != len(labels):
         raise BadInputError(
-            f"partition: {config.scheme} on {config.nodes} nodes would leave {len(labels) - dealt} of {len(labels)} records to nobody, "
-            "there must be at least one node for every label"
+            f"partition: {config.scheme} on {config.nodes} nodes would leave {len(labels) - dealt} of {len(labels)} "
+            "records to nobody, there must be at least one node for every label"
         )
     return shares
 

@@ -103,8 +103,9 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
     def accumulate_hooks(self) -> None:
         """Clip the ``grad_sample`` of every parameter jointly and add them to the running sums."""
         samples = [self._get_flat_grad_sample(p) for p in self.params]
-        square_B = torch.stack([g.double().flatten(1).square().sum(1) for g in samples]).sum(0)
-        factor_B = clip_factors(square_B.sqrt(), self.max_grad_norm)
+        # One fused pass per parameter: the float64 copy of a unit's gradient is never materialised for its norm.
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in samples]
+        factor_B = clip_factors(torch.linalg.vector_norm(torch.stack(norms), dim=0), self.max_grad_norm)
         for parameter, sample, total in zip(self.params, samples, self._sums, strict=True):
             total += clipped_sum(sample, factor_B)
             parameter.grad_sample = None

@@ -1,0 +1,29 @@
+"""The main job, whole: the shipped scenario reaches its figures."""
+
+from __future__ import annotations
+
+from privacy.ledger import Ledger
+from privacy.ledger_audit import audit_entries
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.catalog import find
+from simulations.simulate import simulate
+
+
+def test_digits_learns_within_its_budget_and_its_experts_do_the_work(tmp_path):
+    """One seed, fixed; over six seeds the accuracy was 0.925 to 0.944, so other float orders stay above 0.91."""
+    scenario = read_scenario(find("digits"))
+    assert (scenario.partition.nodes, scenario.partition.alpha) == (10, 0.3)
+    assert (scenario.model.experts.routed, scenario.federation.experts_per_node) == (8, 4)
+    assert (scenario.privacy.epsilon, scenario.privacy.delta, scenario.data.test_records) == (8.0, 1e-5, 360)
+    run = RunDirectory.create(scenario, tmp_path / "run")
+    summary = simulate(scenario, run)
+    last = run.metrics()[-1]
+    assert summary.accuracy >= 0.91
+    assert summary.accuracy - last["accuracy_without_experts"] >= 0.03
+    assert summary.bytes_per_node < 0.6 * summary.bytes_full_model
+    for path in run.ledgers:
+        ledger = Ledger(path)
+        result = audit_entries(ledger.genesis, ledger.entries())
+        assert result.findings == []
+        assert 0 < result.epsilon <= 8.0

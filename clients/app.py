@@ -13,7 +13,6 @@ from clients.protocol import (
     ProtocolError,
     Refusal,
     TrainRequest,
-    body_of,
     decode,
     encode,
 )
@@ -36,8 +35,7 @@ def train(message: Message, context: Context) -> Message:
 
     def run() -> RecordDict:
         request = decode(message.content, TrainRequest)
-        reply, body = open_node(context).train(request, body_of(message.content))
-        return encode(reply, body)
+        return open_node(context).train(request, message.content)
 
     return _answer(message, run)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flwr.app import RecordDict
+
 from clients.policy import Policy
 from clients.protocol import (
     Description,
@@ -12,7 +14,9 @@ from clients.protocol import (
     ProtocolError,
     TrainReply,
     TrainRequest,
-    unpack,
+    body_of,
+    encode,
+    tensors_of,
 )
 from clients.trainer import train
 from data.sources import Records, Schema
@@ -53,8 +57,8 @@ class Node:
             expert_capacity=self.policy.expert_capacity,
         )
 
-    def train(self, request: TrainRequest, body: bytes) -> tuple[TrainReply, bytes]:
-        """Check, charge, train, commit; return the reply and the released bytes.
+    def train(self, request: TrainRequest, content: RecordDict) -> RecordDict:
+        """Check, charge, train, commit; return the content of the reply.
 
         The charge is durable before a record is touched. A request that was answered before gets the stored
         bytes again and costs nothing.
@@ -68,8 +72,8 @@ class Node:
         expected = parameters.shapes(plan.model, request.held)
         if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
-        tensors = unpack(body, expected)
-        charge = _charge_for(request, body, seeded=self.policy.simulation)
+        tensors = tensors_of(content, expected)
+        charge = _charge_for(request, body_of(content), seeded=self.policy.simulation)
         try:
             secret = self.new_secret(charge.charge_id(self.ledger.genesis.ledger_id))
             reservation = self.ledger.reserve(charge, secret)
@@ -80,9 +84,11 @@ class Node:
         except ReplyExpiredError as error:
             raise ProtocolError("reply-expired") from error
         if isinstance(reservation, StoredReply):
-            return TrainReply(charge_id=reservation.charge_id), reservation.body
+            return encode(TrainReply(charge_id=reservation.charge_id), reservation.body)
         delta = train(plan, request.held, tensors, self.records, self.declared_size, reservation.secret)
-        return TrainReply(charge_id=reservation.charge_id), release(self.ledger, reservation, delta, expected)
+        # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
+        body = release(self.ledger, reservation, delta, expected)
+        return encode(TrainReply(charge_id=reservation.charge_id), body)
 
     def _check_assignment(self, plan: Plan, request: TrainRequest) -> None:
         config = plan.model

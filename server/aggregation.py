@@ -25,25 +25,30 @@ class Contribution:
 
 
 def average(contributions: Sequence[Contribution], min_holders: int) -> dict[str, Tensor]:
-    """Average each tensor over the nodes that hold it, in float64, weights normalised per tensor.
+    """Average each tensor over the nodes that hold it, in float32, weights normalised per tensor.
 
     Shared weights are averaged over all replies. A router row or expert with fewer than ``min_holders``
     replies is left out of the result: it keeps its value. The result does not depend on the order of replies.
     """
     holders: Counter[str] = Counter()
-    weight: dict[str, float] = {}
-    total: dict[str, Tensor] = {}
-    for item in sorted(contributions, key=lambda c: c.node):
-        for name, delta in item.delta.items():
+    weight: Counter[str] = Counter()
+    for item in contributions:
+        for name in item.delta:
             holders[name] += 1
-            weight[name] = weight.get(name, 0.0) + item.weight
-            scaled = delta.double() * item.weight
-            total[name] = total[name] + scaled if name in total else scaled
-    return {
-        name: (total[name] / weight[name]).float()
-        for name in sorted(total)
-        if owner(name).layer is None or holders[name] >= min_holders
-    }
+    kept = {name for name in holders if owner(name).layer is None or holders[name] >= min_holders}
+    ordered = sorted(contributions, key=lambda item: item.node)
+    for item in ordered:
+        for name in item.delta:
+            weight[name] += item.weight  # type: ignore[assignment]  # a Counter of floats
+    average: dict[str, Tensor] = {}
+    for item in ordered:
+        for name in item.delta.keys() & kept:
+            share = item.weight / weight[name]
+            if name in average:
+                average[name].add_(item.delta[name], alpha=share)
+            else:
+                average[name] = item.delta[name] * share
+    return {name: average[name] for name in sorted(average)}
 
 
 def norm_bound(plan: Plan, parameters: int, declared_size: int) -> float:

@@ -23,18 +23,17 @@ from clients.protocol import (
     ProtocolError,
     TrainReply,
     TrainRequest,
-    body_of,
     decode,
     encode,
     pack,
-    unpack,
+    tensors_of,
 )
 from model import HeldExperts, parameters
 from server.aggregation import Contribution, ServerOptimizer, average, norm_bound
 from server.assignment import assign
 from server.cohort import choose_cohort
 from server.config import FederationConfig
-from server.traffic import wire_bytes
+from server.traffic import exchange_bytes
 
 log = logging.getLogger("conclave.server")
 
@@ -116,7 +115,7 @@ class ExpertStrategy(Strategy):
         self._asked = {self.nodes[name][0]: (name, assignment[name]) for name in cohort}
         messages = [self._request(server_round, node, held) for node, (_, held) in self._asked.items()]
         self.tally.asked = len(messages)
-        self.tally.bytes_down = sum(wire_bytes(message.content) for message in messages)
+        self.tally.bytes_down = sum(exchange_bytes(message.content) for message in messages)
         return messages
 
     def aggregate_train(
@@ -155,7 +154,7 @@ class ExpertStrategy(Strategy):
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
         reply = encode(TrainReply(charge_id="0" * 64), pack(self.optimizer.snapshot()))
-        return wire_bytes(self._content(1, held)) + wire_bytes(reply)
+        return exchange_bytes(self._content(1, held)) + exchange_bytes(reply)
 
     def _request(self, server_round: int, node: int, held: HeldExperts) -> Message:
         return Message(
@@ -167,8 +166,9 @@ class ExpertStrategy(Strategy):
 
     def _content(self, server_round: int, held: HeldExperts) -> RecordDict:
         request = TrainRequest(run_id=self.run_id, round=server_round, plan=self.plan, held=held)
-        tensors = self.optimizer.snapshot()
-        return encode(request, pack({name: tensors[name] for name in parameters.select(tensors, held)}))
+        snapshot = self.optimizer.snapshot()
+        tensors = {name: snapshot[name] for name in parameters.select(snapshot, held)}
+        return encode(request, pack(tensors), tensors)
 
     def _validated(self, reply: Message) -> Contribution | None:
         asked = self._asked.pop(reply.metadata.src_node_id, None)
@@ -180,17 +180,17 @@ class ExpertStrategy(Strategy):
             self.tally.dropped += 1
             log.warning("node %s failed to answer", name)
             return None
-        self.tally.bytes_up += wire_bytes(reply.content)
+        self.tally.bytes_up += exchange_bytes(reply.content)
         expected = parameters.shapes(self.plan.model, held)
         try:
             decode(reply.content, TrainReply)
-            delta = unpack(body_of(reply.content), expected)
+            delta = tensors_of(reply.content, expected)
         except ProtocolError as error:
             self._count_refusal(name, error)
             return None
         size = self.nodes[name][1].declared_size
         count = sum(shape.numel() for shape in expected.values())
-        norm = float(torch.stack([tensor.double().square().sum() for tensor in delta.values()]).sum().sqrt())
+        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in delta.values()])))
         if norm > norm_bound(self.plan, count, size):
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)

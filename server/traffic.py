@@ -5,6 +5,10 @@ from __future__ import annotations
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from clients.protocol import lengths
+
+_known: dict[tuple[int, ...], int] = {}
+
 
 def wire_bytes(carrier: Message | RecordDict) -> int:
     """Return the bytes of the objects Flower transfers for a message or its content, HTTP framing excluded.
@@ -12,3 +16,15 @@ def wire_bytes(carrier: Message | RecordDict) -> int:
     Objects that are equal are sent once, as Flower does.
     """
     return sum(len(part.deflate()) for part in get_all_nested_objects(carrier).values())
+
+
+def exchange_bytes(content: RecordDict) -> int:
+    """Return :func:`wire_bytes` of a content built by :func:`clients.protocol.encode`.
+
+    Deflating copies and hashes every byte, several times the cost of encoding. The result depends only on the
+    lengths of what the content holds, so each combination is measured once.
+    """
+    key = lengths(content)
+    if key not in _known:
+        _known[key] = wire_bytes(content)
+    return _known[key]

@@ -11,7 +11,7 @@ from test_protocol import plan, request
 import clients.node
 from clients.node import Node
 from clients.policy import Policy
-from clients.protocol import ProtocolError, pack, unpack
+from clients.protocol import ProtocolError, TrainReply, body_of, decode, encode, pack, unpack
 from data.sources import Schema
 from model import build, parameters
 from privacy.randomness import derive
@@ -43,16 +43,21 @@ def body(held=HELD, config=None) -> bytes:
     return pack({name: wire[name] for name in parameters.select(wire, held)})
 
 
-def code_of(node: Node, *args) -> str:
+def train(node: Node, asked, sent: bytes) -> tuple[TrainReply, bytes]:
+    content = node.train(asked, encode(asked, sent))
+    return decode(content, TrainReply), body_of(content)
+
+
+def code_of(node: Node, asked, sent: bytes) -> str:
     before = len(node.ledger.entries())
     with pytest.raises(ProtocolError) as caught:
-        node.train(*args)
+        train(node, asked, sent)
     assert len(node.ledger.entries()) == before, "a refusal must cost nothing"
     return caught.value.code
 
 
 def test_a_round_is_charged_and_answers_exactly_what_was_sent(node):
-    reply, sent = node.train(request(held=HELD), body())
+    reply, sent = train(node, request(held=HELD), body())
     expected = parameters.shapes(make_config(), HELD)
     delta = unpack(sent, expected)
     assert delta.keys() == expected.keys()
@@ -66,15 +71,15 @@ def test_a_round_is_charged_and_answers_exactly_what_was_sent(node):
 def test_a_vanishing_learning_rate_gives_a_vanishing_delta(node):
     """The delta is after minus before: the model's own weights do not show in it."""
     slow = request(held=HELD, plan=plan(training={"learning_rate": 1e-30}))
-    _, sent = node.train(slow, body())
+    _, sent = train(node, slow, body())
     delta = unpack(sent, parameters.shapes(make_config(), HELD))
     assert all(tensor.abs().max() < 1e-25 for tensor in delta.values())
 
 
 def test_a_redelivery_gets_the_same_bytes_and_costs_nothing(node):
-    first = node.train(request(held=HELD), body())
+    first = train(node, request(held=HELD), body())
     spent = node.ledger.epsilon_spent
-    assert node.train(request(held=HELD), body()) == first
+    assert train(node, request(held=HELD), body()) == first
     assert node.ledger.epsilon_spent == spent
     assert len(node.ledger.entries()) == 2
 
@@ -87,18 +92,18 @@ def test_the_charge_is_durable_before_training_and_a_crash_replays_the_same_byte
     with monkeypatch.context() as patch:
         patch.setattr(clients.node, "train", crash)
         with pytest.raises(MemoryError):
-            node.train(request(held=HELD), body())
+            train(node, request(held=HELD), body())
     assert node.ledger.epsilon_spent > 0
-    after_crash = node.train(request(held=HELD), body())
+    after_crash = train(node, request(held=HELD), body())
     (tmp_path / "undisturbed").mkdir()
-    assert make_node(tmp_path / "undisturbed").train(request(held=HELD), body())[1] == after_crash[1]
+    assert train(make_node(tmp_path / "undisturbed"), request(held=HELD), body())[1] == after_crash[1]
 
 
 def test_other_weights_or_experts_are_another_charge(node):
-    node.train(request(held=HELD), body())
-    node.train(request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)}))
+    train(node, request(held=HELD), body())
+    train(node, request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)}))
     changed = unpack(body(), parameters.shapes(make_config(), HELD))
-    node.train(request(held=HELD), pack({name: tensor + 1 for name, tensor in changed.items()}))
+    train(node, request(held=HELD), pack({name: tensor + 1 for name, tensor in changed.items()}))
     assert len({entry.charge_id for entry in node.ledger.entries()}) == 3
 
 
@@ -173,6 +178,19 @@ def test_the_divisor_is_the_declared_size(tmp_path):
         (tmp_path / str(declared)).mkdir()
         node = make_node(tmp_path / str(declared))
         object.__setattr__(node, "declared_size", declared)
-        _, sent = node.train(request(held=HELD), body())
+        _, sent = train(node, request(held=HELD), body())
         updates.append(unpack(sent, parameters.shapes(make_config(), HELD))["shared/encoder.embed.weight"])
     torch.testing.assert_close(updates[0], updates[1] * 2, rtol=1e-3, atol=1e-6)
+
+
+def test_shared_tensors_are_checked_and_left_alone(node):
+    expected = parameters.shapes(make_config(), HELD)
+    tensors = unpack(body(), expected)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    asked = request(held=HELD)
+    shared = node.train(asked, encode(asked, body(), tensors))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
+    assert body_of(shared) == train(node, asked, body())[1]
+    tensors.pop("shared/head.score.weight")
+    with pytest.raises(ProtocolError):
+        node.train(asked, encode(asked, body(), tensors))

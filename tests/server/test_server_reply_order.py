@@ -1,4 +1,4 @@
-"""The order in which replies arrive must not touch a bit of the average, also where float64 sums do depend on it."""
+"""The order in which replies arrive must not touch a bit of the average, also where float sums do depend on it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from server_samples import ask, describe, make_strategy
 
 from clients.protocol import encode, pack
-from server.traffic import wire_bytes
+from server.traffic import exchange_bytes, wire_bytes
 
 
 def objects(item) -> dict[str, bytes]:
@@ -62,3 +62,9 @@ def test_equal_objects_are_sent_once():
 def test_a_longer_document_costs_its_length():
     sizes = [wire_bytes(RecordDict({"document": ConfigRecord({"json": "x" * n})})) for n in (100, 5100)]
     assert 5000 <= sizes[1] - sizes[0] <= 5016
+
+
+def test_the_quick_count_is_the_exact_one():
+    contents = [encode(describe(n, declared_size=10**n), pack({"a" * n: torch.rand(17 * n)})) for n in (1, 2, 3, 3)]
+    for content in [*contents, encode(describe(1)), *(request.content for request in ask(make_strategy(nodes=3)))]:
+        assert exchange_bytes(content) == wire_bytes(content)

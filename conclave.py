@@ -48,13 +48,18 @@ def _version(
 
 @app.command()
 def simulate(
-    scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")] = "digits",
+    scenario: Annotated[
+        str | None, typer.Argument(help="A shipped scenario's name, or a .toml file; digits if not given.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; must be new or empty.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Continue the run in this directory after its last round.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine and write a run directory with a report."""
@@ -62,8 +67,13 @@ def simulate(
     from simulations.report import write_report
     from simulations.simulate import simulate as run_simulation
 
-    resolved = _scenario(scenario, overrides or [], seed)
-    run = RunDirectory.create(resolved, out)
+    if resume is None:
+        resolved = _scenario(scenario or "digits", overrides or [], seed)
+        run = RunDirectory.create(resolved, out)
+    else:
+        _refuse_beside_resume(scenario=scenario, set=overrides, seed=seed, out=out)
+        run = RunDirectory.open(resume)
+        resolved = run.scenario
     with _progress(resolved.federation.rounds) as advance:
         summary = run_simulation(resolved, run, advance)
     report_path = write_report(run)
@@ -134,6 +144,15 @@ def audit_ledger(
         _print_json({"verdict": "VIOLATED" if violated else "NOT_REFUTED", "ledgers": rows})
     if violated:
         raise typer.Exit(EXIT_VIOLATION)
+
+
+def _refuse_beside_resume(**given: object) -> None:
+    from model.errors import BadInputError
+
+    for name, value in given.items():
+        if value is not None and value != []:
+            option = "the scenario argument" if name == "scenario" else f"--{name}"
+            raise BadInputError(f"--resume: cannot be combined with {option}, the run's own scenario continues")
 
 
 def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:

@@ -91,9 +91,11 @@ class Ledger:
         try:
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if version == FORMAT_VERSION:
-                self._db.execute("PRAGMA synchronous = FULL")
-                self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
                 self.genesis = _read_genesis(self._db)
+                # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
+                synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
+                self._db.execute(f"PRAGMA synchronous = {synchronous}")
+                self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
                 return
         except (sqlite3.DatabaseError, TypeError, ValueError) as error:
             self._db.close()
@@ -109,17 +111,22 @@ class Ledger:
             BadInputError: the file exists.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.draft-{os.getpid()}")  # a crash leaves no half-made ledger behind
+        draft.unlink(missing_ok=True)
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            db = sqlite3.connect(draft, isolation_level=None)
+            db.execute("PRAGMA synchronous = FULL")
+            db.executescript("BEGIN IMMEDIATE;" + _SCHEMA)
+            db.execute("INSERT INTO genesis VALUES (?)", (canonical_json(asdict(genesis)).decode(),))
+            db.execute("COMMIT")
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+            db.close()
+            os.link(draft, path)  # fails where a ledger exists; a rename would replace it
         except FileExistsError as error:
             raise BadInputError(f"{path}: exists already, must be a new file") from error
-        db = sqlite3.connect(path, isolation_level=None)
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.executescript("BEGIN IMMEDIATE;" + _SCHEMA)
-        db.execute("INSERT INTO genesis VALUES (?)", (canonical_json(asdict(genesis)).decode(),))
-        db.execute("COMMIT")
-        db.close()
+        finally:
+            draft.unlink(missing_ok=True)
         return cls(path)
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clients.protocol import Plan
+from model.errors import BadInputError
 from model.parameters import owner
 from server.config import ServerOptimizerConfig
 
@@ -94,7 +95,16 @@ class ServerOptimizer:
                 buffers[name] = buffer
         return buffers
 
-    def restore_momentum(self, buffers: Mapping[str, Tensor]) -> None:
-        """Put momentum buffers back, as :meth:`momentum` returned them."""
-        for name, buffer in buffers.items():
+    def restore(self, tensors: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`snapshot` and :meth:`momentum` returned.
+
+        Raises:
+            BadInputError: they are of another model.
+        """
+        shapes = {name: parameter.shape for name, parameter in self.tensors.items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes or not momentum.keys() <= shapes.keys():
+            raise BadInputError("the checkpoint holds other tensors than the scenario's model")
+        for name, tensor in tensors.items():
+            self.tensors[name].data.copy_(tensor)
+        for name, buffer in momentum.items():
             self._optimizer.state[self.tensors[name]]["momentum_buffer"] = buffer.clone()

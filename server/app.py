@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from clients.protocol import QUERY_DESCRIBE, Description, ProtocolError, decode
 from data.sources import load
 from model import BadInputError, build, parameters
-from server.checkpoint import Checkpoint, write_checkpoint
+from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.evaluation import Evaluation, evaluate
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
@@ -34,10 +34,14 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str) -> None:
-    """Run every round of a scenario and leave metrics, checkpoint and model in the run directory.
+    """Run the rounds that are left and leave metrics, checkpoint and model in the run directory.
+
+    A directory with a checkpoint continues after its round, with the state it had; so a killed run that is
+    started again does what it would have done. Rounds that nodes were already charged for cost nothing again.
 
     Raises:
-        BadInputError: no usable node answered, or the scenario cannot be carried out.
+        BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
+            or belongs to another plan.
     """
     plan = scenario.plan()
     test = load(scenario.data).test
@@ -52,19 +56,34 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
-    for round_number in range(1, scenario.federation.rounds + 1):
+    done = _restore(strategy, run, plan.hash)
+    for round_number in range(done + 1, scenario.federation.rounds + 1):
         started = time.perf_counter()
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
         strategy.aggregate_train(round_number, replies)
         wire = strategy.optimizer.snapshot()
         evaluation = evaluate(scenario.model, wire, test)
+        seconds = time.perf_counter() - started
+        # Metrics first: a round that has a checkpoint has its metrics, and resuming drops those without one.
+        run.append_metrics(_metrics(round_number, strategy, evaluation, full_bytes, seconds))
         checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.momentum())
         write_checkpoint(run.checkpoint, checkpoint)
-        seconds = time.perf_counter() - started
-        run.append_metrics(_metrics(round_number, strategy, evaluation, full_bytes, seconds))
-        log.info("round %d: accuracy %.4f", round_number, evaluation.accuracy)
+        log.info("round %d: loss %.4f", round_number, evaluation.loss)
     run.save_model(scenario.model, strategy.optimizer.snapshot())
+
+
+def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int:
+    """Put the checkpointed state back, if there is one; return the last round that is done."""
+    if not run.checkpoint.exists():
+        run.keep_metrics(0)
+        return 0
+    checkpoint = read_checkpoint(run.checkpoint)
+    if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
+        raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
+    strategy.optimizer.restore(checkpoint.tensors, checkpoint.momentum)
+    run.keep_metrics(checkpoint.round)
+    return checkpoint.round
 
 
 def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:

@@ -43,8 +43,8 @@ class RunDirectory:
         except OSError as error:
             raise BadInputError(f"--out {out}: cannot be created ({error.strerror})") from error
         run = cls(out)
-        write_atomically(out / "scenario.toml", scenario.to_toml().encode())
         write_atomically(out / "environment.json", json.dumps(_environment(scenario.seed), indent=2).encode())
+        write_atomically(out / "scenario.toml", scenario.to_toml().encode())  # last: it makes this a run directory
         return run
 
     @classmethod
@@ -98,6 +98,21 @@ class RunDirectory:
         if not rounds:
             raise BadInputError(f"{path}: empty, the run must have finished a round")
         return rounds
+
+    def keep_metrics(self, rounds: int) -> None:
+        """Forget the metrics of rounds after ``rounds``, and a last line that a crash cut short."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["round"] > rounds:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line + "\n")
+        write_atomically(path, "".join(kept).encode())
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Append one round's metrics."""

@@ -42,7 +42,7 @@ def run_number(scenario: Scenario) -> int:
 
 
 def simulate(scenario: Scenario, run: RunDirectory, on_round: Callable[[int], None] = lambda _: None) -> Summary:
-    """Run every round of a scenario in this process, into a fresh run directory.
+    """Run the rounds of a scenario that are left in its run directory, in this process.
 
     Args:
         on_round: called with a round's number whenever one of its replies has arrived.

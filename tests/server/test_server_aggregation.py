@@ -142,8 +142,8 @@ def test_restored_momentum_continues_identically():
     whole = ServerOptimizer(config, tensors())
     for delta in steps[:3]:
         whole.step(delta, 0.7)
-    second = ServerOptimizer(config, whole.snapshot())
-    second.restore_momentum({name: t.clone() for name, t in whole.momentum().items()})
+    second = ServerOptimizer(config, tensors())
+    second.restore(whole.snapshot(), {name: t.clone() for name, t in whole.momentum().items()})
     for delta in steps[3:]:
         whole.step(delta, 0.7)
         second.step(delta, 0.7)

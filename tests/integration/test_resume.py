@@ -1,0 +1,145 @@
+"""A run that is killed anywhere and resumed ends as if nothing had happened.
+
+Each victim is a forked copy of this process. It counts its own Python calls and sends itself SIGKILL at a chosen
+one, so the moments are spread over the whole run and every failure can be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from model.errors import BadInputError
+from privacy.ledger import Ledger
+from privacy.ledger_audit import audit_entries
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.catalog import find
+from simulations.simulate import simulate
+
+CHANGES = {
+    "federation.rounds": 4,
+    "partition.nodes": 3,
+    "model.experts.hidden": 8,
+    "model.width": 8,
+    "federation.optimizer.momentum": 0.5,
+}
+KILLS = 20
+
+
+def scenario():
+    return read_scenario(find("digits"), CHANGES)
+
+
+def events(directory):
+    """Ledger entries without clock, hashes and repetitions of a crash."""
+    clock = {"time", "prev_hash", "entry_hash"}
+    return [
+        [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in Ledger(path).entries()]
+        for path in directory.ledgers
+    ]
+
+
+def run_in_a_child(work, calls_before_death: int | None) -> tuple[int, int]:
+    """Run ``work`` in a forked child; return its exit status and how many calls it made (if it lived)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += event == "call"
+            if calls == calls_before_death:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.setprofile(count)
+            work()
+            sys.setprofile(None)
+            os.write(writer, str(calls).encode())
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    _, status = os.waitpid(child, 0)
+    return status, int(text or 0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    run = RunDirectory.create(scenario(), tmp_path_factory.mktemp("resume") / "undisturbed")
+    simulate(scenario(), run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory) -> int:
+    folder = tmp_path_factory.mktemp("resume") / "counted"
+    run = RunDirectory.create(scenario(), folder)
+    status, calls = run_in_a_child(lambda: simulate(scenario(), run), None)
+    assert status == 0
+    return calls
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+def test_a_run_killed_anywhere_and_resumed_ends_the_same(undisturbed, calls, tmp_path, kill):
+    generator = random.Random(kill)
+    run = RunDirectory.create(scenario(), tmp_path / "run")
+    deaths = 0
+    for _ in range(generator.choice((1, 1, 2))):  # now and then the resumed run is killed too
+        status, _ = run_in_a_child(lambda: simulate(run.scenario, run), generator.randrange(1, calls))
+        deaths += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert deaths > 0
+    summary = simulate(RunDirectory.open(run.path).scenario, run)
+    whole, again = undisturbed.path / "model", run.path / "model"
+    assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [line["round"] for line in run.metrics()] == [1, 2, 3, 4]
+    assert [line["loss"] for line in run.metrics()] == [line["loss"] for line in undisturbed.metrics()]
+    assert events(run) == events(undisturbed)  # nothing lost, nothing doubled, nothing charged twice
+    for path in run.ledgers:
+        ledger = Ledger(path)
+        audit = audit_entries(ledger.genesis, ledger.entries())
+        assert audit.findings == []
+        assert audit.epsilon == summary.epsilon <= 8.0
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed):
+    before = {path: path.read_bytes() for path in undisturbed.path.rglob("*.safetensors")}
+    ledgers = events(undisturbed)
+    simulate(undisturbed.scenario, undisturbed)
+    assert {path: path.read_bytes() for path in undisturbed.path.rglob("*.safetensors")} == before
+    assert events(undisturbed) == ledgers
+    assert len(undisturbed.metrics()) == 4
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_sentence(tmp_path):
+    run = RunDirectory.create(scenario(), tmp_path / "run")
+    simulate(scenario(), run)
+    whole = run.checkpoint.read_bytes()
+    run.checkpoint.write_bytes(whole[:-10])
+    with pytest.raises(BadInputError, match=r"round\.safetensors: missing or damaged, must be a checkpoint"):
+        simulate(scenario(), run)
+    run.checkpoint.write_bytes(whole)
+    text = (run.path / "scenario.toml").read_text()
+    (run.path / "scenario.toml").write_text(text.replace("epsilon = 8.0", "epsilon = 9.0"))
+    with pytest.raises(BadInputError, match="belongs to another plan"):
+        simulate(run.scenario, run)
+
+
+def test_metrics_cut_short_by_a_crash_are_repaired(tmp_path):
+    run = RunDirectory.create(scenario(), tmp_path / "run")
+    path = run.path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"round": n}) + "\n" for n in (1, 2, 3)) + '{"round": 4, "acc')
+    run.keep_metrics(4)
+    assert [line["round"] for line in run.metrics()] == [1, 2, 3]
+    run.keep_metrics(2)
+    assert [line["round"] for line in run.metrics()] == [1, 2]

@@ -14,9 +14,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Size, Tensor
 
+from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
@@ -110,7 +111,6 @@ class Refusal(Frozen):
     code: Code
 
 
-_SHARED = "_conclave_shared_tensors"
 _Document = TypeVar("_Document", bound=Frozen)
 
 
@@ -119,20 +119,22 @@ def fingerprint(public_key: str) -> str:
     return sha256(bytes.fromhex(public_key))[:16]
 
 
-def encode(document: Frozen, body: bytes | None = None, tensors: Mapping[str, Tensor] | None = None) -> RecordDict:
+def encode(document: Frozen, tensors: bytes | Mapping[str, Tensor] | None = None) -> RecordDict:
     """Build the content of a Flower message.
 
     Args:
-        body: packed tensors, what travels.
-        tensors: the same tensors unpacked. A receiver in this very process then need not decode ``body``; on
-            the wire they do not exist. Neither side may change them in place.
+        tensors: packed bytes, or tensors that are packed only if the message leaves this process; in that case
+            neither side may change them in place.
     """
     content = RecordDict({"document": ConfigRecord({"json": document.model_dump_json()})})
-    if body is not None:
-        blob = Array(dtype="uint8", shape=(len(body),), stype="safetensors", data=body)
-        blob.__dict__[_SHARED] = tensors
+    if tensors is not None:
         record = ArrayRecord()
-        record["body"] = blob  # the constructor would copy it, without what is shared
+        # Item assignment keeps the array as it is; the constructor would copy it.
+        record["body"] = (
+            Array(dtype="uint8", shape=(len(tensors),), stype=STYPE, data=tensors)
+            if isinstance(tensors, bytes)
+            else TensorArray(tensors)
+        )
         content["tensors"] = record
     return content
 
@@ -198,21 +200,15 @@ def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, T
         ProtocolError: ``bad-request``.
     """
     blob = _blob(content)
-    shared = blob.__dict__.get(_SHARED)
-    return unpack(blob.data, expected) if shared is None else _checked(shared, expected)
+    return _checked(blob.tensors, expected) if isinstance(blob, TensorArray) else unpack(blob.data, expected)
 
 
 def _blob(content: RecordDict) -> Array:
     record = content.get("tensors")
     blob = record.get("body") if isinstance(record, ArrayRecord) else None
-    if blob is None or blob.stype != "safetensors":
+    if blob is None or blob.stype != STYPE:
         raise ProtocolError("bad-request", "the message has no tensors")
     return blob
-
-
-def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Encode float32 tensors, in the order of their names, so equal tensors give equal bytes."""
-    return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
 
 
 def unpack(body: bytes, expected: Mapping[str, Size]) -> dict[str, Tensor]:
@@ -245,3 +241,9 @@ def _checked(tensors: Mapping[str, Tensor], expected: Mapping[str, Size]) -> dic
 
 
 CODES: tuple[str, ...] = get_args(Code)
+
+__all__ = [
+    "CODES", "PROTOCOL_VERSION", "QUERY_DESCRIBE", "TRAIN", "Code", "Description", "Plan", "ProtocolError", "Refusal",
+    "TrainReply", "TrainRequest", "TrainingConfig", "body_of", "decode", "encode", "fingerprint", "lengths", "pack",
+    "tensors_of", "unpack",
+]  # fmt: skip

@@ -25,31 +25,52 @@ class Contribution:
     delta: Mapping[str, Tensor]
 
 
-def average(contributions: Sequence[Contribution], min_holders: int) -> dict[str, Tensor]:
-    """Average each tensor over the nodes that hold it, in float32, weights normalised per tensor.
+class Averager:
+    """Averages each tensor over the nodes that hold it, in float32, weights normalised per tensor.
 
-    Shared weights are averaged over all replies. A router row or expert with fewer than ``min_holders``
-    replies is left out of the result: it keeps its value. The result does not depend on the order of replies.
+    Contributions may come in any order and the result has the same bits: they are added in the order of
+    ``nodes``, and one that comes early waits for its turn. In that order, none waits and none is kept.
     """
-    holders: Counter[str] = Counter()
-    weight: Counter[str] = Counter()
-    for item in contributions:
-        for name in item.delta:
-            holders[name] += 1
-    kept = {name for name in holders if owner(name).layer is None or holders[name] >= min_holders}
-    ordered = sorted(contributions, key=lambda item: item.node)
-    for item in ordered:
-        for name in item.delta:
-            weight[name] += item.weight  # type: ignore[assignment]  # a Counter of floats
-    average: dict[str, Tensor] = {}
-    for item in ordered:
-        for name in item.delta.keys() & kept:
-            share = item.weight / weight[name]
-            if name in average:
-                average[name].add_(item.delta[name], alpha=share)
+
+    def __init__(self, nodes: Sequence[str]) -> None:
+        """Expect contributions from ``nodes``, in this order; not all need come."""
+        self._turn = {node: number for number, node in enumerate(nodes)}
+        self._early: dict[int, Contribution | None] = {}
+        self._next = 0
+        self._holders: Counter[str] = Counter()
+        self._weight: dict[str, float] = {}
+        self._total: dict[str, Tensor] = {}
+
+    def add(self, node: str, contribution: Contribution | None) -> None:
+        """Take a node's contribution; None says that there will be none."""
+        self._early[self._turn[node]] = contribution
+        while self._next in self._early:
+            self._sum(self._early.pop(self._next))
+            self._next += 1
+
+    def result(self, min_holders: int) -> dict[str, Tensor]:
+        """Return the averages. Shared weights are averaged over all contributions.
+
+        A router row or expert with fewer than ``min_holders`` is left out of the result: it keeps its value.
+        """
+        for turn in sorted(self._early):
+            self._sum(self._early.pop(turn))
+        return {
+            name: self._total[name] / self._weight[name]
+            for name in sorted(self._total)
+            if owner(name).layer is None or self._holders[name] >= min_holders
+        }
+
+    def _sum(self, contribution: Contribution | None) -> None:
+        if contribution is None:
+            return
+        for name, delta in contribution.delta.items():
+            self._holders[name] += 1
+            self._weight[name] = self._weight.get(name, 0.0) + contribution.weight
+            if name in self._total:
+                self._total[name].add_(delta, alpha=contribution.weight)
             else:
-                average[name] = item.delta[name] * share
-    return {name: average[name] for name in sorted(average)}
+                self._total[name] = delta * contribution.weight
 
 
 def norm_bound(plan: Plan, parameters: int, declared_size: int) -> float:

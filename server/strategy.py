@@ -29,7 +29,7 @@ from clients.protocol import (
     tensors_of,
 )
 from model import HeldExperts, parameters
-from server.aggregation import Contribution, ServerOptimizer, average, norm_bound
+from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
 from server.assignment import assign
 from server.cohort import choose_cohort
 from server.config import FederationConfig
@@ -126,16 +126,20 @@ class ExpertStrategy(Strategy):
         A reply that does not hold exactly what was asked for is dropped and counted; the run goes on. A round
         without an acceptable reply changes nothing.
         """
-        contributions = {}
-        for reply in replies:
-            contribution = self._validated(reply)
-            if contribution is not None:
-                contributions[contribution.node] = contribution
-        self.tally.accepted = len(contributions)
+        averager = Averager([name for name, _ in self._asked.values()])
+        for reply in replies:  # may be a generator that trains as it goes: a reply is added and forgotten
+            asked = self._asked.pop(reply.metadata.src_node_id, None)
+            if asked is None:  # not asked this round, or answered already
+                self.tally.dropped += 1
+                continue
+            name, held = asked
+            contribution = self._validated(reply, name, held)
+            self.tally.accepted += contribution is not None
+            averager.add(name, contribution)
         self.tally.missing = len(self._asked)  # who answered has been struck off
-        if not contributions:
+        if not self.tally.accepted:
             return None, None
-        averaged = average(list(contributions.values()), self.config.min_holders)
+        averaged = averager.result(self.config.min_holders)
         self.tally.held_back = len(self.optimizer.tensors) - len(averaged)
         self.optimizer.step(averaged, self.config.optimizer.rate(server_round, self.plan.rounds))
         return ArrayRecord(self.optimizer.snapshot()), MetricRecord({"accepted": self.tally.accepted})
@@ -168,14 +172,9 @@ class ExpertStrategy(Strategy):
         request = TrainRequest(run_id=self.run_id, round=server_round, plan=self.plan, held=held)
         snapshot = self.optimizer.snapshot()
         tensors = {name: snapshot[name] for name in parameters.select(snapshot, held)}
-        return encode(request, pack(tensors), tensors)
+        return encode(request, tensors)
 
-    def _validated(self, reply: Message) -> Contribution | None:
-        asked = self._asked.pop(reply.metadata.src_node_id, None)
-        if asked is None:  # not asked this round, or answered already
-            self.tally.dropped += 1
-            return None
-        name, held = asked
+    def _validated(self, reply: Message, name: str, held: HeldExperts) -> Contribution | None:
         if not reply.has_content():
             self.tally.dropped += 1
             log.warning("node %s failed to answer", name)

@@ -6,7 +6,7 @@ Flower's Message is built for its own transport; the two private touches it take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -80,23 +80,30 @@ class InlineGrid(Grid):
         """Deliver messages; each is answered before the next is taken. Returns their ids."""
         ids = []
         for message in messages:
-            self._sent += 1
-            message_id = f"inline-{self._sent}"
-            message.metadata.__dict__["_message_id"] = message_id
-            reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
-            reply.metadata.__dict__["_message_id"] = f"{message_id}-reply"
-            self._replies[message_id] = reply
-            self._on_reply(reply)
-            ids.append(message_id)
+            reply = self._deliver(message)
+            self._replies[message.metadata.message_id] = reply
+            ids.append(message.metadata.message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return and forget the replies to the given messages."""
         return [self._replies.pop(key) for key in list(message_ids) if key in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Deliver messages and return their replies; ``timeout`` cannot pass, since delivery is a call."""
-        return self.pull_messages(self.push_messages(messages))
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Yield the replies one by one; a node works when its reply is asked for, so no reply is kept.
+
+        ``timeout`` cannot pass, since delivery is a call.
+        """
+        return map(self._deliver, messages)
+
+    def _deliver(self, message: Message) -> Message:
+        self._sent += 1
+        message_id = f"inline-{self._sent}"
+        message.metadata.__dict__["_message_id"] = message_id
+        reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        reply.metadata.__dict__["_message_id"] = f"{message_id}-reply"
+        self._on_reply(reply)
+        return reply
 
 
 def run_inline(

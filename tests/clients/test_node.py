@@ -188,9 +188,9 @@ def test_shared_tensors_are_checked_and_left_alone(node):
     tensors = unpack(body(), expected)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     asked = request(held=HELD)
-    shared = node.train(asked, encode(asked, body(), tensors))
+    shared = node.train(asked, encode(asked, tensors))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
     assert body_of(shared) == train(node, asked, body())[1]
     tensors.pop("shared/head.score.weight")
     with pytest.raises(ProtocolError):
-        node.train(asked, encode(asked, body(), tensors))
+        node.train(asked, encode(asked, tensors))

@@ -9,6 +9,9 @@ import pytest
 import torch
 from conftest import make_config
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from safetensors.torch import save
 
 from clients.protocol import (
@@ -24,6 +27,7 @@ from clients.protocol import (
     encode,
     fingerprint,
     pack,
+    tensors_of,
     unpack,
 )
 
@@ -153,3 +157,25 @@ def test_the_fingerprint_follows_the_key():
     keys = ["00" * 32, "01" * 32]
     assert len({fingerprint(key) for key in keys}) == 2
     assert all(len(fingerprint(key)) == 16 for key in keys)
+
+
+def test_shared_tensors_are_what_arrives_elsewhere():
+    """In process the tensors themselves; over Flower's transport the packed bytes: the same message."""
+    tensors = {name: torch.randn(shape) for name, shape in EXPECTED.items()}
+    content = encode(request(), tensors)
+    assert all(received is tensors[name] for name, received in tensors_of(content, EXPECTED).items())
+    assert body_of(content) == pack(tensors)
+    arrived = recorddict_from_proto(recorddict_to_proto(content))
+    assert type(arrived["tensors"]["body"]) is Array
+    assert all(torch.equal(t, tensors[name]) for name, t in tensors_of(arrived, EXPECTED).items())
+    objects = get_all_nested_objects(content)
+    sent = {key: value.deflate() for key, value in objects.items()}
+    inflated = inflate_object_from_contents(content.object_id, sent)
+    assert all(torch.equal(t, tensors[name]) for name, t in tensors_of(inflated, EXPECTED).items())
+
+
+def test_shared_tensors_are_checked_like_any_others():
+    for spoil in ({"shared/a": torch.ones(3, 2)}, {"extra": torch.ones(1)}, {"shared/a": torch.full((2, 3), np.nan)}):
+        tensors = {name: torch.ones(shape) for name, shape in EXPECTED.items()} | spoil
+        with pytest.raises(ProtocolError):
+            tensors_of(encode(request(), tensors), EXPECTED)

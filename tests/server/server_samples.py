@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from conftest import make_config
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clients.protocol import Description, Plan, TrainReply, TrainRequest, body_of, decode, encode, pack, unpack
 from model import build, parameters
+from server.aggregation import Averager, Contribution
 from server.config import FederationConfig
 from server.strategy import ExpertStrategy
 
@@ -91,3 +92,12 @@ def document(text: str, body: bytes | None = None) -> RecordDict:
     content = encode(TrainReply(charge_id="0"), body)
     content["document"] = ConfigRecord({"json": text})
     return content
+
+
+def average(contributions: Iterable[Contribution], min_holders: int) -> dict[str, Tensor]:
+    """Average contributions that come in the given order, expected in the order of their nodes' names."""
+    contributions = list(contributions)
+    averager = Averager(sorted(item.node for item in contributions))
+    for item in contributions:
+        averager.add(item.node, item)
+    return averager.result(min_holders)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
-from server_samples import make_plan
+from server_samples import average, make_plan
 
-from server.aggregation import Contribution, ServerOptimizer, average, norm_bound
+from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
 from server.config import ServerOptimizerConfig
 
 A, B, C = "shared/a", "expert/0/1/up.weight", "router/0/1/score.weight"
@@ -167,3 +168,18 @@ def test_the_rate_falls_linearly(decay, rates):
     config = ServerOptimizerConfig(learning_rate=2.0, decay=decay)
     assert [config.rate(r, 5) for r in range(1, 6)] == pytest.approx(rates, abs=1e-12)
     assert config.rate(1, 1) == 2.0
+
+
+def test_a_contribution_in_turn_is_added_at_once_and_an_early_one_waits():
+    """Memory does not grow with the cohort while replies come in order."""
+    order = ["n1", "n2", "n3", "n4"]
+    averager = Averager(order)
+    contribution = give("n2", 1.0, a=[5.0])
+    averager.add("n2", contribution)
+    watched = weakref.ref(contribution)
+    del contribution
+    assert watched() is not None
+    averager.add("n1", None)  # n1 will not come, so it is n2's turn
+    assert watched() is None
+    averager.add("n4", give("n4", 1.0, a=[7.0]))
+    assert averager.result(1)[A].tolist() == [6.0]  # n3 never came

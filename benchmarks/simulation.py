@@ -1,0 +1,189 @@
+"""What a federated simulation costs beside a bare torch loop that does the same steps.
+
+Plain training, no privacy: an engine has nothing to hide behind. Both sides train the same model on the same
+records with the same steps, and average the same way. The federated side goes through the whole of Conclave's
+path: typed messages, packing, a Flower ClientApp, validation of replies, aggregation per tensor, server optimizer.
+
+Rounds of both sides are interleaved in one process; ratios are of medians. One JSON object a line with --json:
+model, engine, workers, bare_seconds, seconds, ratio (to the faster of 1 and 2 threads of the bare loop).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from clients.protocol import TRAIN, TrainReply, decode, encode, tensors_of
+from server.aggregation import Averager, Contribution, ServerOptimizer
+from server.config import ServerOptimizerConfig
+from simulations.inline_engine import InlineGrid
+
+RECORDS, BATCH, RATE = 50, 10, 0.05
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, its records' shape, and the size of the federation."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    nodes: int
+    cohort: int
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def cnn() -> nn.Module:
+    """1.6 M parameters on 28×28 images, the usual federated EMNIST network with 5×5 kernels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+SETTINGS = {
+    "mlp": Setting(mlp, (3072,), nodes=1000, cohort=50),
+    "cnn": Setting(cnn, (1, 28, 28), nodes=1000, cohort=10),
+}
+
+
+@cache
+def records(name: str) -> tuple[Tensor, Tensor]:
+    """The pool of records; node i uses a window of it. Contents do not matter to time."""
+    generator = torch.Generator().manual_seed(0)
+    pool = 2000
+    return (
+        torch.randn(pool + RECORDS, *SETTINGS[name].shape, generator=generator),
+        torch.randint(10, (pool + RECORDS,), generator=generator),
+    )
+
+
+@cache
+def module(name: str) -> nn.Module:
+    """The model, built once."""
+    return SETTINGS[name].build()
+
+
+def train(name: str, node: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Local training: one epoch of SGD from the given weights; return after minus before."""
+    model = module(name)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(tensors[parameter_name])
+    x, y = records(name)
+    start = (node * 37) % 2000
+    parameters = list(model.parameters())
+    for first in range(start, start + RECORDS, BATCH):
+        loss = nn.functional.cross_entropy(model(x[first : first + BATCH]), y[first : first + BATCH])
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=-RATE)
+    with torch.no_grad():
+        return {n: p - tensors[n] for n, p in model.named_parameters()}
+
+
+def cohort(name: str, round_number: int) -> list[int]:
+    setting = SETTINGS[name]
+    return [(round_number * 131 + 7 * i) % setting.nodes for i in range(setting.cohort)]
+
+
+def bare_round(name: str, tensors: dict[str, Tensor], round_number: int) -> None:
+    """One round without any federation: train, add up, apply."""
+    chosen = cohort(name, round_number)
+    total = {n: torch.zeros_like(t) for n, t in tensors.items()}
+    for node in chosen:
+        for n, delta in train(name, node, tensors).items():
+            total[n].add_(delta, alpha=1.0 / len(chosen))
+    for n, tensor in tensors.items():
+        tensor.add_(total[n])
+
+
+def client_app(name: str) -> ClientApp:
+    """A plain ClientApp on Conclave's messages."""
+    app = ClientApp()
+    shapes = {f"shared/{n}": p.shape for n, p in module(name).named_parameters()}
+
+    @app.train()
+    def handle(message: Message, context: Context) -> Message:
+        received = tensors_of(message.content, shapes)
+        tensors = {n.removeprefix("shared/"): t for n, t in received.items()}
+        delta = train(name, int(context.node_config["partition-id"]), tensors)
+        wire = {f"shared/{n}": t for n, t in delta.items()}
+        return Message(encode(TrainReply(charge_id="0"), wire), reply_to=message)
+
+    return app
+
+
+def federated_round(name: str, grid: InlineGrid, optimizer: ServerOptimizer, round_number: int) -> None:
+    """One round through messages, validation, aggregation and the server optimizer."""
+    tensors = optimizer.snapshot()
+    shapes = {n: t.shape for n, t in tensors.items()}
+    content = encode(TrainReply(charge_id="0"), tensors)  # one broadcast for all
+    ids = list(grid.get_node_ids())
+    requests = [Message(content, ids[node], TRAIN, group_id=str(round_number)) for node in cohort(name, round_number)]
+    averager = Averager([str(request.metadata.dst_node_id) for request in requests])
+    for reply in grid.send_and_receive(requests):
+        decode(reply.content, TrainReply)
+        node = str(reply.metadata.src_node_id)
+        averager.add(node, Contribution(node, 1.0, tensors_of(reply.content, shapes)))
+    optimizer.step(averager.result(1), 1.0)
+
+
+def measure(name: str, rounds: int) -> Iterable[dict[str, object]]:
+    """Time bare rounds with 1 and 2 threads and federated rounds, interleaved."""
+    initial = {n: p.detach().clone() for n, p in module(name).named_parameters()}
+    bare = {n: t.clone() for n, t in initial.items()}
+    optimizer = ServerOptimizer(ServerOptimizerConfig(), {f"shared/{n}": t for n, t in initial.items()})
+    grid = InlineGrid(client_app(name), SETTINGS[name].nodes, 1, {}, lambda reply: None)
+    times: dict[str, list[float]] = {"bare1": [], "bare2": [], "inline": []}
+
+    def timed(label: str, threads: int, work: Callable[[], None]) -> None:
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        work()
+        times[label].append(time.perf_counter() - started)
+
+    for number in range(rounds + 2):
+        timed("bare1", 1, lambda number=number: bare_round(name, bare, number))
+        timed("inline", 1, lambda number=number: federated_round(name, grid, optimizer, number))
+        timed("bare2", 2, lambda number=number: bare_round(name, {n: t.clone() for n, t in initial.items()}, number))
+    median = {label: statistics.median(values[2:]) for label, values in times.items()}  # two rounds of warm-up
+    drift = max(float((optimizer.snapshot()[f"shared/{n}"] - t).abs().max()) for n, t in bare.items())
+    if drift > 1e-4:
+        raise SystemExit(f"{name}: the two sides trained different models (difference {drift:g})")
+    fastest = min(median["bare1"], median["bare2"])
+    yield {
+        "model": name,
+        "engine": "inline",
+        "workers": 1,
+        "bare_seconds": round(fastest, 4),
+        "seconds": round(median["inline"], 4),
+        "ratio": round(median["inline"] / fastest, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    for name in SETTINGS:
+        for row in measure(name, options.rounds):
+            print(json.dumps(row) if options.json else row)
+
+
+if __name__ == "__main__":
+    main()

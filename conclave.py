@@ -60,6 +60,8 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue the run in this directory after its last round.")
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that run nodes, one thread each.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Torch threads of this process.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine and write a run directory with a report."""
@@ -75,7 +77,7 @@ def simulate(
         run = RunDirectory.open(resume)
         resolved = run.scenario
     with _progress(resolved.federation.rounds) as advance:
-        summary = run_simulation(resolved, run, advance)
+        summary = run_simulation(resolved, run, advance, workers=workers, threads=threads)
     report_path = write_report(run)
     _print_summary(resolved, summary, report_path)
     if as_json:

@@ -7,6 +7,7 @@ and types before anything is used, and never unpickles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal, TypeVar, get_args
 
@@ -128,15 +129,20 @@ def encode(document: Frozen, tensors: bytes | Mapping[str, Tensor] | None = None
     """
     content = RecordDict({"document": ConfigRecord({"json": document.model_dump_json()})})
     if tensors is not None:
-        record = ArrayRecord()
-        # Item assignment keeps the array as it is; the constructor would copy it.
-        record["body"] = (
-            Array(dtype="uint8", shape=(len(tensors),), stype=STYPE, data=tensors)
-            if isinstance(tensors, bytes)
-            else TensorArray(tensors)
-        )
-        content["tensors"] = record
+        content["tensors"] = encode_tensors(tensors)
     return content
+
+
+def encode_tensors(tensors: bytes | Mapping[str, Tensor]) -> ArrayRecord:
+    """Build the record in which tensors travel; see :func:`encode`."""
+    record = ArrayRecord()
+    # Item assignment keeps the array as it is; the constructor would copy it.
+    record["body"] = (
+        Array(dtype="uint8", shape=(len(tensors),), stype=STYPE, data=tensors)
+        if isinstance(tensors, bytes)
+        else TensorArray(tensors)
+    )
+    return record
 
 
 def decode(content: RecordDict, kind: type[_Document]) -> _Document:
@@ -200,7 +206,13 @@ def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, T
         ProtocolError: ``bad-request``.
     """
     blob = _blob(content)
-    return _checked(blob.tensors, expected) if isinstance(blob, TensorArray) else unpack(blob.data, expected)
+    if not isinstance(blob, TensorArray):
+        return unpack(blob.data, expected)
+    _check_names_and_shapes(blob.tensors, expected)
+    if not blob.found_finite:  # a broadcast is looked at once, not once per node
+        _check_finite(blob.tensors)
+        blob.found_finite = True
+    return dict(blob.tensors)
 
 
 def _blob(content: RecordDict) -> Array:
@@ -224,26 +236,38 @@ def unpack(body: bytes, expected: Mapping[str, Size]) -> dict[str, Tensor]:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ProtocolError("bad-request", "the tensors cannot be decoded") from error
-    return _checked(tensors, expected)
+    _check_names_and_shapes(tensors, expected)
+    _check_finite(tensors)
+    return tensors
 
 
-def _checked(tensors: Mapping[str, Tensor], expected: Mapping[str, Size]) -> dict[str, Tensor]:
+def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Size]) -> None:
     if tensors.keys() != expected.keys():
         raise ProtocolError("bad-request", "the tensors are not those that were asked for")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name] or tensor.dtype != torch.float32:
             raise ProtocolError("bad-request", f"{name} has the wrong shape or type")
-        # One vectorised pass: a norm is finite where every value is, and where none is so large (above 1e19)
-        # that its square overflows, which no honest weight or delta comes near.
-        if not bool(torch.linalg.vector_norm(tensor).isfinite()):
-            raise ProtocolError("bad-request", f"{name} is not finite")
-    return dict(tensors)
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    # One vectorised pass: a norm is finite where every value is, and where none is so large (above 1e19) that its
+    # square overflows, which no honest weight or delta comes near.
+    finite = [math.isfinite(value) for value in norms(tensors)]
+    if not all(finite):
+        raise ProtocolError("bad-request", f"{list(tensors)[finite.index(False)]} is not finite")
+
+
+def norms(tensors: Mapping[str, Tensor]) -> list[float]:
+    """Return the L2 norm of each tensor, taken in float32."""
+    with torch.no_grad():
+        each = torch._foreach_norm(list(tensors.values())) if tensors else ()
+        return [float(value) for value in each]
 
 
 CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
     "CODES", "PROTOCOL_VERSION", "QUERY_DESCRIBE", "TRAIN", "Code", "Description", "Plan", "ProtocolError", "Refusal",
-    "TrainReply", "TrainRequest", "TrainingConfig", "body_of", "decode", "encode", "fingerprint", "lengths", "pack",
-    "tensors_of", "unpack",
+    "TrainReply", "TrainRequest", "TrainingConfig", "body_of", "decode", "encode", "encode_tensors", "fingerprint",
+    "lengths", "norms", "pack", "tensors_of", "unpack",
 ]  # fmt: skip

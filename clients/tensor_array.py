@@ -26,8 +26,12 @@ class TensorArray(Array):
     # Flower names an object's class on the wire and accepts the ones it knows.
     __qualname__ = "Array"
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], packed: bytes | None = None) -> None:
+        """Hold ``tensors``; ``packed`` are their bytes, where they are at hand already."""
         self.__dict__.update(dtype="uint8", stype=STYPE, _tensors=tensors)
+        self.found_finite = False
+        if packed is not None:
+            self.__dict__["_data"] = packed
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

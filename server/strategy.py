@@ -6,11 +6,11 @@ Not FedAvg: nodes train different experts, so replies have different keys, which
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -25,6 +25,7 @@ from clients.protocol import (
     TrainRequest,
     decode,
     encode,
+    norms,
     pack,
     tensors_of,
 )
@@ -113,7 +114,12 @@ class ExpertStrategy(Strategy):
             round_number=server_round,
         )
         self._asked = {self.nodes[name][0]: (name, assignment[name]) for name in cohort}
-        messages = [self._request(server_round, node, held) for node, (_, held) in self._asked.items()]
+        contents: dict[str, RecordDict] = {}  # nodes with equal assignments get the same object, encoded once
+        messages = []
+        for node, (_, held) in self._asked.items():
+            if str(held) not in contents:
+                contents[str(held)] = self._content(server_round, held)
+            messages.append(Message(contents[str(held)], node, TRAIN, group_id=str(server_round)))
         self.tally.asked = len(messages)
         self.tally.bytes_down = sum(exchange_bytes(message.content) for message in messages)
         return messages
@@ -160,14 +166,6 @@ class ExpertStrategy(Strategy):
         reply = encode(TrainReply(charge_id="0" * 64), pack(self.optimizer.snapshot()))
         return exchange_bytes(self._content(1, held)) + exchange_bytes(reply)
 
-    def _request(self, server_round: int, node: int, held: HeldExperts) -> Message:
-        return Message(
-            content=self._content(server_round, held),
-            dst_node_id=node,
-            message_type=TRAIN,
-            group_id=str(server_round),
-        )
-
     def _content(self, server_round: int, held: HeldExperts) -> RecordDict:
         request = TrainRequest(run_id=self.run_id, round=server_round, plan=self.plan, held=held)
         snapshot = self.optimizer.snapshot()
@@ -189,7 +187,7 @@ class ExpertStrategy(Strategy):
             return None
         size = self.nodes[name][1].declared_size
         count = sum(shape.numel() for shape in expected.values())
-        norm = float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in delta.values()])))
+        norm = math.hypot(*norms(delta))
         if norm > norm_bound(self.plan, count, size):
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)

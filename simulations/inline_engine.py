@@ -15,6 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from simulations.worker_pool import WorkerPool
+
 RunConfig = dict[str, str]
 _FIRST_NODE_ID = SUPERLINK_NODE_ID + 1
 
@@ -29,14 +31,17 @@ class InlineGrid(Grid):
         run_id: int,
         run_config: RunConfig,
         on_reply: Callable[[Message], None],
+        pool: WorkerPool | None = None,
     ) -> None:
         """Set up ``nodes`` nodes; node i is told ``partition-id`` i, as Flower's own simulation does.
 
         Args:
             on_reply: called after every reply, for progress.
+            pool: processes that run ``client_app`` instead of this one.
         """
         self._client_app = client_app
         self._on_reply = on_reply
+        self._pool = pool
         self._run = Run.create_empty(run_id)
         self._contexts = {
             _FIRST_NODE_ID + number: Context(
@@ -78,12 +83,10 @@ class InlineGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Deliver messages; each is answered before the next is taken. Returns their ids."""
-        ids = []
-        for message in messages:
-            reply = self._deliver(message)
-            self._replies[message.metadata.message_id] = reply
-            ids.append(message.metadata.message_id)
-        return ids
+        sent = list(messages)
+        for reply in self.send_and_receive(sent):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return and forget the replies to the given messages."""
@@ -94,16 +97,20 @@ class InlineGrid(Grid):
 
         ``timeout`` cannot pass, since delivery is a call.
         """
-        return map(self._deliver, messages)
+        named = map(self._named, messages)
+        if self._pool is None:
+            replies: Iterator[Message] = (self._client_app(m, self._contexts[m.metadata.dst_node_id]) for m in named)
+        else:
+            replies = self._pool.run((m.metadata.dst_node_id - _FIRST_NODE_ID, m) for m in named)
+        for reply in replies:
+            reply.metadata.__dict__["_message_id"] = f"{reply.metadata.reply_to_message_id}-reply"
+            self._on_reply(reply)
+            yield reply
 
-    def _deliver(self, message: Message) -> Message:
+    def _named(self, message: Message) -> Message:
         self._sent += 1
-        message_id = f"inline-{self._sent}"
-        message.metadata.__dict__["_message_id"] = message_id
-        reply = self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        reply.metadata.__dict__["_message_id"] = f"{message_id}-reply"
-        self._on_reply(reply)
-        return reply
+        message.metadata.__dict__["_message_id"] = f"inline-{self._sent}"
+        return message
 
 
 def run_inline(
@@ -114,14 +121,11 @@ def run_inline(
     run_id: int,
     run_config: RunConfig,
     on_reply: Callable[[Message], None],
+    pool: WorkerPool | None = None,
 ) -> None:
-    """Run a whole federation in this process."""
-    grid = InlineGrid(client_app, nodes, run_id, run_config, on_reply)
+    """Run a whole federation in this process, or its nodes in the processes of ``pool``."""
+    grid = InlineGrid(client_app, nodes, run_id, run_config, on_reply, pool)
     context = Context(
-        run_id=run_id,
-        node_id=SUPERLINK_NODE_ID,
-        node_config={},
-        state=RecordDict(),
-        run_config=dict(run_config),
+        run_id=run_id, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config=dict(run_config)
     )
     server_app(grid, context)

@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from privacy.ledger_audit import LedgerAudit
+    from server.plan_estimate import PlanEstimate
     from server.scenario import Scenario
     from simulations.simulate import Summary
 
@@ -82,6 +83,23 @@ def simulate(
     _print_summary(resolved, summary, report_path)
     if as_json:
         _print_json({**asdict(summary), "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
+
+
+@app.command()
+def plan(
+    scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a scenario will cost before anything runs: noise, epsilon, bytes, steps, expected time."""
+    from simulations.plan import plan as work_out
+
+    estimate = work_out(_scenario(scenario, overrides or [], None))
+    _print_plan(estimate)
+    if as_json:
+        _print_json({**asdict(estimate), "epsilon": _finite(estimate.epsilon)})
 
 
 @app.command()
@@ -214,6 +232,36 @@ def _print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> N
     table.add_row("rounds", str(summary.rounds))
     table.add_row("run", str(summary.run))
     table.add_row("report", str(report_path))
+    Console(soft_wrap=True).print(table)
+
+
+def _print_plan(estimate: PlanEstimate) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("rounds", f"{estimate.rounds}, {estimate.steps} local steps on a node that takes part in each")
+    if estimate.noise_multiplier is None:
+        table.add_row("privacy", "NONE (epsilon = infinity)")
+    else:
+        table.add_row("noise", f"sigma {estimate.noise_multiplier:g}")
+        table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
+        others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
+        table.add_row("", f"for comparison: {others}")
+    share = estimate.parameters_per_node / estimate.parameters_total
+    table.add_row(
+        "parameters",
+        f"{estimate.parameters_total:,} in all, {estimate.parameters_per_node:,} ({share:.0%}) on a node",
+    )
+    table.add_row("traffic", f"{estimate.bytes_down:,} bytes to a node and {estimate.bytes_up:,} back, every round")
+    table.add_row(
+        "", f"{(estimate.bytes_down + estimate.bytes_up) / estimate.bytes_full_model:.0%} of the whole model's"
+    )
+    table.add_row(
+        "time",
+        f"{estimate.seconds_total:.1f} s of local training in all, "
+        f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
+    )
     Console(soft_wrap=True).print(table)
 
 

@@ -82,6 +82,14 @@ class Network(nn.Module):
             routings.append(routing)
         return Output(self.head(self.norm(x_BTD)), aux_B, tuple(routings))
 
+    def synthetic_batch(self, examples: int, seed: int = 0) -> Batch:
+        """Return made-up examples of the right shapes and types: for timing and checks, without data."""
+        encoder, generator = self.config.encoder, torch.Generator().manual_seed(seed)
+        return {
+            "image": torch.rand(examples, encoder.channels, encoder.height, encoder.width, generator=generator),
+            "label": torch.randint(self.config.head.classes, (examples,), generator=generator),
+        }
+
     def loss(self, batch: Batch) -> Tensor:
         """Return the training loss of each example, shape [B]: the task's, plus ``balance`` × auxiliary."""
         output: Output = self(batch)

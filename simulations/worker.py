@@ -6,7 +6,7 @@ how many replies may be unread at a time, and the ClientApp to import.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import socket
 import sys
 from collections import OrderedDict
@@ -94,8 +94,7 @@ class Worker:
 def main(descriptor: str, shared_file: str, slots: str, app_path: str) -> None:
     """Answer messages until the other side closes."""
     torch.set_num_threads(1)
-    module, _, name = app_path.partition(":")
-    app = getattr(importlib.import_module(module), name)
+    app = pkgutil.resolve_name(app_path)
     with socket.socket(fileno=int(descriptor)) as connection:
         hello = receive_frame(connection)
         if hello is None:

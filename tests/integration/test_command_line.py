@@ -95,6 +95,27 @@ def test_report_predict_scenarios_and_version(run, capsys):
     assert call(capsys, "--version")[1].startswith("conclave ")
 
 
+def test_plan_shows_the_cost_before_anything_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = call(capsys, "plan", "digits", "--set", "federation.rounds=5", "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert status == 0
+    assert (result["rounds"], result["delta"]) == (5, 1e-5)
+    assert 7.9 < result["epsilon"] <= 8
+    assert {"noise_multiplier", "accountants", "bytes_down", "bytes_up", "steps", "seconds_total"} <= result.keys()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_continues_from_the_command_line_and_takes_nothing_else(run, capsys):
+    folder, _ = run
+    model = (folder / "model" / "model.safetensors").read_bytes()
+    (folder / "model" / "model.safetensors").unlink()
+    status, out, _ = call(capsys, "simulate", "--resume", folder, "--json")
+    assert status == 0
+    assert json.loads(out.splitlines()[-1])["rounds"] == 2
+    assert (folder / "model" / "model.safetensors").read_bytes() == model
+
+
 BAD = [
     (("simulate", "digit"), "did you mean digits"),
     (("simulate", "missing.toml"), "missing.toml: no such file"),
@@ -109,6 +130,10 @@ BAD = [
     (("simulate", "digits", "--set", "seed=x.y.z"), "seed is 'x.y.z'"),
     (("simulate", "digits", "--set", "partition.nodes=5000"), "at most the 1437 training records"),
     (("simulate", "digits", "--set", "partition.min_records=800"), "fewer nodes or a milder skew"),
+    (("simulate", "digits", "--resume", "nowhere"), "cannot be combined with the scenario argument"),
+    (("simulate", "--resume", "nowhere", "--seed", "3"), "cannot be combined with --seed"),
+    (("simulate", "--resume", "nowhere"), "must be a run directory"),
+    (("plan", "digit"), "did you mean digits"),
     (("report", "nowhere"), "must be a run directory"),
     (("predict", "nowhere", "digits:0"), "must be a folder that holds a saved model"),
     (("audit", "ledger", "nowhere.db"), "nowhere.db: no such file"),

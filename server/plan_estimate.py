@@ -1,0 +1,127 @@
+"""What a scenario will ask and cost, before anything runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from clients.protocol import Plan, TrainReply, TrainRequest, encode
+from model import HeldExperts, build, from_state, parameters
+from privacy.accounting import SampledGaussian, charge_units, epsilon_by_accountant, epsilon_of, fixed_order
+from privacy.dpsgd import DpSgd, train_privately
+from privacy.randomness import derive
+from server.scenario import Scenario
+from server.traffic import wire_bytes
+
+_MOST_TIMED_RECORDS = 4096
+
+
+@dataclass(frozen=True)
+class PlanEstimate:
+    """The arithmetic of a run. ε values are for a node that takes part in every round.
+
+    epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
+    bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
+    seconds_per_node_round: local training alone, measured on this machine with synthetic records.
+    """
+
+    rounds: int
+    steps: int
+    noise_multiplier: float | None
+    order: float
+    epsilon: float
+    delta: float
+    accountants: dict[str, float]
+    parameters_total: int
+    parameters_per_node: int
+    bytes_down: int
+    bytes_up: int
+    bytes_full_model: int
+    seconds_per_node_round: float
+    seconds_total: float
+
+
+def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
+    """Work out what a scenario costs.
+
+    Args:
+        units_per_node: public, the mean number of units on a node, for the expected time.
+
+    Raises:
+        BadInputError: no noise multiplier satisfies (ε, δ).
+    """
+    plan = scenario.plan()
+    rounds, privacy = scenario.federation.rounds, scenario.privacy
+    order = fixed_order(privacy.epsilon, privacy.delta)
+    epsilon, accountants = float("inf"), dict[str, float]()
+    if plan.noise_multiplier is not None:
+        charge = SampledGaussian(
+            sampling_rate=privacy.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.training.steps
+        )
+        epsilon = epsilon_of(rounds * charge_units(charge, order), order, privacy.delta)
+        accountants = epsilon_by_accountant([charge] * rounds, privacy.delta)
+    everything = scenario.model.all_experts
+    held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
+    down, up = _bytes(plan, held)
+    seconds = _seconds(scenario, plan, held, units_per_node)
+    return PlanEstimate(
+        rounds=rounds,
+        steps=rounds * plan.training.steps,
+        noise_multiplier=plan.noise_multiplier,
+        order=order,
+        epsilon=epsilon,
+        delta=privacy.delta,
+        accountants=accountants,
+        parameters_total=_count(plan, everything),
+        parameters_per_node=_count(plan, held),
+        bytes_down=down,
+        bytes_up=up,
+        bytes_full_model=sum(_bytes(plan, everything)),
+        seconds_per_node_round=seconds,
+        seconds_total=seconds * rounds * _expected_cohort(scenario),
+    )
+
+
+def _count(plan: Plan, held: HeldExperts) -> int:
+    return sum(shape.numel() for shape in parameters.shapes(plan.model, held).values())
+
+
+def _bytes(plan: Plan, held: HeldExperts) -> tuple[int, int]:
+    tensors = {name: torch.zeros(shape) for name, shape in parameters.shapes(plan.model, held).items()}
+    for number, tensor in enumerate(tensors.values()):
+        tensor += number  # equal chunks would be counted once
+    request = TrainRequest(run_id="0" * 16, round=1, plan=plan, held=held)
+    return wire_bytes(encode(request, tensors)), wire_bytes(encode(TrainReply(charge_id="0" * 64), tensors))
+
+
+def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> float:
+    """Time one local step on synthetic records, the very code that nodes run, and scale it to a round."""
+    network = build(scenario.model, scenario.seed)
+    wire = parameters.split(network.state_dict(), network.held)
+    part = {name: wire[name].clone() for name in parameters.select(wire, held)}
+    local = from_state(plan.model, held, parameters.join(part, held))
+    records = local.synthetic_batch(min(units, _MOST_TIMED_RECORDS))
+    step = DpSgd(
+        steps=1,
+        learning_rate=plan.training.learning_rate,
+        sampling_rate=plan.privacy.sampling_rate,
+        clip=plan.privacy.clip,
+        noise_multiplier=plan.noise_multiplier,
+        declared_size=units,
+        gradients=plan.privacy.gradients,
+    )
+    seconds = []
+    for trial in range(3):  # the first also warms up
+        started = time.perf_counter()
+        train_privately(local, local.loss, records, step, derive(bytes(32), "plan", trial))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:]) * plan.training.steps * max(1.0, units / _MOST_TIMED_RECORDS)
+
+
+def _expected_cohort(scenario: Scenario) -> float:
+    cohort, nodes = scenario.federation.cohort, scenario.partition.nodes
+    if cohort.kind == "fixed":
+        return float(min(cohort.size, nodes))
+    return cohort.rate * nodes if cohort.kind == "poisson" else float(nodes)

@@ -1,0 +1,18 @@
+"""The plan of a simulated scenario: the estimate, for the mean number of records that its partition gives a node."""
+
+from __future__ import annotations
+
+from clients.simulated import deal
+from server.plan_estimate import PlanEstimate, estimate
+from server.scenario import Scenario
+
+
+def plan(scenario: Scenario) -> PlanEstimate:
+    """Work out what a scenario will cost on this machine, before anything runs.
+
+    Raises:
+        BadInputError: the scenario cannot be carried out.
+    """
+    _, _, shares = deal(scenario.to_toml())
+    mean = round(sum(map(len, shares)) / len(shares))
+    return estimate(scenario, units_per_node=max(1, mean))

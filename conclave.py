@@ -82,7 +82,8 @@ def simulate(
     report_path = write_report(run)
     _print_summary(resolved, summary, report_path)
     if as_json:
-        _print_json({**asdict(summary), "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
+        result = {name: value for name, value in asdict(summary).items() if value is not None}
+        _print_json({**result, "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
 
 
 @app.command()
@@ -130,15 +131,24 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 @app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="A model folder or a run directory.")],
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="An image, a .npy array, or digits:N.")],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="An image, a .npy array or digits:N; for a text model, a prompt.")
+    ],
+    max_bytes: Annotated[int, typer.Option(help="Text: how many bytes to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Text: below 1 is safer, above 1 wilder.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Text: fixes the draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Predict with a trained model."""
+    """Predict with a trained model: classify an image, or continue a text."""
+    from simulations.predict import Continuation
     from simulations.predict import predict as run_prediction
 
-    prediction = run_prediction(model, source)
-    truth = "" if prediction.truth is None else f" (truth {prediction.truth})"
-    typer.echo(f"{prediction.label} with probability {prediction.probability:.3f}{truth}")
+    prediction = run_prediction(model, source, max_bytes=max_bytes, temperature=temperature, seed=seed)
+    if isinstance(prediction, Continuation):
+        typer.echo(source + prediction.text)
+    else:
+        truth = "" if prediction.truth is None else f" (truth {prediction.truth})"
+        typer.echo(f"{prediction.label} with probability {prediction.probability:.3f}{truth}")
     if as_json:
         _print_json(asdict(prediction))
 
@@ -221,7 +231,14 @@ def _print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> N
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
+    if summary.accuracy is not None:
+        table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
+    if summary.bits_per_byte is not None:
+        table.add_row(
+            "bits per byte",
+            f"{summary.bits_per_byte:.4f} on {scenario.data.test_records} public test windows "
+            f"(order-0 entropy of the same bytes: {summary.order0_bits_per_byte:.4f})",
+        )
     if scenario.privacy.mechanism == "none":
         table.add_row("privacy", "NONE (epsilon = infinity)")
     else:

@@ -19,7 +19,8 @@ from clients.protocol import (
     tensors_of,
 )
 from clients.trainer import train
-from data.sources import Records, Schema
+from data.schema import Schema
+from data.sources import Records
 from model import HeldExperts, parameters
 from privacy.accounting import SampledGaussian
 from privacy.canonical import sha256
@@ -92,9 +93,9 @@ class Node:
 
     def _check_assignment(self, plan: Plan, request: TrainRequest) -> None:
         config = plan.model
-        image = (config.encoder.channels, config.encoder.height, config.encoder.width)
-        if image != self.schema.image or config.head.classes != self.schema.classes:
-            raise ProtocolError("schema-mismatch", "the model does not fit this node's records")
+        mismatch = self.schema.mismatch(config)
+        if mismatch is not None:
+            raise ProtocolError("schema-mismatch", mismatch)
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
         check_held(request.held, plan, self.policy.expert_capacity)

@@ -51,7 +51,8 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
     sections, dataset, shares = deal(scenario_toml)
     root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     index = torch.from_numpy(shares[number])
-    records = {name: tensor[index] for name, tensor in dataset.train.items()}
+    # Groups decide who holds what; no model sees them.
+    records = {name: tensor[index] for name, tensor in dataset.train.items() if name != "group"}
     path = ledger_path(Path(run_dir), number)
     ledger = Ledger(path) if path.exists() else Ledger.create(path, _genesis(sections, root, number))
     return Node(
@@ -73,7 +74,7 @@ def deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
     """
     sections = SimulatedData.model_validate(tomllib.loads(scenario_toml))
     dataset = load(sections.data)
-    return sections, dataset, partition(dataset.train["label"].numpy(), sections.partition, sections.seed)
+    return sections, dataset, partition(dataset.train, sections.partition, sections.seed)
 
 
 def _genesis(sections: SimulatedData, root: bytes, number: int) -> Genesis:

@@ -10,10 +10,14 @@ from model.config import Frozen
 
 
 class DataConfig(Frozen):
-    """The data set. ``test_records`` are held out, public, and used by the server for evaluation."""
+    """The data set. ``test_records`` are held out, public, and used by the server for evaluation.
 
-    source: Literal["digits"]
+    ``window`` is the bytes in one record of text; images have none.
+    """
+
+    source: Literal["digits", "stdlib-text"]
     test_records: int = Field(default=360, ge=1)
+    window: int = Field(default=64, ge=2, le=65_536)
 
 
 class IidPartition(Frozen):
@@ -40,4 +44,13 @@ class PathologicalPartition(Frozen):
     labels_per_node: int = Field(ge=1)
 
 
-PartitionConfig = Annotated[IidPartition | DirichletPartition | PathologicalPartition, Field(discriminator="scheme")]
+class GroupsPartition(Frozen):
+    """Whole groups of records (for text: packages), dealt so that the nodes' sizes come out alike."""
+
+    scheme: Literal["groups"]
+    nodes: int = Field(ge=1, le=1_000_000)
+
+
+PartitionConfig = Annotated[
+    IidPartition | DirichletPartition | PathologicalPartition | GroupsPartition, Field(discriminator="scheme")
+]

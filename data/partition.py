@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import numpy as np
 from datasets import Dataset
@@ -12,22 +13,58 @@ from flwr_datasets.partitioner import (
     Partitioner,
     PathologicalPartitioner,
 )
+from torch import Tensor
 
-from data.config import DirichletPartition, IidPartition, PartitionConfig
+from data.config import (
+    DirichletPartition,
+    GroupsPartition,
+    IidPartition,
+    PartitionConfig,
+    PathologicalPartition,
+)
 from model.errors import BadInputError
 
+_ByLabel = IidPartition | DirichletPartition | PathologicalPartition
 
-def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
+
+def partition(records: Mapping[str, Tensor], config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Return the record indices of each node: disjoint, together all records, the same for the same seed.
 
     Args:
-        labels: int [records].
+        records: ``label`` int [records] for schemes by label, ``group`` int [records] for whole groups.
+        config: how to deal them.
+        seed: fixes the shares; ``groups`` needs none.
 
     Raises:
         BadInputError: the records cannot be dealt that way.
     """
-    if config.nodes > len(labels):
-        raise BadInputError(f"partition.nodes is {config.nodes}, must be at most the {len(labels)} training records")
+    count = len(next(iter(records.values())))
+    if config.nodes > count:
+        raise BadInputError(f"partition.nodes is {config.nodes}, must be at most the {count} training records")
+    needed = {"groups": "group", "iid": None}.get(config.scheme, "label")
+    if needed is not None and needed not in records:
+        raise BadInputError(f"partition.scheme is {config.scheme}, must be another: these records have no {needed}s")
+    if isinstance(config, GroupsPartition):
+        return _whole_groups(records["group"].numpy(), config.nodes)
+    labels = records["label"].numpy() if "label" in records else np.zeros(count, dtype=np.int64)
+    return _by_flower(labels, config, seed)
+
+
+def _whole_groups(groups: np.ndarray, nodes: int) -> list[np.ndarray]:
+    """Give each group, the largest first, to the node that has least so far."""
+    numbers, sizes = np.unique(groups, return_counts=True)
+    if nodes > len(numbers):
+        raise BadInputError(f"partition.nodes is {nodes}, must be at most the {len(numbers)} groups of records")
+    shares: list[list[int]] = [[] for _ in range(nodes)]
+    load = np.zeros(nodes, dtype=np.int64)
+    for position in np.argsort(-sizes, kind="stable"):
+        node = int(load.argmin())
+        shares[node].append(int(numbers[position]))
+        load[node] += sizes[position]
+    return [np.flatnonzero(np.isin(groups, share)) for share in shares]
+
+
+def _by_flower(labels: np.ndarray, config: _ByLabel, seed: int) -> list[np.ndarray]:
     # Flower's IID partitioner cuts the set in order and takes no seed: shuffle first, for every scheme.
     order = np.random.default_rng(seed).permutation(len(labels))
     partitioner = _partitioner(config, seed)
@@ -53,7 +90,7 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int) -> list[np
     return shares
 
 
-def _partitioner(config: PartitionConfig, seed: int) -> Partitioner:
+def _partitioner(config: _ByLabel, seed: int) -> Partitioner:
     if isinstance(config, IidPartition):
         return IidPartitioner(num_partitions=config.nodes)
     if isinstance(config, DirichletPartition):

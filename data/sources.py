@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from data.config import DataConfig
-from model.errors import BadInputError
+from data.digits import load_digits
+from data.schema import ImageSchema, Schema, TextSchema
+from data.stdlib_text import load_stdlib_text
 
 Records = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Schema:
-    """What a record looks like; public. ``image`` is (channels, height, width)."""
-
-    image: tuple[int, int, int]
-    classes: int
 
 
 @dataclass(frozen=True)
@@ -32,36 +24,31 @@ class DataSet:
     test: Records
 
 
-SCHEMAS = {"digits": Schema(image=(1, 8, 8), classes=10)}
-"""Schema of each embedded source, known without loading it."""
+@dataclass(frozen=True)
+class _Source:
+    schema: Callable[[DataConfig], Schema]
+    load: Callable[[DataConfig], tuple[Records, Records]]
 
-_SPLIT_SEED = 0  # the public test records are the same in every run
+
+_SOURCES = {
+    "digits": _Source(lambda config: ImageSchema(image=(1, 8, 8), classes=10), load_digits),
+    "stdlib-text": _Source(lambda config: TextSchema(window=config.window), load_stdlib_text),
+}
+
+
+def schema_of(config: DataConfig) -> Schema:
+    """Return what a source's records look like, without loading it."""
+    return _SOURCES[config.source].schema(config)
 
 
 def load(config: DataConfig) -> DataSet:
     """Load a data set.
 
-    ``digits``: scikit-learn's 1,797 real 8×8 images of handwritten digits (Alpaydin & Kaynak 1998), values
-    scaled to [0, 1]; needs no network.
-
     Raises:
-        BadInputError: ``test_records`` leaves no record for training.
+        BadInputError: the source cannot be split as asked.
     """
-    from sklearn.datasets import load_digits  # takes a third of a second to import
-
-    images, labels = load_digits(return_X_y=True)
-    if config.test_records >= len(labels):
-        raise BadInputError(
-            f"data.test_records is {config.test_records}, must be below the {len(labels)} records of {config.source}"
-        )
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
-    records = {
-        "image": torch.from_numpy(images[order] / 16.0).to(torch.float32).view(-1, 1, 8, 8),
-        "label": torch.from_numpy(labels[order]).to(torch.int64),
-    }
-    test = {name: tensor[: config.test_records] for name, tensor in records.items()}
-    train = {name: tensor[config.test_records :] for name, tensor in records.items()}
-    return DataSet(SCHEMAS[config.source], train, test)
+    train, test = _SOURCES[config.source].load(config)
+    return DataSet(schema_of(config), train, test)
 
 
 def declared_size(records: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -45,11 +45,40 @@ class ImagePatchConfig(Frozen):
         return self.channels * self.patch * self.patch
 
 
+class BytesConfig(Frozen):
+    """Text as bytes: each byte of a window of ``window`` bytes is one token."""
+
+    kind: Literal["bytes"] = "bytes"
+    window: int = Field(ge=2, le=65_536)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per window."""
+        return self.window
+
+
 class ClassificationConfig(Frozen):
     """Predict one of ``classes`` labels from the mean over tokens; loss is cross-entropy."""
 
     kind: Literal["classification"] = "classification"
     classes: int = Field(ge=2, le=1_000_000)
+
+
+class NextByteConfig(Frozen):
+    """Predict each next byte from those before it; the loss of a window is the mean over its positions."""
+
+    kind: Literal["next-byte"] = "next-byte"
+
+
+EncoderConfig = Annotated[ImagePatchConfig | BytesConfig, Field(discriminator="kind")]
+HeadConfig = Annotated[ClassificationConfig | NextByteConfig, Field(discriminator="kind")]
+
+
+class AttentionConfig(Frozen):
+    """Causal multi-head attention with rotary positions (RoPE, Su et al. 2021, arXiv:2104.09864)."""
+
+    heads: int = Field(ge=1, le=256)
+    rope_base: float = Field(default=10_000.0, gt=1.0, le=1e9)
 
 
 class ExpertsConfig(Frozen):
@@ -91,26 +120,47 @@ class InitConfig(Frozen):
 
 
 class ModelConfig(Frozen):
-    """A whole model: encoder → blocks with MoE layers → pooling → head.
+    """A whole model: encoder → blocks with MoE layers → head.
 
-    ``preset = "moe"`` is the first architecture of the family: one block, no attention.
-    ``norm`` stands before each MoE layer and before the head. No layer but the norm has a bias-like parameter.
-    ``width`` is a multiple of 8 because grouped matrix products need rows of 16-byte multiples in
-    fp32 and bf16 alike.
+    * ``preset = "moe"``: the first architecture of the family, one block and no attention.
+    * ``preset = "transformer"``: ``layers`` blocks of causal attention and MoE.
+
+    ``norm`` stands before each attention, each MoE layer and the head. No layer but the norm has a bias-like
+    parameter. ``width`` is a multiple of 8 because grouped matrix products need rows of 16-byte multiples in fp32
+    and bf16 alike.
     """
 
-    preset: Literal["moe"] = "moe"
+    preset: Literal["moe", "transformer"] = "moe"
     norm: Literal["rms", "none"] = "rms"
     init: InitConfig = InitConfig()
     width: int = Field(ge=8, le=16_384, multiple_of=8)
-    encoder: ImagePatchConfig
+    layers: int = Field(default=1, ge=1, le=256)
+    attention: AttentionConfig | None = None
+    encoder: EncoderConfig
     experts: ExpertsConfig
-    head: ClassificationConfig
+    head: HeadConfig
 
-    @property
-    def layers(self) -> int:
-        """Number of blocks, each with one MoE layer."""
-        return 1
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        if self.preset == "moe" and (self.layers != 1 or self.attention is not None):
+            raise ValueError("model.preset moe has one layer and no attention, must be transformer for more")
+        if self.preset == "transformer":
+            if self.attention is None:
+                raise ValueError("model.attention is missing, must be given for preset transformer")
+            if self.width % (2 * self.attention.heads):
+                raise ValueError(
+                    f"model.attention.heads is {self.attention.heads}, must divide half the width {self.width}"
+                )
+        if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
+            raise ValueError(
+                f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
+                "must be classification for image-patch, next-byte for bytes"
+            )
+        if self.head.kind == "next-byte" and self.preset == "moe":
+            raise ValueError(
+                "model.preset is moe, must be transformer for bytes: without attention no byte sees another"
+            )
+        return self
 
     @property
     def all_experts(self) -> HeldExperts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.config import ImagePatchConfig
+from model.config import BytesConfig, ImagePatchConfig
 from model.errors import BadInputError
 
 
@@ -47,4 +47,24 @@ class ImagePatchEncoder(nn.Module):
         x_BTD: Tensor = self.embed(patch_BVT.transpose(1, 2))
         if self.position is not None:
             x_BTD = self.position(x_BTD)
+        return x_BTD
+
+
+class ByteEncoder(nn.Module):
+    """A table of 256 vectors; each byte is one token. Positions are the attention's business."""
+
+    def __init__(self, config: BytesConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(256, width)
+
+    def forward(self, text_BT: Tensor) -> Tensor:
+        """Return tokens [B, T, D] for bytes given as integers 0 to 255; T may be below the window.
+
+        Raises:
+            BadInputError: more bytes than the window holds, or not a batch of byte rows.
+        """
+        if text_BT.ndim != 2 or text_BT.shape[1] > self.config.window:
+            raise BadInputError(f"text of shape {list(text_BT.shape)}, must be [batch, at most {self.config.window}]")
+        x_BTD: Tensor = self.table(text_BT.long())
         return x_BTD

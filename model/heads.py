@@ -1,6 +1,8 @@
-"""Task heads: from tokens [B, T, D] to an output and a per-example loss."""
+"""Task heads: from tokens [B, T, D] to scores and a per-example loss."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,24 @@ class ClassificationHead(nn.Module):
         scores_BC: Tensor = self.score(x_BTD.mean(dim=1))
         return scores_BC
 
-    def loss(self, scores_BC: Tensor, label_B: Tensor) -> Tensor:
-        """Return the cross-entropy of each example, shape [B], in nats."""
-        return F.cross_entropy(scores_BC, label_B, reduction="none")
+    def loss(self, scores_BC: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the cross-entropy with ``label`` of each example, shape [B], in nats."""
+        return F.cross_entropy(scores_BC, batch["label"], reduction="none")
+
+
+class NextByteHead(nn.Module):
+    """A linear map to 256 scores at every position."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(width, 256, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return scores [B, T, 256] of the byte after each position (logits)."""
+        scores_BTV: Tensor = self.score(x_BTD)
+        return scores_BTV
+
+    def loss(self, scores_BTV: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return each window's mean cross-entropy over its bytes but the first, shape [B], in nats a byte."""
+        target_BT = batch["text"][:, 1:].long()
+        return F.cross_entropy(scores_BTV[:, :-1].transpose(1, 2), target_BT, reduction="none").mean(dim=1)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.encoders import ImagePatchEncoder, PositionTable
+from model.attention import CausalAttention
+from model.encoders import ByteEncoder, ImagePatchEncoder, PositionTable
 from model.experts import GroupedLinear, RoutedExperts, SharedExpert
-from model.heads import ClassificationHead
+from model.heads import ClassificationHead, NextByteHead
 from model.routers import SoftmaxRouter
 
 if TYPE_CHECKING:
@@ -37,7 +38,12 @@ def initialise(network: Network, generator: torch.Generator) -> None:
         elif isinstance(module, SharedExpert):
             _draw(module.up.weight, module.up.in_features, init.up, generator)
             _draw(module.down.weight, module.down.in_features, init.down, generator)
-        elif isinstance(module, ClassificationHead):
+        elif isinstance(module, ByteEncoder):
+            _draw(module.table.weight, 1, init.embed, generator)
+        elif isinstance(module, CausalAttention):
+            for layer in (module.query, module.key, module.value, module.out):
+                _draw(layer.weight, layer.in_features, 1.0, generator)
+        elif isinstance(module, ClassificationHead | NextByteHead):
             _draw(module.score.weight, module.score.in_features, init.head, generator)
         elif isinstance(module, nn.RMSNorm):
             module.weight.fill_(1.0)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.config import HeldExperts, ModelConfig
-from model.encoders import ImagePatchEncoder
-from model.heads import ClassificationHead
+from model.attention import CausalAttention
+from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelConfig
+from model.encoders import ByteEncoder, ImagePatchEncoder
+from model.heads import ClassificationHead, NextByteHead
 from model.initialisation import initialise
 from model.moe import MoELayer
 from model.routers import Routing
@@ -21,11 +22,25 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass returns: the head's output, the auxiliary loss per example, the routing per layer."""
+    """What a forward pass returns: the head's scores, the auxiliary loss per example, the routing per layer."""
 
-    scores_BC: Tensor
+    scores: Tensor
     aux_B: Tensor
     routing: tuple[Routing, ...]
+
+
+def make_encoder(config: ModelConfig) -> ImagePatchEncoder | ByteEncoder:
+    """Return the configured encoder."""
+    if isinstance(config.encoder, BytesConfig):
+        return ByteEncoder(config.encoder, config.width)
+    return ImagePatchEncoder(config.encoder, config.width)
+
+
+def make_head(config: ModelConfig) -> ClassificationHead | NextByteHead:
+    """Return the configured head."""
+    if isinstance(config.head, ClassificationConfig):
+        return ClassificationHead(config.head, config.width)
+    return NextByteHead(config.width)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -34,15 +49,21 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block around an MoE layer."""
+    """Pre-norm residual block: attention where configured, then an MoE layer."""
 
     def __init__(self, config: ModelConfig, held: int) -> None:
         super().__init__()
+        self.attention = None
+        if config.attention is not None:
+            self.attention_norm = make_norm(config)
+            self.attention = CausalAttention(config.attention, config.width)
         self.norm = make_norm(config)
         self.moe = MoELayer(config.experts, held, config.width)
 
     def forward(self, x_BTD: Tensor, allowed_E: Tensor) -> tuple[Tensor, Routing]:
         """Return the block's output and the routing of its MoE layer."""
+        if self.attention is not None:
+            x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
         y_BTD, routing = self.moe(self.norm(x_BTD), allowed_E)
         return x_BTD + y_BTD, routing
 
@@ -57,19 +78,19 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.held = held
-        self.encoder = ImagePatchEncoder(config.encoder, config.width)
+        self.encoder = make_encoder(config)
         self.blocks = nn.ModuleList(Block(config, len(held[layer])) for layer in range(config.layers))
         self.norm = make_norm(config)
-        self.head = ClassificationHead(config.head, config.width)
+        self.head = make_head(config)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
         """Run the model on a batch.
 
         Args:
-            batch: ``image`` float [B, C, H, W].
+            batch: ``image`` float [B, C, H, W], or ``text`` bytes [B, T].
             allowed: layer → bool mask over the held experts; default, all of them.
         """
-        x_BTD = self.encoder(batch["image"])
+        x_BTD = self.encoder(batch["text" if self.config.encoder.kind == "bytes" else "image"])
         aux_B = x_BTD.new_zeros(x_BTD.shape[0])
         routings = []
         for layer, block in enumerate(self.blocks):
@@ -84,16 +105,24 @@ class Network(nn.Module):
 
     def synthetic_batch(self, examples: int, seed: int = 0) -> Batch:
         """Return made-up examples of the right shapes and types: for timing and checks, without data."""
-        encoder, generator = self.config.encoder, torch.Generator().manual_seed(seed)
-        return {
-            "image": torch.rand(examples, encoder.channels, encoder.height, encoder.width, generator=generator),
-            "label": torch.randint(self.config.head.classes, (examples,), generator=generator),
-        }
+        encoder, head = self.config.encoder, self.config.head
+        generator = torch.Generator().manual_seed(seed)
+        if isinstance(encoder, BytesConfig):
+            text = torch.randint(256, (examples, encoder.window), generator=generator, dtype=torch.uint8)
+            return {"text": text}
+        batch = {"image": torch.rand(examples, encoder.channels, encoder.height, encoder.width, generator=generator)}
+        if isinstance(head, ClassificationConfig):
+            batch["label"] = torch.randint(head.classes, (examples,), generator=generator)
+        return batch
+
+    def task_loss(self, output: Output, batch: Batch) -> Tensor:
+        """Return the task's own loss of each example, shape [B], in nats."""
+        return self.head.loss(output.scores, batch)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the training loss of each example, shape [B]: the task's, plus ``balance`` × auxiliary."""
         output: Output = self(batch)
-        task_B: Tensor = self.head.loss(output.scores_BC, batch["label"])
+        task_B = self.task_loss(output, batch)
         return task_B + self.config.experts.balance * output.aux_B
 
 

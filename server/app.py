@@ -128,7 +128,7 @@ def _metrics(
     tally = strategy.tally
     return {
         "round": round_number,
-        **asdict(evaluation),
+        **{name: value for name, value in asdict(evaluation).items() if value is not None},
         "asked": tally.asked,
         "accepted": tally.accepted,
         "refused": dict(tally.refused),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,52 +10,68 @@ import torch
 from torch import Tensor
 
 from data.sources import Records
-from model import Network, from_state, parameters
+from data.stdlib_text import order0_entropy
+from model import from_state, parameters
 from model.config import ModelConfig
+
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model on a public test split.
+    """Quality of a model on a public test split. What a task does not have is None.
 
+    accuracy: share of right classes. bits_per_byte: mean cross-entropy of a next byte; order0_bits_per_byte: the
+    entropy of the same bytes without any context.
+    …_without_experts: with every routed expert's output set to zero. The gap is the routed experts' work.
     load: per layer, the share of routed tokens that each expert received; sums to 1.
-    accuracy_without_experts: with every routed expert's output set to zero. The gap is the routed experts' work.
     """
 
-    accuracy: float
     loss: float
     load: tuple[tuple[float, ...], ...]
-    accuracy_without_experts: float
+    accuracy: float | None = None
+    accuracy_without_experts: float | None = None
+    bits_per_byte: float | None = None
+    bits_per_byte_without_experts: float | None = None
+    order0_bits_per_byte: float | None = None
 
 
 def evaluate(config: ModelConfig, wire: Mapping[str, Tensor], test: Records) -> Evaluation:
     """Evaluate a full model (wire names → tensors) on public records."""
-    held = config.all_experts
-    network = from_state(config, held, parameters.join(wire, held)).eval()
     silenced = {
         name: torch.zeros_like(tensor) if parameters.owner(name).group == "expert" else tensor
         for name, tensor in wire.items()
     }
-    without = from_state(config, held, parameters.join(silenced, held)).eval()
+    loss, right, load = _measure(config, wire, test)
+    loss_without, right_without, _ = _measure(config, silenced, test)
+    if config.head.kind == "classification":
+        return Evaluation(loss=loss, load=load, accuracy=right, accuracy_without_experts=right_without)
+    return Evaluation(
+        loss=loss,
+        load=load,
+        bits_per_byte=loss / math.log(2.0),
+        bits_per_byte_without_experts=loss_without / math.log(2.0),
+        order0_bits_per_byte=order0_entropy(test["text"]),
+    )
+
+
+def _measure(
+    config: ModelConfig, wire: Mapping[str, Tensor], test: Records
+) -> tuple[float, float, tuple[tuple[float, ...], ...]]:
+    """Return mean loss in nats, share of right classes (0 without classes), and expert load per layer."""
+    held = config.all_experts
+    network = from_state(config, held, parameters.join(wire, held)).eval()
+    count = len(next(iter(test.values())))
+    loss, right = 0.0, 0
+    picked = torch.zeros(config.layers, config.experts.routed, dtype=torch.int64)
     with torch.inference_mode():
-        output = network(test)
-        loss = float(network.head.loss(output.scores_BC, test["label"]).mean())
-        load = tuple(tuple(_shares(routing.experts_BTK, config.experts.routed)) for routing in output.routing)
-        return Evaluation(
-            accuracy=_accuracy(output.scores_BC, test),
-            loss=loss,
-            load=load,
-            accuracy_without_experts=_accuracy(without(test).scores_BC, test),
-        )
-
-
-def _accuracy(scores_BC: Tensor, test: Records) -> float:
-    return float((scores_BC.argmax(dim=1) == test["label"]).float().mean())
-
-
-def _shares(experts_BTK: Tensor, experts: int) -> list[float]:
-    counts = torch.bincount(experts_BTK.flatten(), minlength=experts).double()
-    return (counts / counts.sum()).tolist()
-
-
-__all__ = ["Evaluation", "Network", "evaluate"]
+        for first in range(0, count, _CHUNK):
+            batch = {name: tensor[first : first + _CHUNK] for name, tensor in test.items()}
+            output = network(batch)
+            loss += float(network.task_loss(output, batch).double().sum())
+            if "label" in batch:
+                right += int((output.scores.argmax(dim=1) == batch["label"]).sum())
+            for layer, routing in enumerate(output.routing):
+                picked[layer] += torch.bincount(routing.experts_BTK.flatten(), minlength=config.experts.routed)
+    load = picked.double() / picked.sum(dim=1, keepdim=True)
+    return loss / count, right / count, tuple(tuple(row) for row in load.tolist())

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from clients.protocol import Plan, TrainingConfig
 from data.config import DataConfig, PartitionConfig
-from data.sources import SCHEMAS
+from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
 from privacy.accounting import calibrate_noise
@@ -54,18 +54,9 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.experts_per_node is {per_node}, must be {experts.routed} with assignment 'all'"
             )
-        schema, encoder = SCHEMAS[self.data.source], self.model.encoder
-        image = (encoder.channels, encoder.height, encoder.width)
-        if image != schema.image:
-            raise ValueError(
-                f"model.encoder describes images {image}, must be {schema.image} (channels, height, width) "
-                f"for data.source {self.data.source}"
-            )
-        if self.model.head.classes != schema.classes:
-            raise ValueError(
-                f"model.head.classes is {self.model.head.classes}, must be {schema.classes} "
-                f"for data.source {self.data.source}"
-            )
+        mismatch = schema_of(self.data).mismatch(self.model)
+        if mismatch is not None:
+            raise ValueError(f"{mismatch} for data.source {self.data.source}")
         return self
 
     def plan(self) -> Plan:
@@ -93,7 +84,7 @@ class Scenario(Frozen):
 
     def to_toml(self) -> str:
         """Return the resolved scenario, every default written out."""
-        return tomli_w.dumps(self.model_dump(mode="json"))
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
 def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:

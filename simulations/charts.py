@@ -30,11 +30,26 @@ def accuracy(rounds: Sequence[int], with_experts: Sequence[float], without: Sequ
     """Accuracy of the global model per round, with and without its routed experts."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new("round", "accuracy on public test records")
-        axes.plot(rounds, with_experts, color=_ACCENT, linewidth=2, label="global model")
-        axes.plot(rounds, without, color=_MUTED, linewidth=1.5, linestyle="--", label="routed experts silenced")
+        _two_curves(axes, rounds, with_experts, without)
         axes.set_ylim(0, 1)
         axes.legend(frameon=False, loc="center right")
         return _svg(figure)
+
+
+def bits_per_byte(rounds: Sequence[int], with_experts: Sequence[float], without: Sequence[float], order0: float) -> str:
+    """Bits per byte of the global model per round, against the entropy of the bytes without context."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("round", "bits per byte on public test windows")
+        _two_curves(axes, rounds, with_experts, without)
+        axes.axhline(order0, color=_SECOND, linewidth=1.2, linestyle="--", label="order-0 entropy")
+        axes.set_ylim(0, 9)
+        axes.legend(frameon=False, loc="lower right")
+        return _svg(figure)
+
+
+def _two_curves(axes: Axes, rounds: Sequence[int], with_experts: Sequence[float], without: Sequence[float]) -> None:
+    axes.plot(rounds, with_experts, color=_ACCENT, linewidth=2, label="global model")
+    axes.plot(rounds, without, color=_MUTED, linewidth=1.5, linestyle="--", label="routed experts silenced")
 
 
 def epsilon(names: Sequence[str], spent: Sequence[float], budget: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.sources import load as load_data
-from model import BadInputError, load
-from model.config import ImagePatchConfig
+from model import BadInputError, Network, load
+from model.config import BytesConfig, ImagePatchConfig
 
 _LARGEST_SIDE = 8192
 
@@ -28,24 +29,62 @@ class Prediction:
     truth: int | None
 
 
-def predict(model: Path, source: str) -> Prediction:
-    """Classify one input.
+@dataclass(frozen=True)
+class Continuation:
+    """Generated text; bytes that are not UTF-8 show as replacement characters."""
+
+    text: str
+    bytes_generated: int
+
+
+def predict(
+    model: Path, source: str, *, max_bytes: int = 128, temperature: float = 0.7, seed: int = 0
+) -> Prediction | Continuation:
+    """Classify an input, or continue a text, as the model's task is.
 
     Args:
         model: a model folder, or a run directory.
-        source: an image file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` for
-            the N-th public test record.
+        source: for images a file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` for
+            the N-th public test record; for text the prompt.
+        max_bytes: text only, how many bytes to generate, 1 to 65,536.
+        temperature: text only, above 0: the scores are divided by it before drawing.
+        seed: text only, fixes the draw.
 
     Raises:
         BadInputError: the model or the input cannot be used.
     """
     folder = model / "model" if (model / "model").is_dir() else model
     network = load(folder)
-    image_CHW, truth = _read(source, network.config.encoder)
+    encoder = network.config.encoder
+    if isinstance(encoder, BytesConfig):
+        return _continue(network, source, encoder.window, max_bytes, temperature, seed)
+    image_CHW, truth = _read(source, encoder)
     with torch.inference_mode():
-        probabilities = network({"image": image_CHW.unsqueeze(0)}).scores_BC.softmax(dim=1)[0]
+        probabilities = network({"image": image_CHW.unsqueeze(0)}).scores.softmax(dim=1)[0]
     label = int(probabilities.argmax())
     return Prediction(label, float(probabilities[label]), probabilities.tolist(), truth)
+
+
+def _continue(
+    network: Network, prompt: str, window: int, max_bytes: int, temperature: float, seed: int
+) -> Continuation:
+    """Draw byte after byte, each from the scores after the last ``window`` bytes."""
+    if not prompt:
+        raise BadInputError("the prompt is empty, must be at least one character")
+    if not 1 <= max_bytes <= 65_536:
+        raise BadInputError(f"--max-bytes is {max_bytes}, must be 1 to 65536")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise BadInputError(f"--temperature is {temperature:g}, must be above 0")
+    generator = torch.Generator().manual_seed(seed)
+    text = list(prompt.encode())
+    start = len(text)
+    with torch.inference_mode():
+        for _ in range(max_bytes):
+            context_BT = torch.tensor([text[-window:]], dtype=torch.uint8)
+            scores_V = network({"text": context_BT}).scores[0, -1]
+            probabilities_V = (scores_V / temperature).softmax(dim=0)
+            text.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
+    return Continuation(bytes(text[start:]).decode(errors="replace"), max_bytes)
 
 
 def _read(source: str, config: ImagePatchConfig) -> tuple[Tensor, int | None]:

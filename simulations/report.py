@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -38,11 +39,7 @@ def write_report(run: RunDirectory) -> Path:
     rounds = [line["round"] for line in metrics]
     private = scenario.privacy.mechanism != "none"
     figures = {
-        "accuracy": charts.accuracy(
-            rounds,
-            [line["accuracy"] for line in metrics],
-            [line["accuracy_without_experts"] for line in metrics],
-        ),
+        "quality": _quality(rounds, metrics),
         "traffic": charts.traffic(
             rounds,
             [line["bytes_down_per_node"] for line in metrics],
@@ -78,6 +75,16 @@ def write_report(run: RunDirectory) -> Path:
     )
     write_atomically(run.report, page.encode())
     return run.report
+
+
+def _quality(rounds: list[int], metrics: list[dict[str, Any]]) -> str:
+    """Chart what the task measures."""
+    name = "accuracy" if "accuracy" in metrics[-1] else "bits_per_byte"
+    with_experts = [line[name] for line in metrics]
+    without = [line[f"{name}_without_experts"] for line in metrics]
+    if name == "accuracy":
+        return charts.accuracy(rounds, with_experts, without)
+    return charts.bits_per_byte(rounds, with_experts, without, metrics[-1]["order0_bits_per_byte"])
 
 
 def _node_row(path: Path) -> NodeRow:

@@ -25,11 +25,15 @@ from simulations.worker_pool import WorkerPool
 class Summary:
     """What a simulation came to.
 
+    accuracy, bits_per_byte: of the final model on public test records; None where the task has none.
+    order0_bits_per_byte: the entropy of the same bytes without context.
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
     bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire.
     """
 
-    accuracy: float
+    accuracy: float | None
+    bits_per_byte: float | None
+    order0_bits_per_byte: float | None
     epsilon: float
     delta: float
     rounds: int
@@ -99,7 +103,9 @@ def summarize(run: RunDirectory) -> Summary:
     scenario, metrics = run.scenario, run.metrics()
     exchanged = [line["bytes_down_per_node"] + line["bytes_up_per_node"] for line in metrics]
     return Summary(
-        accuracy=metrics[-1]["accuracy"],
+        accuracy=metrics[-1].get("accuracy"),
+        bits_per_byte=metrics[-1].get("bits_per_byte"),
+        order0_bits_per_byte=metrics[-1].get("order0_bits_per_byte"),
         epsilon=max((Ledger(path).epsilon_spent for path in run.ledgers), default=0.0),
         delta=scenario.privacy.delta,
         rounds=len(metrics),

@@ -19,11 +19,30 @@ def make_config(**experts) -> ModelConfig:
     return ModelConfig.model_validate(
         {
             "width": 16,
-            "encoder": {"height": 8, "width": 8, "patch": 4},
+            "encoder": {"kind": "image-patch", "height": 8, "width": 8, "patch": 4},
             "experts": {"routed": 6, "shared": 1, "hidden": 8, "top_k": 2, "balance": 0.1} | experts,
-            "head": {"classes": 5},
+            "head": {"kind": "classification", "classes": 5},
         }
     )
+
+
+def make_text_config(**changes) -> ModelConfig:
+    """A small transformer: windows of 12 bytes, two layers, two heads, four routed experts, top-2."""
+    document = {
+        "preset": "transformer",
+        "width": 16,
+        "layers": 2,
+        "attention": {"heads": 2},
+        "encoder": {"kind": "bytes", "window": 12},
+        "experts": {"routed": 4, "shared": 1, "hidden": 8, "top_k": 2, "balance": 0.1},
+        "head": {"kind": "next-byte"},
+    }
+    return ModelConfig.model_validate(document | changes)
+
+
+def make_text(examples: int, window: int = 12, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return {"text": torch.randint(256, (examples, window), generator=generator, dtype=torch.uint8)}
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import clients.node
 from clients.node import Node
 from clients.policy import Policy
 from clients.protocol import ProtocolError, TrainReply, body_of, decode, encode, pack, unpack
-from data.sources import Schema
+from data.schema import ImageSchema
 from model import build, parameters
 from privacy.randomness import derive
 
 HELD = {0: (1, 3, 4)}
+SMALL = {"kind": "image-patch", "height": 4, "width": 4, "patch": 4}
 PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5}
 
 
@@ -29,7 +30,7 @@ def make_node(folder, epsilon=8.0, **policy) -> Node:
     policy = {"epsilon": epsilon, "delta": 1e-5, "simulation": True} | policy
     return Node(
         records=make_batch(40),
-        schema=Schema(image=(1, 8, 8), classes=5),
+        schema=ImageSchema(image=(1, 8, 8), classes=5),
         declared_size=40,
         policy=Policy(**policy),
         ledger=new_ledger(folder, epsilon=epsilon),
@@ -131,7 +132,7 @@ def test_a_request_that_contradicts_itself_is_refused_and_costs_nothing(node, ch
 
 def test_a_model_that_does_not_fit_the_records_is_refused(node):
     document = make_config().model_dump()
-    for key, value in (("head", {"classes": 6}), ("encoder", {"height": 4, "width": 4, "patch": 4})):
+    for key, value in (("head", {"kind": "classification", "classes": 6}), ("encoder", SMALL)):
         asked = request(held=HELD, plan=plan(model=document | {key: value}))
         assert code_of(node, asked, body()) == "schema-mismatch"
 

@@ -7,6 +7,7 @@ from math import log
 
 import numpy as np
 import pytest
+import torch
 from pydantic import TypeAdapter, ValidationError
 
 from data.config import PartitionConfig
@@ -29,7 +30,7 @@ def config(document):
 
 
 def deal(document, seed=1, labels=LABELS):
-    return partition(labels, config(document), seed)
+    return partition({"label": torch.as_tensor(labels)}, config(document), seed)
 
 
 def entropy(share):
@@ -125,3 +126,25 @@ def test_what_cannot_be_dealt_is_one_sentence(document):
 def test_configuration_refuses_what_makes_no_sense(document):
     with pytest.raises(ValidationError):
         config(document)
+
+
+GROUPS = torch.tensor([0] * 50 + [1] * 30 + [2] * 20 + [3] * 20 + [4] * 10 + [5] * 10)
+
+
+def test_groups_stay_whole_and_nodes_come_out_alike():
+    shares = partition({"text": torch.zeros(140, 4), "group": GROUPS}, config({"scheme": "groups", "nodes": 3}), 0)
+    assert sorted(np.concatenate(shares).tolist()) == list(range(140))
+    owners = [set(GROUPS[share].tolist()) for share in shares]
+    assert sum(map(len, owners)) == 6  # no group on two nodes
+    assert sorted(map(len, shares)) == [40, 50, 50]
+
+
+def test_records_without_the_key_cannot_be_dealt_by_it():
+    text, image = {"text": torch.zeros(9, 4), "group": GROUPS[:9]}, {"label": torch.zeros(9)}
+    with pytest.raises(BadInputError, match="have no labels"):
+        partition(text, config({"scheme": "dirichlet", "nodes": 2, "alpha": 1.0}), 0)
+    with pytest.raises(BadInputError, match="have no groups"):
+        partition(image, config({"scheme": "groups", "nodes": 2}), 0)
+    with pytest.raises(BadInputError, match="at most the 1 groups"):
+        partition(text, config({"scheme": "groups", "nodes": 2}), 0)
+    assert sum(map(len, partition(text, config({"scheme": "iid", "nodes": 2}), 0))) == 9

@@ -11,7 +11,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from data.config import DataConfig
-from data.sources import SCHEMAS, declared_size, load
+from data.schema import ImageSchema
+from data.sources import declared_size, load
 from model import BadInputError
 
 DIGITS = DataConfig(source="digits")
@@ -43,7 +44,7 @@ def test_records_look_as_the_schema_says():
         assert (records["image"].min().item(), records["image"].max().item()) == (0.0, 1.0)
         assert records["label"].dtype == torch.int64
         assert set(records["label"].tolist()) == set(range(dataset.schema.classes))
-    assert dataset.schema == SCHEMAS["digits"]
+    assert dataset.schema == ImageSchema(image=(1, 8, 8), classes=10)
 
 
 def test_the_split_is_the_same_every_time():

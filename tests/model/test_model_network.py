@@ -123,7 +123,7 @@ def test_holding_a_subset_equals_masking_the_full_model(held):
     part = from_state(config, {0: held}, parameters.join(wire, {0: held}))
     mask = torch.tensor([e in held for e in range(6)])
     a, b = part(batch), full(batch, allowed={0: mask})
-    torch.testing.assert_close(a.scores_BC, b.scores_BC, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(a.scores, b.scores, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(a.aux_B, b.aux_B, rtol=1e-6, atol=1e-6)
     assert torch.equal(torch.tensor(held)[a.routing[0].experts_BTK], b.routing[0].experts_BTK)
 

@@ -44,7 +44,7 @@ def test_save_and_load_are_bit_exact(saved, config):
     state = network.state_dict()
     assert loaded.state_dict().keys() == state.keys()
     assert all(torch.equal(bits(t), bits(state[name])) for name, t in loaded.state_dict().items())
-    assert torch.equal(loaded(make_batch(4)).scores_BC, network(make_batch(4)).scores_BC)
+    assert torch.equal(loaded(make_batch(4)).scores, network(make_batch(4)).scores)
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_batch, make_config
+from conftest import make_batch, make_config, make_text, make_text_config
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 
 import privacy.gradients  # noqa: F401  (registers the samplers under test)
@@ -27,10 +27,14 @@ CONFIGS["one token per image"] = CONFIGS["one token per image"].model_copy(
 )
 
 
+CONFIGS["transformer"] = make_text_config()
+CONFIGS["transformer without norms"] = make_text_config(norm="none")
+
+
 def microbatch_truth(network: Network, batch) -> list[dict[str, torch.Tensor]]:
     """Gradient of every unit, run alone."""
     truth = []
-    for unit in range(len(batch["label"])):
+    for unit in range(len(next(iter(batch.values())))):
         network.zero_grad()
         network.loss({name: tensor[unit : unit + 1] for name, tensor in batch.items()}).sum().backward()
         truth.append({name: p.grad.clone() for name, p in network.named_parameters()})
@@ -42,8 +46,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def batch_with_repeats(units: int):
-    """Random images; the second is a constant (its tokens repeat), the third equals the first."""
+def batch_with_repeats(units: int, kind: str):
+    """Random records; the second is a constant (its tokens repeat), the third equals the first."""
+    if kind == "bytes":
+        text = make_text(units)["text"].clone()
+        if units > 2:
+            text[1], text[2] = 97, text[0]
+        return {"text": text}
     batch = dict(make_batch(units))
     batch["image"] = batch["image"].clone()
     if units > 2:
@@ -56,7 +65,7 @@ def batch_with_repeats(units: int):
 @pytest.mark.parametrize("units", [1, 7])
 def test_hooks_gradients_equal_microbatches(name, units):
     network = build(CONFIGS[name], seed=3)
-    batch = batch_with_repeats(units)
+    batch = batch_with_repeats(units, CONFIGS[name].encoder.kind)
     truth = microbatch_truth(network, batch)
     hooks = GradSampleHooks(network, loss_reduction="sum")
     network.loss(batch).sum().backward()
@@ -71,7 +80,7 @@ def test_hooks_gradients_equal_microbatches(name, units):
 @pytest.mark.parametrize("units", [1, 7])
 def test_ghost_norms_equal_microbatches(name, units):
     network = build(CONFIGS[name], seed=3)
-    batch = batch_with_repeats(units)
+    batch = batch_with_repeats(units, CONFIGS[name].encoder.kind)
     truth = microbatch_truth(network, batch)
     hooks = GradSampleHooksFastGradientClipping(network, loss_reduction="sum")
     network.loss(batch).sum().backward()

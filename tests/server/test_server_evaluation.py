@@ -27,7 +27,7 @@ def test_accuracy_loss_and_load_equal_a_loop(top_k):
     hits, losses, counts = 0, 0.0, [0] * 6
     with torch.no_grad():
         for image, label in zip(test["image"], test["label"].tolist(), strict=True):
-            scores = network({"image": image[None]}).scores_BC[0].tolist()
+            scores = network({"image": image[None]}).scores[0].tolist()
             hits += max(range(5), key=scores.__getitem__) == label
             losses += math.log(sum(math.exp(s) for s in scores)) - scores[label]
             for chosen in router_choices(network, image[None], top_k):
@@ -53,7 +53,7 @@ def test_without_experts_the_residual_and_shared_path_remain(shared):
             x_BTD = x_BTD + network.blocks[0].moe.shared(network.blocks[0].norm(x_BTD))
         scores = network.head(network.norm(x_BTD))
         expected = sum(int(s.argmax()) == int(label) for s, label in zip(scores, test["label"], strict=True)) / 60
-        with_experts = (network(test).scores_BC.argmax(1) == test["label"]).double().mean().item()
+        with_experts = (network(test).scores.argmax(1) == test["label"]).double().mean().item()
     got = evaluate(config, parameters.split(network.state_dict(), network.held), test)
     assert got.accuracy_without_experts == pytest.approx(expected, abs=1e-6)
     assert got.accuracy == pytest.approx(with_experts, abs=1e-6)
@@ -64,7 +64,7 @@ def test_a_perfect_and_a_useless_model():
     config, test = make_config(), make_batch(30)
     network = build(config, 3)
     wire = parameters.split(network.state_dict(), network.held)
-    predicted = network(test).scores_BC.argmax(1)
+    predicted = network(test).scores.argmax(1)
     assert evaluate(config, wire, test | {"label": predicted}).accuracy == 1.0
     assert evaluate(config, wire, test | {"label": (predicted + 1) % 5}).accuracy == 0.0
 

@@ -19,9 +19,9 @@ GOOD = {
     "seed": 7,
     "model": {
         "width": 16,
-        "encoder": {"height": 8, "width": 8, "patch": 4},
+        "encoder": {"kind": "image-patch", "height": 8, "width": 8, "patch": 4},
         "experts": {"routed": 6, "hidden": 8, "top_k": 2},
-        "head": {"classes": 10},
+        "head": {"kind": "classification", "classes": 10},
     },
     "data": {"source": "digits"},
     "partition": {"scheme": "dirichlet", "nodes": 5, "alpha": 0.5},
@@ -93,7 +93,7 @@ def without(key) -> str:
         ("partition.alfa", 1.0, "unknown key partition.alfa, the nearest known key is partition.alpha"),
         ("partition.labels_per_node", 2, "partition.labels_per_node has no place beside the other keys of partition"),
         ("partition.all", 1, "unknown key partition.all"),
-        ("partition.scheme", "round", "partition.scheme is 'round', must be one of dirichlet, iid, pathological"),
+        ("partition.scheme", "round", "partition.scheme is 'round', must be one of dirichlet, groups, iid, pathological"),
         ("federation.cohort", {"size": 3}, "federation.cohort.kind is missing, must be one of all, fixed, poisson"),
         ("colour", "red", "unknown key colour"),
         ("seed", 2**63, "seed is 9223372036854775808, must be less than 9223372036854775808"),
@@ -244,7 +244,7 @@ def test_the_resolved_scenario_says_the_same_and_spells_out_every_default(overri
     assert parse_scenario(text, where="y") == scenario
     assert parse_scenario(text, where="y").to_toml() == text
     document = tomllib.loads(text)
-    assert document == scenario.model_dump(mode="json")
+    assert document == scenario.model_dump(mode="json", exclude_none=True)
     assert document["federation"]["min_holders"] == 1
     assert document["model"]["experts"]["activation"] == "gelu"
 

@@ -31,7 +31,7 @@ def test_it_is_the_models_own_answer(model):
     folder, network = model
     for number in (0, 7, 359):
         prediction = predict(folder, f"digits:{number}")
-        scores = network({"image": TEST["image"][number : number + 1]}).scores_BC[0]
+        scores = network({"image": TEST["image"][number : number + 1]}).scores[0]
         assert prediction.label == int(scores.argmax())
         assert prediction.truth == int(TEST["label"][number])
         torch.testing.assert_close(torch.tensor(prediction.probabilities), scores.softmax(0))

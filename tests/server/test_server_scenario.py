@@ -93,7 +93,11 @@ def without(key) -> str:
         ("partition.alfa", 1.0, "unknown key partition.alfa, the nearest known key is partition.alpha"),
         ("partition.labels_per_node", 2, "partition.labels_per_node has no place beside the other keys of partition"),
         ("partition.all", 1, "unknown key partition.all"),
-        ("partition.scheme", "round", "partition.scheme is 'round', must be one of dirichlet, groups, iid, pathological"),
+        (
+            "partition.scheme",
+            "round",
+            "partition.scheme is 'round', must be one of dirichlet, groups, iid, pathological",
+        ),
         ("federation.cohort", {"size": 3}, "federation.cohort.kind is missing, must be one of all, fixed, poisson"),
         ("colour", "red", "unknown key colour"),
         ("seed", 2**63, "seed is 9223372036854775808, must be less than 9223372036854775808"),

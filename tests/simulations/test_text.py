@@ -1,0 +1,97 @@
+"""The text scenario end to end, made small."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from model.errors import BadInputError
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.catalog import find
+from simulations.predict import Continuation, predict
+from simulations.report import write_report
+from simulations.simulate import simulate
+
+SMALL = {
+    "federation.rounds": 2,
+    "partition.nodes": 3,
+    "model.width": 16,
+    "model.experts.hidden": 8,
+    "data.test_records": 60,
+    "privacy.sampling_rate": 0.0005,
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    scenario = read_scenario(find("stdlib-text"), SMALL)
+    run = RunDirectory.create(scenario, tmp_path_factory.mktemp("text") / "run")
+    return simulate(scenario, run), run
+
+
+def test_text_is_measured_in_bits_per_byte(finished):
+    summary, run = finished
+    assert summary.accuracy is None
+    last = run.metrics()[-1]
+    assert "accuracy" not in last
+    assert summary.bits_per_byte == last["bits_per_byte"]
+    assert 4.0 < last["order0_bits_per_byte"] < 5.0
+    # the loss has no auxiliary part in evaluation: it is the same number in nats
+    assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2))
+    assert 0 < summary.epsilon <= 8
+    assert len(last["load"]) == run.scenario.model.layers
+
+
+def test_the_report_says_that_a_window_is_protected_and_no_more(finished):
+    _, run = finished
+    page = write_report(run).read_text()
+    assert "one record (one window of 64 bytes: not a file, and not an author)" in " ".join(page.split())
+    assert "Bits per byte per round" in page
+    assert "order-0 entropy" in page
+
+
+def test_a_prompt_is_continued(finished):
+    _, run = finished
+    one = predict(run.path, "import ", max_bytes=20, temperature=0.8, seed=1)
+    again = predict(run.path, "import ", max_bytes=20, temperature=0.8, seed=1)
+    other = predict(run.path, "import ", max_bytes=20, temperature=0.8, seed=2)
+    assert isinstance(one, Continuation)
+    assert one == again != other
+    assert one.bytes_generated == 20
+    assert 0 < len(one.text) <= 20  # bytes that are no UTF-8 can melt into one sign
+    long_prompt = predict(run.path, "x" * 200, max_bytes=3)  # only the last window is context
+    assert long_prompt.bytes_generated == 3
+
+
+def test_a_low_temperature_takes_the_likeliest_byte(finished):
+    _, run = finished
+    cold = {predict(run.path, "def ", max_bytes=8, temperature=1e-4, seed=seed).text for seed in range(4)}
+    assert len(cold) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "sentence"),
+    [
+        ("", {}, "the prompt is empty"),
+        ("a", {"max_bytes": 0}, "--max-bytes is 0"),
+        ("a", {"max_bytes": 65_537}, "--max-bytes is 65537"),
+        ("a", {"temperature": 0.0}, "--temperature is 0"),
+        ("a", {"temperature": float("nan")}, "--temperature is nan"),
+    ],
+)
+def test_what_cannot_be_continued_is_one_sentence(finished, prompt, options, sentence):
+    with pytest.raises(BadInputError, match=sentence):
+        predict(finished[1].path, prompt, **options)
+
+
+def test_groups_and_labels_never_reach_a_node_that_has_no_use_for_them(finished):
+    from clients.simulated import open_simulated
+
+    _, run = finished
+    node = open_simulated(run.scenario.to_toml(), str(run.path), 0)
+    assert set(node.records) == {"text"}
+    open_simulated.cache_clear()
+    assert json.loads((run.path / "environment.json").read_text())["seed"] == 1

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -61,6 +61,7 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue the run in this directory after its last round.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="inline, or ray: Flower's own simulation runtime.")] = "inline",
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that run nodes, one thread each.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Torch threads of this process.")] = 1,
     as_json: Json = False,
@@ -70,6 +71,7 @@ def simulate(
     from simulations.report import write_report
     from simulations.simulate import simulate as run_simulation
 
+    kind = _engine(engine)
     if resume is None:
         resolved = _scenario(scenario or "digits", overrides or [], seed)
         run = RunDirectory.create(resolved, out)
@@ -78,7 +80,7 @@ def simulate(
         run = RunDirectory.open(resume)
         resolved = run.scenario
     with _progress(resolved.federation.rounds) as advance:
-        summary = run_simulation(resolved, run, advance, workers=workers, threads=threads)
+        summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
     report_path = write_report(run)
     _print_summary(resolved, summary, report_path)
     if as_json:
@@ -174,6 +176,16 @@ def audit_ledger(
         _print_json({"verdict": "VIOLATED" if violated else "NOT_REFUTED", "ledgers": rows})
     if violated:
         raise typer.Exit(EXIT_VIOLATION)
+
+
+def _engine(name: str) -> Literal["inline", "ray"]:
+    from model.errors import BadInputError
+
+    if name == "inline":
+        return "inline"
+    if name == "ray":
+        return "ray"
+    raise BadInputError(f"--engine is {name}, must be inline or ray")
 
 
 def _refuse_beside_resume(**given: object) -> None:

@@ -33,6 +33,10 @@ class TensorArray(Array):
         if packed is not None:
             self.__dict__["_data"] = packed
 
+    def __reduce__(self) -> tuple[type[Array], tuple[str, tuple[int, ...], str, bytes]]:
+        """Leave the process as an ordinary Array, also through Flower's Ray backend, which pickles messages."""
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
     @property
     def tensors(self) -> Mapping[str, Tensor]:
         """The tensors themselves."""

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from flwr.app import Message
@@ -18,6 +19,7 @@ from privacy.ledger import Ledger
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
 from simulations.inline_engine import run_inline
+from simulations.ray_engine import run_on_ray
 from simulations.worker_pool import WorkerPool
 
 
@@ -52,6 +54,7 @@ def simulate(
     run: RunDirectory,
     on_round: Callable[[int], None] = lambda _: None,
     *,
+    engine: Literal["inline", "ray"] = "inline",
     workers: int = 1,
     threads: int = 1,
 ) -> Summary:
@@ -59,6 +62,7 @@ def simulate(
 
     Args:
         on_round: called with a round's number whenever one of its replies has arrived.
+        engine: ``inline`` calls the nodes directly; ``ray`` is Flower's own simulation runtime.
         workers: nodes run in this process (1), or in this many worker processes with one thread each. The
             result does not depend on it.
         threads: torch's threads in this process. More than one helps large models on an idle machine; on a busy
@@ -79,6 +83,16 @@ def simulate(
     run_config = {"scenario": scenario.to_toml(), "run-dir": str(run.path)}
     try:
         with contextlib.ExitStack() as stack:
+            if engine == "ray":
+                run_on_ray(
+                    server.app.app,
+                    clients.app.app,
+                    nodes=nodes,
+                    run_id=run_id,
+                    run_config=run_config | {"run-dir": str(run.path.resolve())},
+                    workers=workers,
+                )
+                return summarize(run)
             pool = None
             if workers > 1:
                 pool = WorkerPool(workers, "clients.app:app", run_id=run_id, nodes=nodes, run_config=run_config)

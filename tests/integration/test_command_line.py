@@ -133,6 +133,7 @@ BAD = [
     (("simulate", "digits", "--resume", "nowhere"), "cannot be combined with the scenario argument"),
     (("simulate", "--resume", "nowhere", "--seed", "3"), "cannot be combined with --seed"),
     (("simulate", "--resume", "nowhere"), "must be a run directory"),
+    (("simulate", "digits", "--engine", "cloud"), "--engine is cloud, must be inline or ray"),
     (("plan", "digit"), "did you mean digits"),
     (("report", "nowhere"), "must be a run directory"),
     (("predict", "nowhere", "digits:0"), "must be a folder that holds a saved model"),

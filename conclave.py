@@ -108,8 +108,8 @@ def plan(
 @app.command()
 def scenarios(as_json: Json = False) -> None:
     """List the scenarios that come with Conclave."""
+    from data.shipped_scenarios import shipped
     from server.scenario import read_scenario
-    from simulations.catalog import shipped
 
     found = {name: read_scenario(path) for name, path in shipped().items()}
     for name, item in found.items():
@@ -198,8 +198,8 @@ def _refuse_beside_resume(**given: object) -> None:
 
 
 def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
+    from data.shipped_scenarios import find
     from server.scenario import parse_override, read_scenario
-    from simulations.catalog import find
 
     changes = dict(parse_override(text) for text in overrides)
     if seed is not None:

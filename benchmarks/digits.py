@@ -11,9 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from data.shipped_scenarios import find
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.simulate import simulate
 
 SCENARIOS = ("digits", "digits-open")

@@ -17,6 +17,8 @@ from clients.protocol import (
     encode,
 )
 from clients.simulated import open_simulated
+from data.shipped_scenarios import scenario_text
+from data.simulated_run import simulated_run_dir
 
 log = logging.getLogger("conclave.node")
 
@@ -48,10 +50,15 @@ def open_node(context: Context) -> Node:
     Raises:
         ProtocolError: ``not-enrolled``, the node has not been set up.
     """
-    number = context.node_config.get("partition-id")
-    if not isinstance(number, int):
+    number, of = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
+    if not isinstance(number, int) or not isinstance(of, int):
         raise ProtocolError("not-enrolled", "this node has no data configured")
-    return open_simulated(str(context.run_config["scenario"]), str(context.run_config["run-dir"]), number)
+    return open_simulated(
+        scenario_text(str(context.run_config["scenario"])),
+        str(simulated_run_dir(str(context.run_config["run-dir"]), context.run_id)),
+        number,
+        of,
+    )
 
 
 def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:

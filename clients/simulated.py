@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 
 from clients.node import Node
 from clients.policy import Policy
+from clients.protocol import ProtocolError
 from data.config import DataConfig, PartitionConfig
 from data.partition import partition
 from data.sources import DataSet, declared_size, load
@@ -42,13 +43,18 @@ def ledger_path(run_dir: Path, node: int) -> Path:
 
 
 @lru_cache(maxsize=1024)
-def open_simulated(scenario_toml: str, run_dir: str, number: int) -> Node:
-    """Open simulated node ``number`` of a scenario, creating its ledger on first use.
+def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> Node:
+    """Open simulated node ``number`` of ``of`` of a scenario, creating its ledger on first use.
 
     Its identity, secrets and records follow from the scenario's seed, so a run can be repeated exactly. The
     ledger is a simulation ledger and says so.
+
+    Raises:
+        ProtocolError: ``schema-mismatch``, the scenario deals its records to another number of nodes.
     """
     sections, dataset, shares = deal(scenario_toml)
+    if of != len(shares):
+        raise ProtocolError("schema-mismatch", f"{of} simulated nodes, must be the scenario's {len(shares)}")
     root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     index = torch.from_numpy(shares[number])
     # Groups decide who holds what; no model sees them.

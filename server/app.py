@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from clients.protocol import QUERY_DESCRIBE, Description, ProtocolError, decode
+from data.shipped_scenarios import scenario_text
+from data.simulated_run import simulated_run_dir
 from data.sources import load
 from model import BadInputError, build, parameters
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
@@ -28,9 +30,12 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the scenario in the run config."""
-    scenario = parse_scenario(str(context.run_config["scenario"]), where="run config")
-    run_scenario(grid, scenario, RunDirectory(Path(str(context.run_config["run-dir"]))), str(context.run_id))
+    """Run the scenario in the run config: TOML, a shipped name, or nothing for the default."""
+    scenario = parse_scenario(scenario_text(str(context.run_config["scenario"])), where="run config")
+    path = simulated_run_dir(str(context.run_config["run-dir"]), context.run_id)
+    started_elsewhere = (path / "scenario.toml").is_file()
+    run = RunDirectory(path) if started_elsewhere else RunDirectory.create(scenario, path)
+    run_scenario(grid, scenario, run, str(context.run_id))
 
 
 def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str) -> None:
@@ -96,13 +101,18 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
         Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE) for node in grid.get_node_ids()
     ]
     replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
-    described = dict(_descriptions(replies, scenario.model.experts.top_k))
+    refused: Counter[str] = Counter()
+    described = dict(_descriptions(replies, scenario.model.experts.top_k, refused))
     if not described:
-        raise BadInputError("no node that can take part answered, must be at least one")
+        why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
+        hint = ""
+        if refused["schema-mismatch"]:
+            hint = f"; a simulation of this scenario needs {scenario.partition.nodes} nodes"
+        raise BadInputError(f"no node can take part ({why}), must be at least one{hint}")
     return described
 
 
-def _descriptions(replies: Iterable[Message], top_k: int) -> Iterable[tuple[int, Description]]:
+def _descriptions(replies: Iterable[Message], top_k: int, refused: Counter[str]) -> Iterable[tuple[int, Description]]:
     seen = set()
     for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
         node = reply.metadata.src_node_id
@@ -112,6 +122,7 @@ def _descriptions(replies: Iterable[Message], top_k: int) -> Iterable[tuple[int,
             description = decode(reply.content, Description)
         except ProtocolError as error:
             log.warning("node %d cannot take part: %s", node, error.code)
+            refused[error.code] += 1
             continue
         if description.fingerprint in seen:
             log.warning("node %d uses the key of another node; left out", node)

@@ -20,9 +20,9 @@ from clients.protocol import (
     encode,
 )
 from clients.simulated import ledger_path, open_simulated
+from data.shipped_scenarios import find
 from privacy.ledger import Ledger
 from server.scenario import read_scenario
-from simulations.catalog import find
 
 
 @pytest.fixture
@@ -90,10 +90,15 @@ def test_a_message_cannot_make_a_node_a_simulation(context):
 
 def test_simulated_nodes_are_distinct_seeded_and_say_so(context, tmp_path):
     scenario, run_dir = context.run_config["scenario"], context.run_config["run-dir"]
-    nodes = [open_simulated(scenario, run_dir, number) for number in range(10)]
+    nodes = [open_simulated(scenario, run_dir, number, 10) for number in range(10)]
     assert len({node.describe().fingerprint for node in nodes}) == 10
     assert sum(len(node.records["label"]) for node in nodes) == 1437
     genesis = Ledger(ledger_path(tmp_path, 3)).genesis
     assert (genesis.mode, genesis.epsilon, genesis.delta) == ("simulation", "8", "0.00001")
     assert nodes[0].new_secret("a") == nodes[0].new_secret("a") != nodes[1].new_secret("a")
     assert encode(nodes[0].describe())
+
+
+def test_another_number_of_nodes_than_the_scenario_deals_to_is_refused(context):
+    context.node_config["num-partitions"] = 2
+    assert refusal(ask(context, QUERY_DESCRIBE)) == "schema-mismatch"

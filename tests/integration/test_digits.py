@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from data.shipped_scenarios import find
 from privacy.ledger import Ledger
 from privacy.ledger_audit import audit_entries
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.simulate import simulate
 
 

@@ -15,12 +15,12 @@ from dataclasses import asdict
 
 import pytest
 
+from data.shipped_scenarios import find
 from model.errors import BadInputError
 from privacy.ledger import Ledger
 from privacy.ledger_audit import audit_entries
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.simulate import simulate
 
 CHANGES = {

@@ -7,10 +7,10 @@ from flwr.app import ConfigRecord, Error, RecordDict
 from server_samples import be_the_server, describe, reply_with
 
 from clients.protocol import QUERY_DESCRIBE, Refusal, encode
+from data.shipped_scenarios import find
 from model import BadInputError
 from server.app import describe_nodes
 from server.scenario import read_scenario
-from simulations.catalog import find
 
 
 class Answers:
@@ -80,5 +80,5 @@ def test_a_key_that_was_left_out_for_its_size_does_not_block_another():
 
 @pytest.mark.parametrize("contents", [{}, {1: None}, {1: encode(Refusal(code="not-enrolled"))}])
 def test_nobody_is_bad_input(contents):
-    with pytest.raises(BadInputError, match="no node that can take part answered, must be at least one"):
+    with pytest.raises(BadInputError, match="no node can take part, must be at least one"):
         described(contents)

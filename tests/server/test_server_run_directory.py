@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from data.shipped_scenarios import find
 from model import BadInputError
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 
 
 @pytest.fixture

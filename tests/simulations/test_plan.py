@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from data.shipped_scenarios import find
 from privacy.ledger import Ledger
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.plan import plan
 from simulations.simulate import simulate
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from data.config import DataConfig
+from data.shipped_scenarios import find
 from data.sources import load as load_data
 from model import build, parameters, save_model
 from model.errors import BadInputError
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.predict import predict
 
 TEST = load_data(DataConfig(source="digits")).test

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
+from data.shipped_scenarios import find
 from model.errors import BadInputError
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.report import write_report
 from simulations.simulate import simulate
 

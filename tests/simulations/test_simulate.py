@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.shipped_scenarios import find
 from model import load, parameters
 from privacy.ledger import Ledger
 from privacy.ledger_audit import audit_entries
 from server.checkpoint import read_checkpoint
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.simulate import simulate
 
 FAST = {"federation.rounds": 3, "partition.nodes": 4}

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
+from data.shipped_scenarios import find
 from model.errors import BadInputError
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.predict import Continuation, predict
 from simulations.report import write_report
 from simulations.simulate import simulate
@@ -91,7 +91,7 @@ def test_groups_and_labels_never_reach_a_node_that_has_no_use_for_them(finished)
     from clients.simulated import open_simulated
 
     _, run = finished
-    node = open_simulated(run.scenario.to_toml(), str(run.path), 0)
+    node = open_simulated(run.scenario.to_toml(), str(run.path), 0, 3)
     assert set(node.records) == {"text"}
     open_simulated.cache_clear()
     assert json.loads((run.path / "environment.json").read_text())["seed"] == 1

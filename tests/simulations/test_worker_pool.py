@@ -11,9 +11,9 @@ from test_simulate import events
 
 from clients.protocol import TrainReply, encode, tensors_of
 from clients.tensor_array import pack
+from data.shipped_scenarios import find
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.catalog import find
 from simulations.frames import Frame, receive_frame, send_frame, without_tensors
 from simulations.simulate import simulate
 from simulations.worker_pool import WorkerPool

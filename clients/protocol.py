@@ -194,7 +194,7 @@ def body_of(content: RecordDict) -> bytes:
     Raises:
         ProtocolError: ``bad-request``, there is none.
     """
-    return _blob(content).data
+    return array_of(content).data
 
 
 def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, T
     Raises:
         ProtocolError: ``bad-request``.
     """
-    blob = _blob(content)
+    blob = array_of(content)
     if not isinstance(blob, TensorArray):
         return unpack(blob.data, expected)
     _check_names_and_shapes(blob.tensors, expected)
@@ -215,7 +215,12 @@ def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, T
     return dict(blob.tensors)
 
 
-def _blob(content: RecordDict) -> Array:
+def array_of(content: RecordDict) -> Array:
+    """Return the array in which a message's tensors travel.
+
+    Raises:
+        ProtocolError: ``bad-request``, there is none.
+    """
     record = content.get("tensors")
     blob = record.get("body") if isinstance(record, ArrayRecord) else None
     if blob is None or blob.stype != STYPE:
@@ -268,6 +273,6 @@ CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
     "CODES", "PROTOCOL_VERSION", "QUERY_DESCRIBE", "TRAIN", "Code", "Description", "Plan", "ProtocolError", "Refusal",
-    "TrainReply", "TrainRequest", "TrainingConfig", "body_of", "decode", "encode", "encode_tensors", "fingerprint",
-    "lengths", "norms", "pack", "tensors_of", "unpack",
+    "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors",
+    "fingerprint", "lengths", "norms", "pack", "tensors_of", "unpack",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ how many replies may be unread at a time, and the ClientApp to import.
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import socket
 import sys
@@ -18,7 +19,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 from safetensors.torch import load
 
-from clients.protocol import body_of
+from clients.protocol import array_of
 from clients.tensor_array import TensorArray
 from simulations.frames import Frame, receive_frame, send_frame, without_tensors
 from simulations.shared_slots import SlotWriter
@@ -50,8 +51,12 @@ class Worker:
         reply = self._app(self._message(frame, number, content), self._context(number))
         header: dict[str, int | str] = {"sent": frame.header["sent"]}
         if "tensors" in reply.content:
-            blob = body_of(reply.content)
-            header |= {"at": self._replies.write(blob), "size": len(blob)}
+            array = array_of(reply.content)
+            if isinstance(array, TensorArray) and all(t.dtype == torch.float32 for t in array.tensors.values()):
+                header["at"], header["size"] = self._replies.write_tensors(array.tensors)
+                header["shapes"] = json.dumps({name: list(tensor.shape) for name, tensor in array.tensors.items()})
+            else:
+                header["at"], header["size"] = self._replies.write(array.data), len(array.data)
         return Frame(header, without_tensors(reply.content), None, 0)
 
     def _tensors(self, frame: Frame) -> TensorArray | None:

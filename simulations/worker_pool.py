@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import selectors
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
 
 from clients.protocol import encode_tensors
 from simulations.frames import Frame, receive_frame, send_frame, without_tensors
@@ -113,10 +115,17 @@ class WorkerPool:
         request = worker.waiting.pop(int(frame.header["sent"]))
         content = RecordDict(dict(frame.record.items()))
         if "at" in frame.header:  # read before the worker is given more, which frees the slot
-            tensors = worker.replies.read(int(frame.header["at"]), int(frame.header["size"]))
-            content["tensors"] = encode_tensors(tensors)
+            content["tensors"] = encode_tensors(_tensors(worker.replies, frame.header))
         self._feed(worker, todo)
         return Message(content, reply_to=request)
+
+
+def _tensors(replies: SlotReader, header: Mapping[str, int | str]) -> bytes | dict[str, Tensor]:
+    """Packed tensors, as a ledger stored them, or tensors that were never packed."""
+    at = int(header["at"])
+    if "shapes" in header:
+        return replies.read_tensors(at, json.loads(str(header["shapes"])))
+    return replies.read(at, int(header["size"]))
 
 
 def _start(app_path: str) -> _Worker:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from clients.protocol import Plan
-from model import HeldExperts, from_state, parameters
+from model import HeldExperts, ModelConfig, Network, parameters
 from privacy.dpsgd import DpSgd, Records, train_privately
 
 
@@ -22,6 +24,13 @@ def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
         declared_size=declared_size,
         gradients=plan.privacy.gradients,
     )
+
+
+@lru_cache(maxsize=16)
+def _skeleton(config: ModelConfig, held_per_layer: tuple[int, ...]) -> Network:
+    """Build a network without weights, once per worker: which experts it is for shows in names only."""
+    with torch.device("meta"):
+        return Network(config, {layer: tuple(range(count)) for layer, count in enumerate(held_per_layer)})
 
 
 def train(
@@ -43,7 +52,8 @@ def train(
         Wire name → delta, for the same names: also for experts that no token reached.
     """
     state = {name: tensor.clone() for name, tensor in parameters.join(tensors, held).items()}
-    network = from_state(plan.model, held, state)
+    network = _skeleton(plan.model, tuple(len(held[layer]) for layer in sorted(held)))
+    network.load_state_dict(state, assign=True)
     train_privately(network, network.loss, records, mechanism_of(plan, declared_size), secret)
-    after = parameters.split(network.state_dict(), held)
+    after = parameters.split(network.state_dict(), held)  # names by this round's experts
     return {name: after[name] - tensor for name, tensor in tensors.items()}

@@ -27,6 +27,8 @@ log = logging.getLogger("conclave.server")
 
 app = ServerApp()
 
+_NODES_APPEAR_WITHIN_S = 5.0
+
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
@@ -98,7 +100,8 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
         BadInputError: none can.
     """
     requests = [
-        Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE) for node in grid.get_node_ids()
+        Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE)
+        for node in _connected(grid, scenario.partition.nodes)
     ]
     replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
     refused: Counter[str] = Counter()
@@ -110,6 +113,17 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
             hint = f"; a simulation of this scenario needs {scenario.partition.nodes} nodes"
         raise BadInputError(f"no node can take part ({why}), must be at least one{hint}")
     return described
+
+
+def _connected(grid: Grid, expected: int) -> list[int]:
+    """Return the connected nodes, after giving ``expected`` of them a moment to appear.
+
+    Flower's simulation runtime starts the ServerApp before its nodes are registered.
+    """
+    deadline = time.monotonic() + _NODES_APPEAR_WITHIN_S
+    while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return nodes
 
 
 def _descriptions(replies: Iterable[Message], top_k: int, refused: Counter[str]) -> Iterable[tuple[int, Description]]:

@@ -36,7 +36,7 @@ class Answers:
 
 def described(contents, backwards=False):
     be_the_server()
-    scenario = read_scenario(find("digits"), {"model.experts.top_k": 2})
+    scenario = read_scenario(find("digits"), {"model.experts.top_k": 2, "partition.nodes": max(1, len(contents))})
     return describe_nodes(Answers(contents, backwards), scenario)
 
 
@@ -79,6 +79,29 @@ def test_a_key_that_was_left_out_for_its_size_does_not_block_another():
 
 
 @pytest.mark.parametrize("contents", [{}, {1: None}, {1: encode(Refusal(code="not-enrolled"))}])
-def test_nobody_is_bad_input(contents):
+def test_nobody_is_bad_input(contents, monkeypatch):
+    monkeypatch.setattr("server.app._NODES_APPEAR_WITHIN_S", 0.0)
     with pytest.raises(BadInputError, match=r"no node can take part \(.*\), must be at least one"):
         described(contents)
+
+
+def test_nodes_that_register_late_are_waited_for(monkeypatch):
+    """Flower starts the ServerApp first; the clock is the test's own."""
+
+    class Late(Answers):
+        def get_node_ids(self):
+            return list(self.contents)[: max(0, len(naps) - 1)]
+
+    naps, now = [], [0.0]
+    monkeypatch.setattr("server.app.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("server.app.time.sleep", lambda seconds: (naps.append(seconds), now.__setitem__(0, now[0] + 1)))
+    be_the_server()
+    answers = {n: describe(n) for n in (1, 2, 3)}
+    late = Late({n: encode(d) for n, d in answers.items()})
+    assert describe_nodes(late, read_scenario(find("digits"), {"partition.nodes": 3})) == answers
+    assert len(naps) == 4
+    naps.clear()
+    now[0] = 0.0
+    described_three = describe_nodes(late, read_scenario(find("digits")))  # ten never come: five seconds, no more
+    assert described_three == answers
+    assert len(naps) == 5

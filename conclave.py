@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -332,7 +331,6 @@ def _print_json(document: object) -> None:
 
 def main() -> None:
     """Run the command line; bad input is one sentence on stderr and exit status 2."""
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app()

@@ -9,14 +9,12 @@ from model.config import Frozen
 
 
 class Policy(Frozen):
-    """Bounds on what a plan may ask. The budget itself is enforced by the ledger.
+    """Bounds on what a plan may ask. The budget is not among them: the ledger's genesis fixes it.
 
     simulation: this node holds no private data. Only then are training without privacy and seeded randomness
         allowed. The owner's side decides it, never a message.
     """
 
-    epsilon: float = Field(gt=0.0)
-    delta: float = Field(gt=0.0, lt=1.0)
     simulation: bool = False
     min_noise_multiplier: float = Field(default=0.3, ge=0.0)
     max_rounds: int = Field(default=10_000, ge=1)

@@ -65,7 +65,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
         records=records,
         schema=dataset.schema,
         declared_size=declared_size(len(index)),
-        policy=Policy(epsilon=sections.privacy.epsilon, delta=sections.privacy.delta, simulation=True),
+        policy=Policy(simulation=True),
         ledger=ledger,
         new_secret=lambda charge_id: derive(root, "charge", charge_id),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,11 @@ def _travels(who: Owner, held: HeldExperts) -> bool:
 
 def shapes(config: ModelConfig, held: HeldExperts) -> dict[str, torch.Size]:
     """Wire name → shape of every tensor that a holder of ``held`` must receive and return."""
+    return dict(_shapes(config, tuple(sorted(held.items()))))
+
+
+@lru_cache(maxsize=1024)
+def _shapes(config: ModelConfig, held: tuple[tuple[int, tuple[int, ...]], ...]) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        state = Network(config, held).state_dict()
-    return {name: tensor.shape for name, tensor in split(state, held).items()}
+        state = Network(config, dict(held)).state_dict()
+    return {name: tensor.shape for name, tensor in split(state, dict(held)).items()}

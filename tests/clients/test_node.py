@@ -27,7 +27,7 @@ def node(tmp_path):
 
 
 def make_node(folder, epsilon=8.0, **policy) -> Node:
-    policy = {"epsilon": epsilon, "delta": 1e-5, "simulation": True} | policy
+    policy = {"simulation": True} | policy
     return Node(
         records=make_batch(40),
         schema=ImageSchema(image=(1, 8, 8), classes=5),

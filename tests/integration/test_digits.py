@@ -11,7 +11,7 @@ from simulations.simulate import simulate
 
 
 def test_digits_learns_within_its_budget_and_its_experts_do_the_work(tmp_path):
-    """One seed, fixed; over six seeds the accuracy was 0.925 to 0.944, so other float orders stay above 0.91."""
+    """One seed, fixed; over nine draws of noise the accuracy was 0.922 to 0.944."""
     scenario = read_scenario(find("digits"))
     assert (scenario.partition.nodes, scenario.partition.alpha) == (10, 0.3)
     assert (scenario.model.experts.routed, scenario.federation.experts_per_node) == (8, 4)

@@ -23,6 +23,9 @@ from privacy.bookkeeping.weights import Weights
 DIRECT_ADVANTAGE = 40
 """A value of a materialised gradient costs about as much as 40 multiply-adds of a Gram matrix: it is memory traffic."""
 
+FINE_BUCKETS = 2_000_000
+"""From so many values on, padding costs more than the calls that finer buckets of segments take."""
+
 
 class Contribution(ABC):
     """The per-unit gradients of one parameter."""
@@ -195,19 +198,17 @@ class Experts(Contribution):
         seg = self.segments
         if seg.longest <= 1:
             return self._measure_single_rows()
-        gram, spread, by_x, by_delta = [], [], [], []
-        for bucket in seg.buckets:
-            x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO)
-            norm_x_SL, norm_delta_SL = row_norms(x_SLD), row_norms(delta_SLO)
-            gram_SLL = torch.bmm(x_SLD, x_SLD.transpose(1, 2)) * torch.bmm(delta_SLO, delta_SLO.transpose(1, 2))
-            gram.append(gram_SLL.sum(2).sum(1))
-            spread.append((norm_x_SL * norm_delta_SL).sum(1))
-            by_x.append(norm_x_SL.sum(1))
-            by_delta.append(norm_delta_SL.sum(1))
-        parts_4S = torch.stack([torch.cat(part) for part in (gram, spread, by_x, by_delta)]).double()
-        parts_4S[1:] = parts_4S[1:].square()
-        gram_U, spread_U, x_U, delta_U = parts_4S.new_zeros(4, seg.units).index_add_(1, seg.unit_of_segment, parts_4S)
         width_x, width_delta = self.x_ND.shape[1], self.delta_NO.shape[1]
+        norm_x_N, norm_delta_N = row_norms(self.x_ND), row_norms(self.delta_NO)
+        parts_4S = torch.zeros(4, seg.count, dtype=torch.float64, device=self.x_ND.device)
+        sums_3N = torch.stack([norm_x_N * norm_delta_N, norm_x_N, norm_delta_N]).double()
+        parts_4S[1:].index_add_(1, seg.segment_N, sums_3N).square_()
+        steps = 4 if len(norm_x_N) * (width_x + width_delta) > FINE_BUCKETS else 2
+        for bucket in seg.buckets(steps):
+            x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO)
+            gram_SLL = torch.bmm(x_SLD, x_SLD.transpose(1, 2)).mul_(torch.bmm(delta_SLO, delta_SLO.transpose(1, 2)))
+            parts_4S[0, bucket.segment_S] = gram_SLL.sum(2).sum(1).double()
+        gram_U, spread_U, x_U, delta_U = parts_4S.new_zeros(4, seg.units).index_add_(1, seg.unit_S, parts_4S)
         return Gram(gram_U, spread_U, x_U, delta_U, width_x, width_delta, rows=seg.longest, matrices=seg.held)
 
     def _measure_single_rows(self) -> Measured:
@@ -230,9 +231,9 @@ class Experts(Contribution):
         """Return [U, E, D, O]."""
         seg = self.segments
         gradient_UEDO = self.x_ND.new_zeros(seg.units, seg.held, self.x_ND.shape[1], self.delta_NO.shape[1])
-        for bucket in seg.buckets:
+        for bucket in seg.buckets(4):
             product_SDO = seg.padded(bucket, self.x_ND).transpose(1, 2) @ seg.padded(bucket, self.delta_NO)
-            gradient_UEDO[bucket.unit_S, bucket.expert_S] = product_SDO
+            gradient_UEDO[seg.unit_S[bucket.segment_S], bucket.expert_S] = product_SDO
         return gradient_UEDO
 
 

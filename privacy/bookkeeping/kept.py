@@ -17,12 +17,11 @@ def widened(x: Tensor) -> Tensor:
 
 
 class Kept:
-    """One input tensor; ``users`` counts the layers whose output gradient is still to come."""
+    """One input tensor, and what layers want to know of it."""
 
     def __init__(self, x: Tensor, units: Units) -> None:
         self._x, self._units = x, units
         self._version = x._version
-        self.users = 0
 
     def unchanged(self) -> bool:
         """Whether nobody changed it in place since."""

@@ -9,7 +9,6 @@ Dimension suffixes: N rows, S segments (of a bucket, or all in bucket order), L 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,54 +20,57 @@ class Bucket:
     """Segments of similar length.
 
     index: int64 [S·L], row of each place; some row where padded. padding: the places that are padded.
-    expert_S, unit_S: whose segment it is.
+    segment_S: which segments. expert_S: whose rows they are.
     """
 
     index: Tensor
     padding: Tensor
+    segment_S: Tensor
     expert_S: Tensor
-    unit_S: Tensor
     length: int
 
 
 class Segments:
-    """The segments of one dispatch.
+    """The segments of one dispatch, numbered 0 to S − 1 by (expert, unit).
 
-    unit_N: unit of each row. offsets_E: int32, exclusive end of each expert's rows, sorted by expert.
+    offsets_E: int32, exclusive end of each expert's rows. unit_N, segment_N: unit and segment of each row. unit_S: unit
+    of each segment. longest: rows of the longest.
     """
 
     def __init__(self, offsets_E: Tensor, unit_N: Tensor, units: int) -> None:
         self.offsets_E, self.unit_N, self.units = offsets_E, unit_N, units
         self.held = len(offsets_E)
         rows = torch.arange(len(unit_N), device=unit_N.device)
-        self.expert_N = torch.searchsorted(offsets_E.long(), rows, right=True)
-        key_N = self.expert_N * max(units, 1) + unit_N
+        key_N = torch.searchsorted(offsets_E.long(), rows, right=True) * max(units, 1) + unit_N
         # Rows arrive sorted by (expert, unit), or nearly: a stable sort costs little and makes no assumption.
         sorted_key_N, self._order_N = torch.sort(key_N, stable=True)
-        self._key_S, self._length_S = torch.unique_consecutive(sorted_key_N, return_counts=True)
-        self.longest = int(self._length_S.max()) if len(self._length_S) else 0
+        self._key_S, place_N, self._length_S = torch.unique_consecutive(
+            sorted_key_N, return_inverse=True, return_counts=True
+        )
+        self.segment_N = torch.empty_like(place_N)
+        self.segment_N[self._order_N] = place_N
+        self.count = len(self._key_S)
+        self.unit_S = self._key_S % max(units, 1)
+        self.longest = int(self._length_S.max()) if self.count else 0
+        self._buckets: dict[int, list[Bucket]] = {}
 
-    @cached_property
-    def buckets(self) -> list[Bucket]:
-        """The segments by length, shortest first."""
-        start_S = self._length_S.cumsum(0) - self._length_S
-        ceiling_S = _ceilings(self._length_S)
-        return [self._bucket(start_S, ceiling_S == length, int(length)) for length in torch.unique(ceiling_S).tolist()]
+    def buckets(self, steps: int) -> list[Bucket]:
+        """Return the segments by length, shortest first, in ``steps`` buckets per doubling of the length."""
+        if steps not in self._buckets:
+            start_S = self._length_S.cumsum(0) - self._length_S
+            ceiling_S = _ceilings(self._length_S, steps)
+            self._buckets[steps] = [
+                self._bucket(start_S, (ceiling_S == length).nonzero().squeeze(1), length)
+                for length in torch.unique(ceiling_S).tolist()
+            ]
+        return self._buckets[steps]
 
-    def _bucket(self, start_S: Tensor, chosen_S: Tensor, length: int) -> Bucket:
+    def _bucket(self, start_S: Tensor, chosen: Tensor, length: int) -> Bucket:
         place_L = torch.arange(length, device=start_S.device)
-        place_SL = start_S[chosen_S, None] + place_L
-        padding = (place_L >= self._length_S[chosen_S, None]).flatten().nonzero().squeeze(1)
+        place_SL = start_S[chosen, None] + place_L
+        padding = (place_L >= self._length_S[chosen, None]).flatten().nonzero().squeeze(1)
         index = self._order_N[place_SL.flatten().clamp(max=len(self._order_N) - 1)]
-        key_S = self._key_S[chosen_S]
-        return Bucket(index, padding, key_S // self.units, key_S % self.units, length)
-
-    @cached_property
-    def unit_of_segment(self) -> Tensor:
-        """Unit of every segment, in the order of the buckets."""
-        if not self.buckets:
-            return self.unit_N[:0]
-        return torch.cat([bucket.unit_S for bucket in self.buckets])
+        return Bucket(index, padding, chosen, self._key_S[chosen] // self.units, length)
 
     def padded(self, bucket: Bucket, x_ND: Tensor) -> Tensor:
         """Return the bucket's rows, [S, L, D], exact zeros where padded."""
@@ -88,7 +90,8 @@ class Segments:
         return F.grouped_mm(x_ND.t(), delta_NO, offs=self.offsets_E)
 
 
-def _ceilings(length_S: Tensor) -> Tensor:
-    """Round lengths up to at most a quarter more: 1 to 8, 10, 12, 14, 16, 20, 24 and so on."""
-    step_S = torch.exp2((length_S.double().log2().floor() - 2).clamp(min=0)).long()
+def _ceilings(length_S: Tensor, steps: int) -> Tensor:
+    """Round lengths up to 1, 2, 4, … and ``steps`` − 1 lengths between each two of them, where there are as many."""
+    octave_S = length_S.double().log2().ceil()  # length ≤ 2^octave
+    step_S = torch.exp2(octave_S - 1).div(steps).clamp(min=1.0).long()
     return (length_S + step_S - 1) // step_S * step_S

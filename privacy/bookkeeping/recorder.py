@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -61,38 +61,37 @@ class UnitGradients:
         return {parameter: contribution.per_unit() for parameter, contribution in self._found.items()}
 
 
-class _Pass:
-    """State of one forward pass and the backward passes through it; answers what rules ask."""
+@dataclass
+class _Use:
+    """One call of a layer: its inputs, and where its output gradient will come by."""
+
+    name: str
+    layer: nn.Module
+    rule: Rule
+    inputs: list[Kept]
+    edge: GradientEdge
+
+
+class Pass:
+    """One forward pass: what it left for the backward passes through it."""
 
     def __init__(self, units: Units) -> None:
         self.units = units
-        self.entries: list[GradientEdge] = []
-        self.uses: Counter[Tensor] = Counter()
-        self.keeps_inputs = False
+        self.uses: list[_Use] = []
         self._kept: dict[int, Kept] = {}
         self._segments: dict[int, Segments] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what a backward pass found."""
-        self._waiting: dict[Tensor, list[Contribution]] = {}
-        self._found: dict[Tensor, Contribution] = {}
-        self._measured: list[Measured] = []
 
     def keep(self, x: Tensor) -> Kept:
         """Keep an input, once for all layers that see it."""
         kept = self._kept.get(id(x))
         if kept is None:
             kept = self._kept[id(x)] = Kept(x, self.units)
-        kept.users += 1
         return kept
 
-    def release(self, inputs: Iterable[Kept]) -> None:
-        """Forget inputs that no layer will ask for any more."""
-        for kept in inputs:
-            kept.users -= 1
-            if kept.users == 0 and not self.keeps_inputs:
-                self._kept = {key: other for key, other in self._kept.items() if other is not kept}
+    def hand_over(self) -> list[_Use]:
+        """Return the uses and let go of them: each input lives on for as long as somebody asks for it."""
+        uses, self.uses, self._kept = self.uses, [], {}
+        return uses
 
     def segments(self, offsets_E: Tensor, example_N: Tensor) -> Segments:
         """Return the segments of a dispatch, once for all layers of it."""
@@ -101,18 +100,28 @@ class _Pass:
             self._segments[key] = Segments(offsets_E, self.units.of(example_N), self.units.count)
         return self._segments[key]
 
+
+class _Found:
+    """Collects contributions; a parameter used several times waits for all of them."""
+
+    def __init__(self, uses: Sequence[_Use]) -> None:
+        self._times: Counter[Tensor] = Counter(p for use in uses for p in use.layer.parameters(recurse=False))
+        self._waiting: dict[Tensor, list[Contribution]] = {}
+        self._found: dict[Tensor, Contribution] = {}
+        self._measured: list[Measured] = []
+
     def take(self, parameter: Tensor, contribution: Contribution) -> None:
-        """Take a contribution; a parameter used several times waits for all of them."""
-        if self.uses[parameter] == 1:
+        """Take one contribution."""
+        if self._times[parameter] == 1:
             self._settle(parameter, contribution)
         else:
             self._waiting.setdefault(parameter, []).append(contribution)
 
-    def finish(self, trained: Sequence[Tensor]) -> UnitGradients:
-        """Combine what waited and bound everything."""
-        for parameter, uses in self._waiting.items():
-            self._settle(parameter, merge(uses))
-        return UnitGradients(trained, self._found, self._measured, self.units.count)
+    def finish(self, trained: Sequence[Tensor], units: int) -> UnitGradients:
+        """Combine what waited, and bound everything."""
+        for parameter, contributions in self._waiting.items():
+            self._settle(parameter, merge(contributions))
+        return UnitGradients(trained, self._found, self._measured, units)
 
     def _settle(self, parameter: Tensor, contribution: Contribution) -> None:
         self._measured.append(contribution.measure())
@@ -126,23 +135,29 @@ class Bookkeeper:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Look at ``module``, which is not changed; hooks are attached for the length of a pass only.
+        """Attach to ``module``; :meth:`close` leaves it as it was.
 
         Raises:
             BadInputError: a layer makes examples depend on each other, or cannot be told by unit.
         """
         refusals.check(module)
-        self._trained = [p for p in module.parameters() if p.requires_grad]
-        self._layers: list[tuple[str, nn.Module, Rule]] = []
+        self._trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
+        self._pass: Pass | None = None
         self.fallbacks: list[str] = []
+        self._handles = []
         for name, layer in module.named_modules():
             if any(wanted(p) for p in layer.parameters(recurse=False)):
                 rule = rule_for(layer)
                 if rule is None:
                     self.fallbacks.append(f"{name} ({type(layer).__name__})")
-                self._layers.append((name, layer, rule or fallback))
+                self._handles.append(layer.register_forward_hook(partial(self._on_forward, name, rule or fallback)))
 
-    def forward(self, unit_loss: Callable[[], Tensor], units: Units) -> tuple[Tensor, _Pass]:
+    def close(self) -> None:
+        """Detach from the module."""
+        for handle in self._handles:
+            handle.remove()
+
+    def forward(self, unit_loss: Callable[[], Tensor], units: Units) -> tuple[Tensor, Pass]:
         """Run the forward pass and record it.
 
         Args:
@@ -152,53 +167,58 @@ class Bookkeeper:
             BadInputError: the loss has another shape; a layer does not keep the batch as its first axis.
             RuntimeError: products in reduced precision are switched on; a bound would not hold.
         """
-        _check_precision()
-        state = _Pass(units)
-        with self._recording(state):
+        if torch.get_float32_matmul_precision() != "highest":
+            raise RuntimeError("float32 products must not be shortened: torch.set_float32_matmul_precision('highest')")
+        self._pass = state = Pass(units)
+        for parameter in self._trained:
+            parameter.requires_grad_(False)
+        try:
             loss_B = unit_loss()
+        finally:
+            for parameter in self._trained:
+                parameter.requires_grad_(True)
+            self._pass = None
         if loss_B.dim() not in (1, 2) or len(loss_B) != units.examples:
             raise BadInputError(
                 f"the loss has shape {list(loss_B.shape)}, must be one value per example: [{units.examples}]"
             )
         return loss_B, state
 
-    def backward(self, loss: Tensor, state: _Pass, *, last: bool = True) -> UnitGradients:
+    def backward(self, loss: Tensor, state: Pass, *, last: bool = True) -> UnitGradients:
         """Run a backward pass of a scalar loss, a sum over examples.
 
         Args:
             last: no further backward pass follows through the same forward pass.
+
+        Raises:
+            RuntimeError: a layer's input was changed in place after the layer had used it.
         """
-        state.restart()
-        state.keeps_inputs = not last
-        if loss.requires_grad and state.entries:
-            torch.autograd.grad(loss, state.entries, retain_graph=not last, allow_unused=True)
-        return state.finish(self._trained)
+        edges = [use.edge for use in state.uses]
+        deltas: list[Tensor | None] = [None] * len(edges)
+        if loss.requires_grad and edges:
+            deltas = list(torch.autograd.grad(loss, edges, retain_graph=not last, allow_unused=True))
+        uses = state.hand_over() if last else list(state.uses)
+        found = _Found(uses)
+        while uses:  # from the last layer back, letting go of inputs and gradients on the way
+            use, delta = uses.pop(), deltas.pop()
+            if delta is None:
+                continue
+            if not all(kept.unchanged() for kept in use.inputs):
+                raise RuntimeError(f"the input of layer {use.name} was changed in place afterwards; copy it first")
+            for parameter, contribution in use.rule(use.layer, use.inputs, widened(delta), state):
+                found.take(parameter, contribution)
+        return found.finish(self._trained, state.units.count)
 
     def gradients(self, unit_loss: Callable[[], Tensor], units: Units) -> UnitGradients:
         """Forward and backward in one: the per-unit gradients of a loss with one value per example."""
         loss_B, state = self.forward(unit_loss, units)
         return self.backward(loss_B.sum(), state)
 
-    @contextmanager
-    def _recording(self, state: _Pass) -> Iterator[None]:
-        handles = [
-            layer.register_forward_hook(partial(self._on_forward, state, name, rule))
-            for name, layer, rule in self._layers
-        ]
-        for parameter in self._trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in self._trained:
-                parameter.requires_grad_(True)
-            for handle in handles:
-                handle.remove()
-
     def _on_forward(
-        self, state: _Pass, name: str, rule: Rule, layer: nn.Module, inputs: tuple[object, ...], output: Tensor
+        self, name: str, rule: Rule, layer: nn.Module, inputs: tuple[object, ...], output: Tensor
     ) -> Tensor | None:
-        if not torch.is_grad_enabled():
+        state = self._pass
+        if state is None or not torch.is_grad_enabled():
             return None
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if not isinstance(output, Tensor) or not tensors:
@@ -212,22 +232,6 @@ class Bookkeeper:
         if not output.requires_grad:  # nothing before it is trained: the backward pass ends here
             # A sum, not the tensor itself: a leaf could not be changed in place by an activation that follows.
             output = replaced = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            state.entries.append(get_gradient_edge(output))
-        for parameter in layer.parameters(recurse=False):
-            state.uses[parameter] += 1
-        kept = [state.keep(x) for x in tensors]
-        output.register_hook(partial(_on_backward, state, name, rule, layer, kept))
+        # The edge is of this very output, whatever is done in place to it later.
+        state.uses.append(_Use(name, layer, rule, [state.keep(x) for x in tensors], get_gradient_edge(output)))
         return replaced
-
-
-def _on_backward(state: _Pass, name: str, rule: Rule, layer: nn.Module, kept: list[Kept], delta: Tensor) -> None:
-    if not all(x.unchanged() for x in kept):
-        raise RuntimeError(f"the input of layer {name} was changed in place afterwards; write x = x + y, not x += y")
-    for parameter, contribution in rule(layer, kept, widened(delta), state):
-        state.take(parameter, contribution)
-    state.release(kept)
-
-
-def _check_precision() -> None:
-    if torch.get_float32_matmul_precision() != "highest":
-        raise RuntimeError("float32 products must not be shortened: torch.set_float32_matmul_precision('highest')")

@@ -205,7 +205,7 @@ class Experts(Contribution):
         parts_4S[1:].index_add_(1, seg.segment_N, sums_3N).square_()
         steps = 4 if len(norm_x_N) * (width_x + width_delta) > FINE_BUCKETS else 2
         for bucket in seg.buckets(steps):
-            x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO)
+            x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO, place=1)
             gram_SLL = torch.bmm(x_SLD, x_SLD.transpose(1, 2)).mul_(torch.bmm(delta_SLO, delta_SLO.transpose(1, 2)))
             parts_4S[0, bucket.segment_S] = gram_SLL.sum(2).sum(1).double()
         gram_U, spread_U, x_U, delta_U = parts_4S.new_zeros(4, seg.units).index_add_(1, seg.unit_S, parts_4S)
@@ -232,7 +232,8 @@ class Experts(Contribution):
         seg = self.segments
         gradient_UEDO = self.x_ND.new_zeros(seg.units, seg.held, self.x_ND.shape[1], self.delta_NO.shape[1])
         for bucket in seg.buckets(4):
-            product_SDO = seg.padded(bucket, self.x_ND).transpose(1, 2) @ seg.padded(bucket, self.delta_NO)
+            x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO, place=1)
+            product_SDO = x_SLD.transpose(1, 2) @ delta_SLO
             gradient_UEDO[seg.unit_S[bucket.segment_S], bucket.expert_S] = product_SDO
         return gradient_UEDO
 

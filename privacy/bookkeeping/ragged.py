@@ -15,6 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Scratch:
+    """Memory that is used again and again. New memory costs a page fault per 4 KiB, more than filling it."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, Tensor] = {}
+
+    def take(self, place: int, size: int, like: Tensor) -> Tensor:
+        """Return ``size`` values of the type and device of ``like``; what they hold is arbitrary."""
+        have = self._places.get(place)
+        if have is None or len(have) < size or have.dtype != like.dtype or have.device != like.device:
+            have = self._places[place] = like.new_empty(size)
+        return have[:size]
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Segments of similar length.
@@ -37,7 +51,7 @@ class Segments:
     of each segment. longest: rows of the longest.
     """
 
-    def __init__(self, offsets_E: Tensor, unit_N: Tensor, units: int) -> None:
+    def __init__(self, offsets_E: Tensor, unit_N: Tensor, units: int, scratch: Scratch | None = None) -> None:
         self.offsets_E, self.unit_N, self.units = offsets_E, unit_N, units
         self.held = len(offsets_E)
         rows = torch.arange(len(unit_N), device=unit_N.device)
@@ -52,6 +66,7 @@ class Segments:
         self.count = len(self._key_S)
         self.unit_S = self._key_S % max(units, 1)
         self.longest = int(self._length_S.max()) if self.count else 0
+        self._scratch = scratch or Scratch()
         self._buckets: dict[int, list[Bucket]] = {}
 
     def buckets(self, steps: int) -> list[Bucket]:
@@ -72,9 +87,13 @@ class Segments:
         index = self._order_N[place_SL.flatten().clamp(max=len(self._order_N) - 1)]
         return Bucket(index, padding, chosen, self._key_S[chosen] // self.units, length)
 
-    def padded(self, bucket: Bucket, x_ND: Tensor) -> Tensor:
-        """Return the bucket's rows, [S, L, D], exact zeros where padded."""
-        rows = x_ND.index_select(0, bucket.index)
+    def padded(self, bucket: Bucket, x_ND: Tensor, *, place: int = 0) -> Tensor:
+        """Return the bucket's rows, [S, L, D], exact zeros where padded.
+
+        The answer lies in scratch memory: it is good until the next call with the same ``place``.
+        """
+        rows = self._scratch.take(place, len(bucket.index) * x_ND.shape[1], x_ND).view(-1, x_ND.shape[1])
+        torch.index_select(x_ND, 0, bucket.index, out=rows)
         rows.index_fill_(0, bucket.padding, 0.0)  # by selection: what stood there may be inf
         return rows.view(-1, bucket.length, x_ND.shape[1])
 

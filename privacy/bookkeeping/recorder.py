@@ -17,7 +17,7 @@ from privacy.bookkeeping.certificate import Measured, squared_bounds
 from privacy.bookkeeping.contributions import Contribution, merge
 from privacy.bookkeeping.kept import Kept, widened
 from privacy.bookkeeping.layers import Rule, fallback, rule_for, rules_by_row, wanted
-from privacy.bookkeeping.ragged import Segments
+from privacy.bookkeeping.ragged import Scratch, Segments
 from privacy.bookkeeping.units import Units
 from privacy.bookkeeping.weights import Weights
 
@@ -75,8 +75,8 @@ class _Use:
 class Pass:
     """One forward pass: what it left for the backward passes through it."""
 
-    def __init__(self, units: Units) -> None:
-        self.units = units
+    def __init__(self, units: Units, scratch: Scratch) -> None:
+        self.units, self._scratch = units, scratch
         self.uses: list[_Use] = []
         self._kept: dict[int, Kept] = {}
         self._segments: dict[int, Segments] = {}
@@ -97,7 +97,7 @@ class Pass:
         """Return the segments of a dispatch, once for all layers of it."""
         key = offsets_E.data_ptr()
         if key not in self._segments:
-            self._segments[key] = Segments(offsets_E, self.units.of(example_N), self.units.count)
+            self._segments[key] = Segments(offsets_E, self.units.of(example_N), self.units.count, self._scratch)
         return self._segments[key]
 
 
@@ -143,6 +143,7 @@ class Bookkeeper:
         refusals.check(module)
         self._trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self._pass: Pass | None = None
+        self._scratch = Scratch()
         self.fallbacks: list[str] = []
         self._handles = []
         for name, layer in module.named_modules():
@@ -169,7 +170,7 @@ class Bookkeeper:
         """
         if torch.get_float32_matmul_precision() != "highest":
             raise RuntimeError("float32 products must not be shortened: torch.set_float32_matmul_precision('highest')")
-        self._pass = state = Pass(units)
+        self._pass = state = Pass(units, self._scratch)
         for parameter in self._trained:
             parameter.requires_grad_(False)
         try:

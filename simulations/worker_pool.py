@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import selectors
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from torch import Tensor
+from flwr.app import ArrayRecord, Message, RecordDict
 
-from clients.protocol import encode_tensors
-from simulations.frames import Frame, receive_frame, send_frame, without_tensors
-from simulations.shared_slots import SlotReader, anonymous_file
+from simulations.frames import Channel, Frame, content_of, document_of
+from simulations.shared_slots import SlotReader, SlotWriter, anonymous_file
+from simulations.worker import KEPT_BROADCASTS
 
-_IN_FLIGHT = 2  # messages a worker has at hand, so that it never waits for the next
+_AT_HAND = 2  # messages a worker has to answer, so that it never waits for the next
+_names = itertools.count(1)  # one count for all pools: an array keeps the name it was given
 
 
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
-    connection: socket.socket
+    channel: Channel
+    requests: SlotWriter
     replies: SlotReader
     waiting: dict[int, Message] = field(default_factory=dict)
-    broadcasts: deque[int] = field(default_factory=lambda: deque(maxlen=4))
+    broadcasts: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_BROADCASTS))
 
 
 class WorkerPool:
@@ -42,13 +45,10 @@ class WorkerPool:
 
     def __init__(self, workers: int, app_path: str, *, run_id: int, nodes: int, run_config: dict[str, str]) -> None:
         """Start ``workers`` processes that import the ClientApp ``module:name``."""
-        hello = Frame(
-            {"run_id": run_id, "nodes": nodes}, RecordDict({"run_config": ConfigRecord(dict(run_config))}), None, 0
-        )
+        hello = Frame({"run_id": run_id, "nodes": nodes}, json.dumps(run_config))
         self._workers = [_start(app_path) for _ in range(workers)]
         for worker in self._workers:
-            send_frame(worker.connection, hello)
-        self._names = itertools.count(1)
+            worker.channel.send(hello)
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -57,7 +57,8 @@ class WorkerPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for worker in self._workers:
-            worker.connection.close()
+            worker.channel.connection.close()
+            worker.requests.close()
             worker.replies.close()
         for worker in self._workers:
             worker.process.wait(timeout=60)
@@ -68,82 +69,76 @@ class WorkerPool:
         Raises:
             RuntimeError: a worker died; what it printed is on stderr.
         """
-        todo = iter(messages)
+        todo = deque(messages)
         with selectors.DefaultSelector() as ready:
             for worker in self._workers:
-                ready.register(worker.connection, selectors.EVENT_READ, worker)
-            for _ in range(_IN_FLIGHT):
-                for worker in self._workers:
-                    self._feed(worker, todo)
+                ready.register(worker.channel.connection, selectors.EVENT_READ, worker)
+                self._feed(worker, todo, _AT_HAND)
             while any(worker.waiting for worker in self._workers):
                 for key, _ in ready.select():
-                    yield self._collect(key.data, todo)
+                    yield from self._collect(key.data, todo)
 
-    def _feed(self, worker: _Worker, todo: Iterator[tuple[int, Message]]) -> None:
-        pair = next(todo, None)
-        if pair is None:
-            return
-        number, message = pair
-        sent = int(message.metadata.message_id.removeprefix("inline-"))
-        header: dict[str, int | str] = {
+    def _feed(self, worker: _Worker, todo: deque[tuple[int, Message]], at_hand: int) -> None:
+        """Let a worker have ``at_hand`` messages to answer, but no more than its share: workers end together."""
+        left = len(todo) + sum(len(other.waiting) for other in self._workers)
+        share = min(at_hand, math.ceil(left / len(self._workers)))
+        frames = [self._request(worker, *todo.popleft()) for _ in range(min(share - len(worker.waiting), len(todo)))]
+        if frames:
+            worker.channel.send(*frames)
+
+    def _request(self, worker: _Worker, number: int, message: Message) -> Frame:
+        metadata = message.metadata
+        sent = int(metadata.message_id.removeprefix("inline-"))
+        header = {
             "number": number,
             "sent": sent,
-            "type": message.metadata.message_type,
-            "group": message.metadata.group_id,
-            "created_at": str(message.metadata.created_at),
-            "ttl": str(message.metadata.ttl),
+            "type": metadata.message_type,
+            "group": metadata.group_id,
+            "created_at": metadata.created_at,
+            "ttl": metadata.ttl,
+            "freed": worker.replies.freed(),
+            **self._broadcast(worker, message.content),
         }
-        blob, blob_id = self._blob(worker, message.content)
-        send_frame(worker.connection, Frame(header, without_tensors(message.content), blob, blob_id))
         worker.waiting[sent] = message
+        return Frame(header, document_of(message.content))
 
-    def _blob(self, worker: _Worker, content: RecordDict) -> tuple[bytes | None, int]:
+    def _broadcast(self, worker: _Worker, content: RecordDict) -> dict[str, Any]:
+        """Name the content's tensors; what a worker was not sent yet, or long ago, it gets now."""
         record = content.get("tensors")
         array = record.get("body") if isinstance(record, ArrayRecord) else None
         if array is None:
-            return None, 0
-        name = array.__dict__.setdefault("_pool_name", next(self._names))
+            return {"broadcast": None}
+        name = array.__dict__.setdefault("_pool_name", next(_names))
         if name in worker.broadcasts:
-            return None, name
+            return {"broadcast": name}
         worker.broadcasts.append(name)
-        return array.data, name
+        return {"broadcast": name, "place": worker.requests.write(array)}
 
-    def _collect(self, worker: _Worker, todo: Iterator[tuple[int, Message]]) -> Message:
-        frame = receive_frame(worker.connection)
-        if frame is None:
+    def _collect(self, worker: _Worker, todo: deque[tuple[int, Message]]) -> Iterator[Message]:
+        frames = worker.channel.receive_all()
+        if not frames:
             raise RuntimeError(f"a worker process ended with status {worker.process.wait(timeout=60)}")
-        request = worker.waiting.pop(int(frame.header["sent"]))
-        content = RecordDict(dict(frame.record.items()))
-        if "at" in frame.header:  # read before the worker is given more, which frees the slot
-            content["tensors"] = encode_tensors(_tensors(worker.replies, frame.header))
-        self._feed(worker, todo)
-        return Message(content, reply_to=request)
-
-
-def _tensors(replies: SlotReader, header: Mapping[str, int | str]) -> bytes | dict[str, Tensor]:
-    """Packed tensors, as a ledger stored them, or tensors that were never packed."""
-    at = int(header["at"])
-    if "shapes" in header:
-        return replies.read_tensors(at, json.loads(str(header["shapes"])))
-    return replies.read(at, int(header["size"]))
+        requests = [worker.waiting.pop(frame.header["sent"]) for frame in frames]
+        for frame in frames:
+            worker.requests.free(frame.header["freed"])
+        self._feed(worker, todo, _AT_HAND)  # before anything else: the worker may be waiting
+        for frame, request in zip(frames, requests, strict=True):
+            place = frame.header.get("place")
+            content = content_of(frame.document, None if place is None else worker.replies.read(place))
+            yield Message(content, reply_to=request)
 
 
 def _start(app_path: str) -> _Worker:
     ours, theirs = socket.socketpair()
-    shared_file = anonymous_file()
+    requests, replies = anonymous_file(), anonymous_file()
     root = str(Path(__file__).resolve().parent.parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with theirs:
+        inherited = (theirs.fileno(), requests, replies)
         process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
-            [
-                sys.executable,
-                "-m",
-                "simulations.worker",
-                *map(str, (theirs.fileno(), shared_file, _IN_FLIGHT)),
-                app_path,
-            ],
-            pass_fds=[theirs.fileno(), shared_file],
+            [sys.executable, "-m", "simulations.worker", *map(str, inherited), app_path],
+            pass_fds=inherited,
             env=environment,
         )
-    return _Worker(process, ours, SlotReader(shared_file))
+    return _Worker(process, Channel(ours), SlotWriter(requests), SlotReader(replies))

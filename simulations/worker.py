@@ -10,6 +10,7 @@ import json
 import pkgutil
 import socket
 import sys
+import time
 from collections import OrderedDict
 
 import torch
@@ -23,6 +24,7 @@ from simulations.frames import Channel, Frame, content_of, document_of
 from simulations.shared_slots import SlotReader, SlotWriter
 
 KEPT_BROADCASTS = 4  # the pool counts along: it names what a worker still has instead of sending it
+_HOLD_SECONDS = 0.005  # a reply may wait so long for others: waking the pool costs more than reading a reply
 
 
 class Worker:
@@ -87,7 +89,11 @@ class Worker:
 
 
 def main(descriptor: str, request_file: str, reply_file: str, app_path: str) -> None:
-    """Answer messages until the other side closes."""
+    """Answer messages until the other side closes.
+
+    Quick replies leave several at a time, slow ones one by one, and none waits while there
+    is nothing else to answer.
+    """
     torch.set_num_threads(1)
     app = pkgutil.resolve_name(app_path)
     with socket.socket(fileno=int(descriptor)) as connection:
@@ -96,8 +102,14 @@ def main(descriptor: str, request_file: str, reply_file: str, app_path: str) -> 
         if hello is None:
             return
         worker = Worker(app, hello, SlotReader(int(request_file)), SlotWriter(int(reply_file)))
+        replies: list[Frame] = []
         while (frame := channel.receive()) is not None:
-            channel.send(worker.answer(frame))
+            started = time.perf_counter()
+            replies.append(worker.answer(frame))
+            would_wait = len(replies) * (time.perf_counter() - started)  # the first one, if the next takes as long
+            if would_wait > _HOLD_SECONDS or not channel.ready:
+                channel.send(*replies)
+                replies.clear()
 
 
 if __name__ == "__main__":

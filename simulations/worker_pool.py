@@ -23,7 +23,7 @@ from simulations.frames import Channel, Frame, content_of, document_of
 from simulations.shared_slots import SlotReader, SlotWriter, anonymous_file
 from simulations.worker import KEPT_BROADCASTS
 
-_AT_HAND = 2  # messages a worker has to answer, so that it never waits for the next
+_AT_HAND = 2  # messages a worker gets for each reply of its last batch, so that it never waits for the next batch
 _names = itertools.count(1)  # one count for all pools: an array keeps the name it was given
 
 
@@ -121,7 +121,7 @@ class WorkerPool:
         requests = [worker.waiting.pop(frame.header["sent"]) for frame in frames]
         for frame in frames:
             worker.requests.free(frame.header["freed"])
-        self._feed(worker, todo, _AT_HAND)  # before anything else: the worker may be waiting
+        self._feed(worker, todo, _AT_HAND * len(frames))  # before anything else: the worker may be waiting
         for frame, request in zip(frames, requests, strict=True):
             place = frame.header.get("place")
             content = content_of(frame.document, None if place is None else worker.replies.read(place))

@@ -24,6 +24,8 @@ from simulations.shared_slots import SlotReader, SlotWriter, anonymous_file
 from simulations.worker import KEPT_BROADCASTS
 
 _AT_HAND = 2  # messages a worker gets for each reply of its last batch, so that it never waits for the next batch
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+"""For glibc: a worker needs the same memory for every message; giving it back means as many page faults each time."""
 _names = itertools.count(1)  # one count for all pools: an array keeps the name it was given
 
 
@@ -132,7 +134,7 @@ def _start(app_path: str) -> _Worker:
     ours, theirs = socket.socketpair()
     requests, replies = anonymous_file(), anonymous_file()
     root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = _KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with theirs:
         inherited = (theirs.fileno(), requests, replies)

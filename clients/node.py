@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from flwr.app import RecordDict
 
@@ -20,7 +21,7 @@ from clients.protocol import (
 )
 from clients.trainer import train
 from data.schema import Schema
-from data.sources import Records
+from data.sources import GROUP, Records
 from model import HeldExperts, parameters
 from privacy.accounting import SampledGaussian
 from privacy.canonical import sha256
@@ -69,6 +70,10 @@ class Node:
         """
         plan = request.plan
         self.policy.admit(plan)
+        if plan.privacy.unit != self.ledger.genesis.unit:
+            raise ProtocolError("not-allowed", f"this node's budget protects a {self.ledger.genesis.unit}")
+        if plan.privacy.unit == "group" and GROUP not in self.records:
+            raise ProtocolError("schema-mismatch", "the records have no groups")
         self._check_assignment(plan, request)
         expected = parameters.shapes(plan.model, request.held)
         if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
@@ -119,6 +124,12 @@ def check_held(held: HeldExperts, plan: Plan, capacity: int) -> None:
             raise ProtocolError("not-allowed", f"{len(ids)} experts, must be at most {capacity}")
 
 
+def _numeric_level(plan: Plan) -> Literal["strict", "fast", "uncertified"]:
+    if plan.privacy.numeric == "strict":
+        return "strict"
+    return "uncertified" if plan.privacy.gradients == "ghost" else "fast"
+
+
 def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRequest:
     plan = request.plan
     mechanism = None
@@ -139,6 +150,6 @@ def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRe
         mechanism=mechanism,
         clip=plan.privacy.clip,
         releases=("delta",),
-        numeric="fast" if plan.privacy.gradients == "hooks" else "uncertified",
+        numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
     )

@@ -36,7 +36,7 @@ class Policy(Frozen):
         if not self.simulation:
             if plan.noise_multiplier is None or plan.noise_multiplier < self.min_noise_multiplier:
                 raise ProtocolError("not-allowed", f"noise is below {self.min_noise_multiplier}")
-            if self.certified_only and plan.privacy.gradients != "hooks":
+            if self.certified_only and plan.privacy.gradients == "ghost" and plan.privacy.numeric != "strict":
                 raise ProtocolError("not-allowed", "this gradient mode has no certified clip bound")
         for name, value, most in (
             ("rounds", plan.rounds, self.max_rounds),

@@ -22,6 +22,7 @@ from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
+from privacy.local_optimizers import OptimizerConfig, SgdConfig
 
 PROTOCOL_VERSION: Literal[1] = 1
 QUERY_DESCRIBE = "query.describe"
@@ -50,10 +51,16 @@ class ProtocolError(Exception):
 
 
 class TrainingConfig(Frozen):
-    """Local training of one round: ``steps`` of SGD at ``learning_rate``."""
+    """Local training of one round: ``steps`` of ``optimizer`` at ``learning_rate``.
+
+    ``expert_learning_rate = "held"`` multiplies the experts' rate by k/E on a node that holds k of E: with fewer
+    experts to choose from, each sees E/k times the tokens, and its gradient grows with them.
+    """
 
     steps: int = Field(default=1, ge=1, le=100_000)
     learning_rate: float = Field(gt=0.0, le=1e4)
+    optimizer: OptimizerConfig = SgdConfig()
+    expert_learning_rate: Literal["same", "held"] = "same"
 
 
 class Plan(Frozen):

@@ -16,7 +16,7 @@ from clients.policy import Policy
 from clients.protocol import ProtocolError
 from data.config import DataConfig, PartitionConfig
 from data.partition import partition
-from data.sources import DataSet, declared_size, load
+from data.sources import GROUP, DataSet, declared_size, load
 from model.config import Frozen
 from privacy.accounting import budget_units, fixed_order
 from privacy.canonical import decimal, sha256
@@ -57,14 +57,20 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
         raise ProtocolError("schema-mismatch", f"{of} simulated nodes, must be the scenario's {len(shares)}")
     root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     index = torch.from_numpy(shares[number])
-    # Groups decide who holds what; no model sees them.
-    records = {name: tensor[index] for name, tensor in dataset.train.items() if name != "group"}
+    # Groups decide who holds what. No model sees them, and where they are not the unit, no node.
+    grouped = sections.privacy.unit == "group"
+    records = {name: tensor[index] for name, tensor in dataset.train.items() if grouped or name != GROUP}
+    units = len(index)
+    if grouped:
+        if GROUP not in records:
+            raise ProtocolError("schema-mismatch", "the records have no groups")
+        units = len(records[GROUP].unique())
     path = ledger_path(Path(run_dir), number)
     ledger = Ledger(path) if path.exists() else Ledger.create(path, _genesis(sections, root, number))
     return Node(
         records=records,
         schema=dataset.schema,
-        declared_size=declared_size(len(index)),
+        declared_size=declared_size(units),
         policy=Policy(simulation=True),
         ledger=ledger,
         new_secret=lambda charge_id: derive(root, "charge", charge_id),

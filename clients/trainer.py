@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from clients.protocol import Plan
+from data.sources import GROUP
 from model import HeldExperts, ModelConfig, Network, parameters
-from privacy.dpsgd import DpSgd, Records, train_privately
+from privacy.dpsgd import DpSgd, train_privately
+from privacy.gradient_modes import Records
 
 
 def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
@@ -23,7 +25,23 @@ def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
         noise_multiplier=plan.noise_multiplier,
         declared_size=declared_size,
         gradients=plan.privacy.gradients,
+        numeric=plan.privacy.numeric,
+        clipping=plan.privacy.clipping,
+        records_per_unit=plan.privacy.records_per_unit,
+        optimizer=plan.training.optimizer,
     )
+
+
+def _scales(plan: Plan, network: Network, held: HeldExperts) -> dict[str, float] | None:
+    """Return the factors on the learning rates of experts, by parameter name."""
+    if plan.training.expert_learning_rate == "same":
+        return None
+    return {
+        name: len(held[layer]) / plan.model.experts.routed
+        for layer in held
+        for name, _ in network.named_parameters()
+        if name.startswith(f"blocks.{layer}.moe.experts.")
+    }
 
 
 @lru_cache(maxsize=16)
@@ -54,6 +72,14 @@ def train(
     state = {name: tensor.clone() for name, tensor in parameters.join(tensors, held).items()}
     network = _skeleton(plan.model, tuple(len(held[layer]) for layer in sorted(held)))
     network.load_state_dict(state, assign=True)
-    train_privately(network, network.loss, records, mechanism_of(plan, declared_size), secret)
+    train_privately(
+        network,
+        network.loss,
+        {name: tensor for name, tensor in records.items() if name != GROUP},
+        mechanism_of(plan, declared_size),
+        secret,
+        group_B=records[GROUP] if plan.privacy.unit == "group" else None,
+        scales=_scales(plan, network, held),
+    )
     after = parameters.split(network.state_dict(), held)  # names by this round's experts
     return {name: after[name] - tensor for name, tensor in tensors.items()}

@@ -13,6 +13,8 @@ from data.schema import ImageSchema, Schema, TextSchema
 from data.stdlib_text import load_stdlib_text
 
 Records = Mapping[str, Tensor]
+GROUP = "group"
+"""Name of the column that says which group (patient, author, package) a record belongs to; no model sees it."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ def load(config: DataConfig) -> DataSet:
     return DataSet(schema_of(config), train, test)
 
 
-def declared_size(records: int) -> int:
-    """Return a simulated node's declared size: its true size rounded to two significant digits, at least 1.
+def declared_size(units: int) -> int:
+    """Return a simulated node's declared size: its true number of units to two significant digits, at least 1.
 
     Privacy: a declared size is public by assumption. Real nodes declare what their owner chooses.
     """
-    if records < 100:
-        return max(1, records)
-    scale = int(10 ** (len(str(records)) - 2))
-    return round(records / scale) * scale
+    if units < 100:
+        return max(1, units)
+    scale = int(10 ** (len(str(units)) - 2))
+    return round(units / scale) * scale

@@ -1,42 +1,45 @@
 """DP-SGD: clipped per-unit gradients, summed, noised, divided by a declared size.
 
-Built on Opacus's hooks and its ``DPOptimizer``; what differs, and why:
+Built on Opacus's ``DPOptimizer`` and its samplers; what differs, and why:
 
 * The divisor is ``sampling_rate · declared_size``, both public. Opacus derives it from ``len(dataset)``.
 * A unit whose gradient is not finite, or above 2^60, contributes exact zeros by selection. Multiplying by a
   zero factor keeps NaN, and the update then shows whether that unit was present.
-* Norms are taken in fp64 of the very tensor that is summed, and shrunk by 2^-10, so rounding cannot carry a
-  contribution over the bound; sums accumulate in fp64.
+* Units are clipped by upper bounds of their norms, shrunk by 2^-10, so rounding cannot carry a contribution over the
+  bound; sums of several physical batches accumulate in fp64.
 * Noise comes from the node's secret and is added to every trained parameter, also experts no token reached.
 * An empty Poisson batch is a step of pure noise.
 
-Guarantee: with noise multiplier σ and rate q, one step is the Poisson-subsampled Gaussian mechanism with
-sensitivity 1 in units of ``clip`` under add/remove of one unit (Abadi et al. 2016, arXiv:1607.00133), at
-numeric level ``fast`` (see docs/privacy.md).
+Guarantee: with noise multiplier σ and rate q, one step is the Poisson-subsampled Gaussian mechanism with sensitivity 1
+in units of ``clip`` under add/remove of one unit (Abadi et al. 2016, arXiv:1607.00133). At numeric level ``fast`` this
+assumes that weights do not amplify rounding across units; at ``strict`` it does not (see docs/privacy.md).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-import privacy.gradients  # noqa: F401  (registers our layers' samplers with Opacus)
-from privacy.randomness import derive, standard_normal
+from model.errors import BadInputError
+from model.unit_random import drawing_from
+from privacy.bookkeeping import Units
+from privacy.clipping import AdaptiveClip, Kind
+from privacy.gradient_modes import GRID_BITS, Clipping, ExampleLoss, GradientMode, Records, mode_for
+from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
+from privacy.physical_batch import fitting
+from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
+from privacy.unit_index import UnitIndex
 
-Records = Mapping[str, Tensor]
-UnitLoss = Callable[[Records], Tensor]
-"""Maps a batch of B units to B losses; a unit's loss depends on that unit alone."""
-
-LARGEST_NORM = 2.0**60
-SHRINK = 1.0 - 2.0**-10
+_EXAMPLE = "example number"
+_SMALL = 32
+"""So many examples always fit: how many more would is looked up only for larger batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,9 @@ class DpSgd:
     noise_multiplier: σ; the noise added to a clipped sum has standard deviation σ·clip. None means no privacy:
         neither clipping nor noise (simulation only).
     declared_size: the public number of units; with ``sampling_rate`` it fixes the divisor.
-    physical_batch: units processed at once; bounds memory, changes the result by rounding only.
+    records_per_unit: cap on a group's records, where groups are the unit.
+    physical_batch: examples processed at once; None takes what fits into ``memory_bytes``. It changes the result by
+        rounding only.
     """
 
     steps: int
@@ -55,180 +60,242 @@ class DpSgd:
     clip: float
     noise_multiplier: float | None
     declared_size: int
-    gradients: Literal["hooks", "ghost"] = "hooks"
-    physical_batch: int = 512
+    gradients: Literal["bookkeeping", "hooks", "ghost"] = "bookkeeping"
+    numeric: Literal["fast", "strict"] = "fast"
+    clipping: Kind = "flat"
+    adaptive: AdaptiveClip = field(default_factory=AdaptiveClip)
+    records_per_unit: int | None = None
+    optimizer: OptimizerConfig = field(default_factory=SgdConfig)
+    physical_batch: int | None = None
+    memory_bytes: int = 1 << 30
 
     @property
     def divisor(self) -> float:
         """Expected units in a batch, the public divisor of the sum."""
         return self.sampling_rate * self.declared_size
 
-
-def clip_factors(norm_B: Tensor, clip: float) -> Tensor:
-    """Return the factor of each unit, float64: ``min(1, clip·(1 − 2^-10)/norm)``, and 0 where unusable.
-
-    Args:
-        norm_B: float64 norms, ≥ 0; a value that is not finite or exceeds 2^60 gives factor 0.
-    """
-    usable_B = norm_B.isfinite() & (norm_B <= LARGEST_NORM)
-    safe_B = torch.where(usable_B, norm_B, 1.0)
-    factor_B = (clip * SHRINK / safe_B.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
-    return torch.where(usable_B, factor_B, 0.0)
-
-
-def clipped_sum(gradient_B: Tensor, factor_B: Tensor) -> Tensor:
-    """Return Σ_b factor_b · gradient_b in float64, skipping units with factor 0 (they may hold NaN)."""
-    keep_B = factor_B > 0.0
-    return torch.einsum("b,b...->...", factor_B[keep_B], gradient_B[keep_B].double())
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """σ of the gradient alone: more than the charged one where an adaptive clip counts units beside it."""
+        if self.noise_multiplier is None:
+            raise ValueError("there is no noise without privacy")
+        if self.clipping == "adaptive":
+            return self.adaptive.gradient_noise_multiplier(self.noise_multiplier, self.divisor)
+        return self.noise_multiplier
 
 
 class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
-    """Opacus's optimizer with a certified clip, a declared divisor and the node's own noise.
+    """Opacus's optimizer with sums of our own, a declared divisor and the node's own noise.
 
-    Works in both Opacus modes: call :meth:`accumulate_hooks` or :meth:`accumulate_ghost` for each physical
-    batch, any number of times including zero, then :meth:`step` once.
+    Call :meth:`accumulate` for each physical batch, any number of times including zero, then :meth:`noisy_step` once.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, mechanism: DpSgd) -> None:
         super().__init__(
             optimizer,
-            noise_multiplier=mechanism.noise_multiplier,
+            noise_multiplier=mechanism.gradient_noise_multiplier,
             max_grad_norm=mechanism.clip,
             expected_batch_size=mechanism.divisor,
             loss_reduction="sum",
         )
         self.noise_secret: bytes | None = None
-        self._sums = self._zero_sums()
+        self._on_grid = mechanism.numeric == "strict"
+        self._sums: list[Tensor | None] = [None] * len(self.params)
 
-    def accumulate_hooks(self) -> None:
-        """Clip the ``grad_sample`` of every parameter jointly and add them to the running sums."""
-        samples = [self._get_flat_grad_sample(p) for p in self.params]
-        # One fused pass per parameter: the float64 copy of a unit's gradient is never materialised for its norm.
-        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in samples]
-        factor_B = clip_factors(torch.linalg.vector_norm(torch.stack(norms), dim=0), self.max_grad_norm)
-        for parameter, sample, total in zip(self.params, samples, self._sums, strict=True):
-            total += clipped_sum(sample, factor_B)
-            parameter.grad_sample = None
-
-    def accumulate_ghost(self) -> None:
-        """Add ``p.grad``, already the clipped sum of a physical batch, to the running sums."""
-        for parameter, total in zip(self.params, self._sums, strict=True):
-            total += parameter.grad.double()
-            parameter.grad = None
-
-    def _zero_sums(self) -> list[Tensor]:
-        return [torch.zeros_like(parameter, dtype=torch.float64) for parameter in self.params]
+    def accumulate(self, parameters: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+        """Add a physical batch; the first is kept as it is, from the second on sums are float64 (or integers)."""
+        place = {id(parameter): number for number, parameter in enumerate(self.params)}
+        for parameter, total in zip(parameters, sums, strict=True):
+            number = place[id(parameter)]
+            before = self._sums[number]
+            if before is None:
+                self._sums[number] = total
+            else:
+                self._sums[number] = before + total if self._on_grid else before.double() + total.double()
 
     def add_noise(self) -> None:
         """Set ``p.grad`` to the sum plus noise, for every parameter, whether or not a unit reached it."""
         if self.noise_secret is None:
             raise RuntimeError("a step needs a noise secret of its own")
-        std = self.noise_multiplier * self.max_grad_norm
-        for index, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
-            noise = standard_normal(derive(self.noise_secret, index), parameter.numel()).view_as(parameter)
-            noisy = total + noise.to(parameter.device) * std
-            parameter.grad = (noisy / self.expected_batch_size).to(parameter.dtype)
-        self._sums = self._zero_sums()
+        # On the grid of the sum, noise is rounded to whole steps: sum and noise together are then exact integers.
+        unit = self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
+        std = self.noise_multiplier * self.max_grad_norm / unit
+        for number, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
+            noise = standard_normal(derive(self.noise_secret, number), parameter.numel()).view_as(parameter)
+            noise = noise.to(parameter.device).mul_(std)
+            if self._on_grid:
+                noise = noise.round_()
+            noisy = noise if total is None else noise.add_(total)
+            parameter.grad = noisy.mul_(unit / self.expected_batch_size).to(parameter.dtype)
+        self._sums = [None] * len(self.params)
         self.noise_secret = None  # noise is used once
 
     def noisy_step(self, noise_secret: bytes) -> None:
         """Noise the accumulated sums with a secret used for this step only, and take the step."""
         self.noise_secret = noise_secret
         self.add_noise()
+        if isinstance(self.original_optimizer, NoiseCorrectedAdam):
+            std = self.noise_multiplier * self.max_grad_norm / self.expected_batch_size
+            for group in self.original_optimizer.param_groups:
+                group["noise_variance"] = std**2
         self.original_optimizer.step()
         self.original_optimizer.zero_grad()
 
 
-class SelectingGhostHooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]  # Opacus is untyped
-    """Opacus's ghost clipping with our clip factors."""
+class PrivateTraining:
+    """DP-SGD on one module, step by step. Use as a context manager: it leaves the module clean.
 
-    def factors(self) -> Tensor:
-        """Return the clip factor of each unit of the last backward pass, float64; 0 where unusable."""
-        return clip_factors(self.get_norm_sample().double(), self.max_grad_norm)
+    What a step changes, parameters and clip bound, is the output of the mechanism; nothing else may be used that saw
+    the records.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        example_loss: ExampleLoss,
+        mechanism: DpSgd,
+        secret: bytes,
+    ) -> None:
+        """Attach to a module whose trained parameters ``optimizer`` holds.
+
+        Raises:
+            BadInputError: the module holds a layer that cannot be made private.
+        """
+        self.mechanism, self.clip, self.step_number = mechanism, mechanism.clip, 0
+        self._module, self._loss, self._secret = module, example_loss, secret
+        self._optimizer = UnitDPOptimizer(optimizer, mechanism)
+        self._trained = [p for p in module.parameters() if p.requires_grad]
+        self._most = mechanism.physical_batch
+        self._mode: GradientMode = mode_for("strict" if mechanism.numeric == "strict" else mechanism.gradients, module)
+
+    def __enter__(self) -> PrivateTraining:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+        self._mode.close()
+
+    def step(self, records: Records, index: UnitIndex | None = None) -> None:
+        """Sample units, clip, add up, add noise, and let the optimizer take the step.
+
+        Args:
+            records: named tensors; the first axis is the example.
+            index: which examples belong to which unit; by default each is its own.
+        """
+        index = index or UnitIndex(len(next(iter(records.values()))))
+        chosen = poisson_sample(index.count, self.mechanism.sampling_rate, self._secret, self.step_number)
+        self._module.train()
+        inside = self.accumulate(records, index, chosen)
+        self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
+        if self.mechanism.clipping == "adaptive":
+            self._adapt(inside)
+        self.step_number += 1
+
+    def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
+        """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
+        inside = 0.0
+        for part, unit_B in index.parts(chosen, self._physical_batch(records, len(chosen))):
+            batch = {name: tensor[part.to(tensor.device)] for name, tensor in records.items()}
+            units = Units.one_each(len(part))
+            if unit_B is not None:
+                device = next(iter(batch.values())).device
+                units = Units(len(part), int(unit_B[-1]) + 1, unit_B.to(device))
+            batch[_EXAMPLE] = part
+            clipping = Clipping(self.mechanism.clipping, self.clip)
+            found = self._mode.clipped_sum(self._loss_with_draws, batch, units, clipping)
+            self._optimizer.accumulate(self._trained, found.sums)
+            inside += found.inside
+        return inside
+
+    def _adapt(self, inside: float) -> None:
+        rule, divisor = self.mechanism.adaptive, self.mechanism.divisor
+        std = rule.count_noise(self.mechanism.noise_multiplier or 0.0, divisor)
+        noise = float(standard_normal(derive(self._secret, "count", self.step_number), 1))
+        self.clip = rule.next(self.clip, inside + std * noise, divisor)
+        self._optimizer.max_grad_norm = self.clip
+
+    def _physical_batch(self, records: Records, examples: int) -> int:
+        if self._most is None:
+            if examples <= _SMALL:
+                return _SMALL
+            hooks = self.mechanism.gradients == "hooks"
+            self._most = fitting(
+                self._loss, records, self._module, self.mechanism.memory_bytes, per_sample_gradients=hooks
+            )
+        return self._most
+
+    def _loss_with_draws(self, batch: Records) -> Tensor:
+        """Give every example a stream of its own: a function of secret, step, layer and example.
+
+        A mode may run a part of a batch alone: each example brings its number along.
+        """
+        example_B = batch[_EXAMPLE]
+        layers = itertools.count()
+
+        def draw(examples: int, values: int) -> Tensor:
+            if examples != len(example_B):
+                raise BadInputError(f"a random layer saw {examples} rows of {len(example_B)} examples")
+            return per_unit_uniform(derive(self._secret, "draws", next(layers)), self.step_number, example_B, values)
+
+        with drawing_from(draw):
+            return self._loss({name: tensor for name, tensor in batch.items() if name != _EXAMPLE})
 
 
-def train_privately(module: nn.Module, unit_loss: UnitLoss, records: Records, mechanism: DpSgd, secret: bytes) -> None:
+def train_privately(
+    module: nn.Module,
+    example_loss: ExampleLoss,
+    records: Records,
+    mechanism: DpSgd,
+    secret: bytes,
+    *,
+    group_B: Tensor | None = None,
+    scales: dict[str, float] | None = None,
+) -> None:
     """Run ``mechanism.steps`` steps of DP-SGD on ``module`` in place.
 
     Args:
         module: its parameters are all trained. The forward pass must keep units independent and state unchanged.
-        unit_loss: called with a batch of units taken from ``records``.
-        records: named tensors; the first axis is the unit, so a unit is one record.
+        example_loss: called with a batch of examples taken from ``records``.
+        records: named tensors; the first axis is the example.
         mechanism: the public parameters that the ledger was charged for.
         secret: 256 bits that nobody else knows; the same secret replays the same mechanism.
+        group_B: int64, the group of each record, where groups are the unit; None where each record is one.
+        scales: parameter name → factor on the learning rate; public.
 
     Guarantee: the parameters afterwards are a release of ``steps`` composed Poisson-subsampled Gaussian
     mechanisms with the given rate and σ; nothing else leaves this function.
+
+    Raises:
+        BadInputError: the module holds a layer that cannot be made private.
     """
+    optimizer = make_optimizer(module, mechanism.optimizer, mechanism.learning_rate, scales)
+    index = UnitIndex(len(next(iter(records.values()))), group_B, mechanism.records_per_unit)
     if mechanism.noise_multiplier is None:
-        _train_without_privacy(module, unit_loss, records, mechanism, secret)
+        _train_without_privacy(module, optimizer, example_loss, records, index, mechanism, secret)
         return
-    units = len(next(iter(records.values())))
-    optimizer = UnitDPOptimizer(torch.optim.SGD(module.parameters(), lr=mechanism.learning_rate), mechanism)
-    hooks = _attach(module, mechanism)
-    module.train()
-    try:
-        with warnings.catch_warnings():
-            # The first layer's input needs no gradient, which torch remarks on at every backward pass.
-            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            for step in range(mechanism.steps):
-                chosen = poisson_sample(units, mechanism.sampling_rate, secret, step)
-                for part in chosen.split(mechanism.physical_batch):
-                    _accumulate(unit_loss, _take(records, part), optimizer, hooks)
-                optimizer.noisy_step(derive(secret, "noise", step))
-    finally:
-        hooks.cleanup()
-
-
-def _attach(module: nn.Module, mechanism: DpSgd) -> GradSampleHooks:
-    if mechanism.gradients == "hooks":
-        return GradSampleHooks(module, loss_reduction="sum")
-    return SelectingGhostHooks(module, loss_reduction="sum", max_grad_norm=mechanism.clip)
-
-
-def _accumulate(unit_loss: UnitLoss, batch: Records, optimizer: UnitDPOptimizer, hooks: GradSampleHooks) -> None:
-    if len(next(iter(batch.values()))) == 0:  # Poisson sampling drew nobody: only noise this step
-        return
-    loss_B = unit_loss(batch)
-    if isinstance(hooks, SelectingGhostHooks):
-        _accumulate_ghost(unit_loss, batch, loss_B, optimizer, hooks)
-    else:
-        loss_B.sum().backward()
-        optimizer.accumulate_hooks()
-
-
-def _accumulate_ghost(
-    unit_loss: UnitLoss, batch: Records, loss_B: Tensor, optimizer: UnitDPOptimizer, hooks: SelectingGhostHooks
-) -> None:
-    loss_B.sum().backward(retain_graph=True)
-    factor_B = hooks.factors()
-    optimizer.original_optimizer.zero_grad()
-    keep_B = factor_B > 0.0
-    if bool(keep_B.all()):
-        hooks.disable_hooks()
-        (factor_B.to(loss_B.dtype) * loss_B).sum().backward()
-        hooks.enable_hooks()
-        optimizer.accumulate_ghost()
-    else:
-        # 0·inf is NaN in a backward pass: run again without the unusable units. Units are independent.
-        usable = {name: tensor[keep_B] for name, tensor in batch.items()}
-        _accumulate(unit_loss, usable, optimizer, hooks)
-
-
-def _take(records: Records, index: Tensor) -> dict[str, Tensor]:
-    return {name: tensor[index.to(tensor.device)] for name, tensor in records.items()}
+    with PrivateTraining(module, optimizer, example_loss, mechanism, secret) as training:
+        for _ in range(mechanism.steps):
+            training.step(records, index)
 
 
 def _train_without_privacy(
-    module: nn.Module, unit_loss: UnitLoss, records: Records, mechanism: DpSgd, secret: bytes
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    example_loss: ExampleLoss,
+    records: Records,
+    index: UnitIndex,
+    mechanism: DpSgd,
+    secret: bytes,
 ) -> None:
-    units = len(next(iter(records.values())))
-    optimizer = torch.optim.SGD(module.parameters(), lr=mechanism.learning_rate)
     module.train()
     for step in range(mechanism.steps):
-        chosen = poisson_sample(units, mechanism.sampling_rate, secret, step)
+        chosen = poisson_sample(index.count, mechanism.sampling_rate, secret, step)
         optimizer.zero_grad()
-        for part in chosen.split(mechanism.physical_batch):
-            if len(part):
-                (unit_loss(_take(records, part)).sum() / mechanism.divisor).backward()
+        for part, _ in index.parts(chosen, mechanism.physical_batch or 512):
+            batch = {name: tensor[part.to(tensor.device)] for name, tensor in records.items()}
+            (example_loss(batch).sum() / mechanism.divisor).backward()
         optimizer.step()

@@ -49,7 +49,7 @@ class ChargeRequest:
 
     mechanism: None is training without privacy, charged ε = ∞ (simulation only).
     kind: what is released, for instance ``train``.
-    numeric: ``fast`` where the clip bound holds for what was summed, ``uncertified`` otherwise.
+    numeric: ``strict`` or ``fast``, where the clip bound holds for what was summed; ``uncertified`` otherwise.
     rng: ``os-entropy``, or ``seeded`` in simulation.
     """
 
@@ -62,7 +62,7 @@ class ChargeRequest:
     mechanism: SampledGaussian | None
     clip: float
     releases: tuple[str, ...]
-    numeric: Literal["fast", "uncertified"]
+    numeric: Literal["strict", "fast", "uncertified"]
     rng: Literal["os-entropy", "seeded"]
 
     def charge_id(self, ledger_id: str) -> str:

@@ -11,14 +11,15 @@ from conftest import make_batch, make_config
 from scipy import stats
 
 from model import build
-from privacy.dpsgd import SHRINK, DpSgd, clip_factors, train_privately
+from privacy.clipping import SHRINK, clip_factors
+from privacy.dpsgd import DpSgd, train_privately
 from privacy.randomness import derive
 
 SECRET = derive(bytes(32), "dpsgd test")
 FULL = DpSgd(
     steps=1, learning_rate=1.0, sampling_rate=1.0, clip=0.5, noise_multiplier=1e-12, declared_size=10
 )  # so little noise that the update shows the clipped sum; everyone is sampled
-MODES = ("hooks", "ghost")
+MODES = ("bookkeeping", "hooks", "ghost")
 
 
 def update(batch, mechanism, secret=SECRET, config=None):

@@ -1,0 +1,282 @@
+"""Ways to get clipped sums of per-unit gradients out of a physical batch.
+
+* bookkeeping: one backward pass, certified norms (privacy/bookkeeping).
+* hooks: Opacus materialises every unit's gradient; what is clipped is what is summed.
+* ghost: Opacus's two backward passes; norms taken apart from the gradients, not certified.
+* strict: every unit alone, its contribution rounded onto a public grid and summed in integers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+from torch import Tensor, nn
+
+import privacy.gradients  # noqa: F401  (registers our layers' samplers with Opacus)
+from model.errors import BadInputError
+from privacy.bookkeeping import Bookkeeper, Units
+from privacy.bookkeeping.recorder import Pass
+from privacy.bookkeeping.refusals import check
+from privacy.clipping import Kind, clip_factors, unit_factors, usable
+
+Records = Mapping[str, Tensor]
+ExampleLoss = Callable[[Records], Tensor]
+"""Maps a batch of B examples to B losses, or [B, tasks]; an example's loss depends on that example alone."""
+
+GRID_BITS = 30
+
+
+class Clipping(NamedTuple):
+    """How a batch is clipped: the kind and the current bound."""
+
+    kind: Kind
+    clip: float
+
+
+class ClippedSum(NamedTuple):
+    """sums: one per trained parameter, float32 or wider; in mode strict int64, in units of ``clip·2^-30``.
+
+    inside: Σ over usable units of ½ if the norm is within the bound, else −½. Private until it is noised.
+    """
+
+    sums: list[Tensor]
+    inside: float
+
+
+class GradientMode(Protocol):
+    """One way of getting a clipped sum."""
+
+    def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """Return the sum of a physical batch that has at least one unit."""
+
+    def close(self) -> None:
+        """Leave the module as it was."""
+
+
+def mode_for(name: str, module: nn.Module) -> GradientMode:
+    """Return the mode of that name, attached to a module.
+
+    Raises:
+        BadInputError: the module holds a layer that cannot be made private.
+    """
+    modes: dict[str, Callable[[nn.Module], GradientMode]] = {
+        "bookkeeping": Bookkeeping, "hooks": Hooks, "ghost": Ghost, "strict": Strict
+    }  # fmt: skip
+    return modes[name](module)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained, in the module's order."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _inside(squared_PU: Tensor, clip: float) -> float:
+    norm_U = squared_PU.sum(0).sqrt()
+    return float(torch.where(usable(norm_U), torch.where(norm_U <= clip, 0.5, -0.5), 0.0).sum())
+
+
+class Bookkeeping:
+    """See :mod:`privacy.bookkeeping`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._bookkeeper = Bookkeeper(module)
+        self._trained = trained(module)
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Layers that are materialised by Opacus for want of a rule."""
+        return self._bookkeeper.fallbacks
+
+    def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """One backward pass; with several tasks, one more for each."""
+        loss_B, state = self._bookkeeper.forward(lambda: _per_unit_mean(loss(batch), units), units)
+        if loss_B.dim() == 2:
+            loss_B = self._clip_tasks(loss_B, state, units, clipping)
+        found = self._bookkeeper.backward(loss_B.sum(), state)
+        if clipping.kind == "per-layer":
+            factors = list(unit_factors(found.squared_bound_PU, clipping.kind, clipping.clip, len(self._trained)))
+            sums = found.weighted_sums(factors)
+        else:
+            factor_PU = unit_factors(found.squared_bound_PU, clipping.kind, clipping.clip, len(self._trained))
+            sums = found.weighted_sums(factor_PU[0] if len(factor_PU) else torch.zeros(units.count))
+        return ClippedSum([sums[p] for p in self._trained], _inside(found.squared_bound_PU, clipping.clip))
+
+    def _clip_tasks(self, loss_BK: Tensor, state: Pass, units: Units, clipping: Clipping) -> Tensor:
+        """Scale each task's loss so that its gradient is within C/√tasks: the joint gradient is linear in it.
+
+        Returns:
+            The sum over tasks, [B]. An unusable task leaves its unit out as a whole: the joint norm is then NaN.
+        """
+        tasks = loss_BK.shape[1]
+        total_B = torch.zeros_like(loss_BK[:, 0])
+        for task in range(tasks):
+            found = self._bookkeeper.backward(loss_BK[:, task].sum(), state, last=False)
+            norm_U = found.squared_bound_PU.sum(0).sqrt()
+            factor_U = clip_factors(norm_U, clipping.clip / tasks**0.5)
+            factor_U = torch.where(usable(norm_U), factor_U, float("nan")).to(loss_BK.dtype)
+            total_B = total_B + (factor_U if units.unit_B is None else factor_U[units.unit_B]) * loss_BK[:, task]
+        return total_B
+
+    def close(self) -> None:
+        """Detach."""
+        self._bookkeeper.close()
+
+
+def _per_unit_mean(loss_B: Tensor, units: Units) -> Tensor:
+    """Weigh a unit's examples so that its loss is their mean: it depends on that unit alone."""
+    if units.unit_B is None:
+        return loss_B
+    size_U = torch.bincount(units.unit_B, minlength=units.count)
+    weight_B = size_U[units.unit_B].to(loss_B.dtype).reciprocal()
+    return loss_B * (weight_B if loss_B.dim() == 1 else weight_B[:, None])
+
+
+class Hooks:
+    """Opacus's per-sample hooks: any layer Opacus knows, memory for every unit's gradient."""
+
+    def __init__(self, module: nn.Module) -> None:
+        check(module)
+        self._trained = trained(module)
+        self._hooks = GradSampleHooks(module, loss_reduction="sum")
+
+    def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """Materialise, take norms of what was materialised, sum in float64."""
+        with _quiet():
+            _one_loss(_per_unit_mean(loss(batch), units)).sum().backward()
+        gradients = []
+        for parameter in self._trained:
+            gradients.append(units.add_up(_joined(vars(parameter)["grad_sample"])))
+            vars(parameter)["grad_sample"] = None
+            parameter.grad = None
+        # One fused pass per parameter: the float64 copy of a unit's gradient is never made for its norm.
+        norms = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) for g in gradients]
+        squared_PU = torch.stack(norms).square()
+        factor_PU = unit_factors(squared_PU, clipping.kind, clipping.clip, len(self._trained))
+        sums = [clipped_sum(g, factor_U) for g, factor_U in zip(gradients, factor_PU, strict=True)]
+        return ClippedSum(sums, _inside(squared_PU, clipping.clip))
+
+    def close(self) -> None:
+        """Detach."""
+        self._hooks.cleanup()
+
+
+def _joined(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
+    return grad_sample if isinstance(grad_sample, Tensor) else torch.stack(list(grad_sample)).sum(0)
+
+
+def clipped_sum(gradient_B: Tensor, factor_B: Tensor) -> Tensor:
+    """Return Σ_b factor_b · gradient_b in float64, skipping units with factor 0 (they may hold NaN)."""
+    keep_B = factor_B > 0.0
+    return torch.einsum("b,b...->...", factor_B[keep_B], gradient_B[keep_B].double())
+
+
+class SelectingGhostHooks(GradSampleHooksFastGradientClipping):  # type: ignore[misc]  # Opacus is untyped
+    """Opacus's ghost clipping with our clip factors."""
+
+    def squares(self) -> Tensor:
+        """Return each unit's squared norm of the last backward pass, float64 [1, U]."""
+        squared_1U: Tensor = self.get_norm_sample().double().square().unsqueeze(0)
+        return squared_1U
+
+
+class Ghost:
+    """Opacus's ghost clipping: two backward passes; records as units, one bound for the whole gradient."""
+
+    def __init__(self, module: nn.Module) -> None:
+        check(module)
+        self._trained = trained(module)
+        self._hooks = SelectingGhostHooks(module, loss_reduction="sum", max_grad_norm=1.0)
+
+    def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """Take norms in one backward pass and the weighted sum in another."""
+        if units.unit_B is not None or clipping.kind == "per-layer":
+            raise BadInputError("gradients 'ghost' knows records as units and clips them as a whole")
+        with _quiet():
+            return self._clipped_sum(loss, batch, clipping)
+
+    def _clipped_sum(self, loss: ExampleLoss, batch: Records, clipping: Clipping) -> ClippedSum:
+        loss_B = _one_loss(loss(batch))
+        loss_B.sum().backward(retain_graph=True)
+        squared_1U = self._hooks.squares()
+        factor_U = unit_factors(squared_1U, clipping.kind, clipping.clip, 1)[0]
+        inside = _inside(squared_1U, clipping.clip)
+        self._clear()
+        keep_U = factor_U > 0.0
+        if bool(keep_U.all()):
+            self._hooks.disable_hooks()
+            (factor_U.to(loss_B.dtype) * loss_B).sum().backward()
+            self._hooks.enable_hooks()
+            sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+            self._clear()
+            return ClippedSum(sums, inside)
+        if not bool(keep_U.any()):
+            return ClippedSum([torch.zeros_like(p) for p in self._trained], inside)
+        # 0·inf is NaN in a backward pass: run again without the unusable units. Units are independent.
+        kept = {name: tensor[keep_U] for name, tensor in batch.items()}
+        return self._clipped_sum(loss, kept, clipping)._replace(inside=inside)
+
+    def _clear(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
+
+    def close(self) -> None:
+        """Detach."""
+        self._hooks.cleanup()
+
+
+class Strict:
+    """Every unit alone: nothing about it depends, in any bit, on who else is in the batch.
+
+    A clipped contribution is rounded toward zero onto the grid ``clip·2^-30`` and summed in int64, so it can only get
+    smaller, and sums have no rounding that crafted weights could amplify.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        check(module)
+        self._trained = trained(module)
+
+    def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """Run unit by unit."""
+        sums = [torch.zeros_like(p, dtype=torch.int64) for p in self._trained]
+        unit_B = torch.arange(units.examples) if units.unit_B is None else units.unit_B.cpu()
+        inside = 0.0
+        for unit in range(units.count):
+            mine_B = unit_B == unit
+            alone = {name: tensor[mine_B.to(tensor.device)] for name, tensor in batch.items()}
+            gradients = self._gradients(loss, alone)
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float64).reshape(1) for g in gradients]
+            squared_P1 = torch.stack(norms).square()
+            factor_P = unit_factors(squared_P1, clipping.kind, clipping.clip, len(self._trained))[:, 0]
+            inside += _inside(squared_P1, clipping.clip)
+            if bool(usable(squared_P1.sum().sqrt())):
+                for total, gradient, factor in zip(sums, gradients, factor_P, strict=True):
+                    total += (gradient.double() * (factor * 2.0**GRID_BITS / clipping.clip)).trunc().to(torch.int64)
+        return ClippedSum(sums, inside)
+
+    def _gradients(self, loss: ExampleLoss, alone: Records) -> list[Tensor]:
+        mean = _one_loss(loss(alone)).mean()
+        found = torch.autograd.grad(mean, self._trained, allow_unused=True) if mean.requires_grad else [None]
+        if not mean.requires_grad:
+            return [torch.zeros_like(p) for p in self._trained]
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)]
+
+    def close(self) -> None:
+        """Nothing was attached."""
+
+
+def _one_loss(loss_B: Tensor) -> Tensor:
+    if loss_B.dim() != 1:
+        raise BadInputError("losses of several tasks need gradients 'bookkeeping' and numeric 'fast'")
+    return loss_B
+
+
+class _quiet(warnings.catch_warnings):  # noqa: N801  (used as a statement)
+    """The first layer's input needs no gradient, which torch remarks on at every backward pass of a hooked module."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)

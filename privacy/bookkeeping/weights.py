@@ -40,7 +40,8 @@ class Weights:
         if not self.all_used:
             keep_U = factor_U > 0
             gradient_U, factor_U = gradient_U[keep_U], factor_U[keep_U]
-        return (factor_U.to(gradient_U.dtype) @ gradient_U.flatten(1)).view(gradient_U.shape[1:])
+        shape = gradient_U.shape[1:]
+        return (factor_U.to(gradient_U.dtype) @ gradient_U.reshape(-1, shape.numel())).view(shape)
 
     @staticmethod
     def _spread(factor_U: Tensor, unit_N: Tensor | None, x: Tensor) -> Tensor:

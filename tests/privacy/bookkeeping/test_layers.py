@@ -1,0 +1,230 @@
+"""Every layer with a rule, and some without, against microbatches: records and groups as units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_batch, make_config, make_text, make_text_config
+from microbatches import alone, relative_error
+from torch import nn
+
+from model import build
+from model.elementwise import Scale
+from model.encoders import PositionTable
+from model.errors import BadInputError
+from privacy.bookkeeping import Bookkeeper, Units
+
+
+class Net(nn.Module):
+    """Layers in a row, then a loss that is not linear in their output."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def loss(self, batch):
+        return self.layers(batch["x"]).flatten(1).square().mean(1).sqrt()
+
+
+class TwoUses(Net):
+    """The same layers used twice on the way."""
+
+    def loss(self, batch):
+        return self.layers(torch.tanh(self.layers(batch["x"]))).flatten(1).square().mean(1)
+
+
+class Tied(nn.Module):
+    """One table for looking up and for scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def loss(self, batch):
+        scores = self.head(torch.tanh(self.mix(self.embed(batch["x"]))))
+        return F.cross_entropy(scores.transpose(1, 2), batch["x"].roll(1, 1), reduction="none").mean(1)
+
+
+class Own(nn.Module):
+    """A layer that nobody has a rule for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(5))
+        self.b = nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        return torch.sin(x * self.a) + self.b
+
+
+class InPlace(Net):
+    def loss(self, batch):
+        x = self.layers[0](batch["x"])
+        F.relu_(x)
+        return self.layers[1](x).square().mean(1)
+
+
+def ids(*shape):
+    return torch.randint(11, shape)
+
+
+_CONV = nn.Conv2d(2, 4, (3, 2), padding=(1, 0), dilation=(1, 2))
+CASES = {
+    "linear, one row": lambda: (Net(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(6, 5)),
+    "linear, few wide rows (gram)": lambda: (Net(nn.Linear(40, 30), nn.Linear(30, 20)), torch.randn(6, 3, 40)),
+    "linear, many rows (direct)": lambda: (Net(nn.Linear(4, 3), nn.Linear(3, 5)), torch.randn(6, 50, 4)),
+    "linear, two axes of rows": lambda: (Net(nn.Linear(4, 3)), torch.randn(6, 2, 3, 4)),
+    "linear, bias only": lambda: (Net(nn.Linear(5, 7).requires_grad_(False), nn.Linear(7, 3)), torch.randn(6, 5)),
+    "embedding": lambda: (Net(nn.Embedding(11, 4)), ids(6, 9)),
+    "embedding, one id": lambda: (Net(nn.Embedding(11, 4), nn.Flatten(), nn.Linear(4, 3)), ids(6, 1)),
+    "embedding, padding": lambda: (Net(nn.Embedding(11, 4, padding_idx=2)), ids(6, 9)),
+    "embedding and head tied": lambda: (Tied(), ids(6, 9)),
+    "layer norm": lambda: (Net(nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(6, 4, 8)),
+    "layer norm, two axes": lambda: (Net(nn.LayerNorm([4, 8])), torch.randn(6, 4, 8)),
+    "rms norm": lambda: (Net(nn.Linear(8, 8), nn.RMSNorm(8), nn.Linear(8, 3)), torch.randn(6, 4, 8)),
+    "group norm": lambda: (Net(nn.GroupNorm(2, 6)), torch.randn(6, 6, 5)),
+    "conv1d": lambda: (Net(nn.Conv1d(3, 4, 3, padding=1, stride=2)), torch.randn(6, 3, 11)),
+    "conv1d, reflect": lambda: (Net(nn.Conv1d(3, 4, 3, padding=2, padding_mode="reflect")), torch.randn(6, 3, 11)),
+    "conv1d, same": lambda: (Net(nn.Conv1d(3, 4, 3, padding="same")), torch.randn(6, 3, 11)),
+    "conv2d": lambda: (Net(_CONV, nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3)), torch.randn(6, 2, 7, 8)),
+    "conv2d, groups": lambda: (Net(nn.Conv2d(4, 6, 3, groups=2)), torch.randn(6, 4, 5, 5)),
+    "conv2d, one position": lambda: (Net(nn.Conv2d(2, 4, 5)), torch.randn(6, 2, 5, 5)),
+    "scalar": lambda: (Net(nn.Linear(5, 4), Scale(), nn.Linear(4, 2)), torch.randn(6, 3, 5)),
+    "scale per channel": lambda: (Net(nn.Linear(5, 4), Scale(4), Scale(3, 1)), torch.randn(6, 3, 5)),
+    "position table": lambda: (Net(nn.Linear(5, 4), PositionTable(3, 4), nn.Linear(4, 2)), torch.randn(6, 3, 5)),
+    "used twice": lambda: (TwoUses(nn.Linear(5, 5), nn.LayerNorm(5)), torch.randn(6, 3, 5)),
+    "fallback: instance norm": lambda: (Net(nn.InstanceNorm1d(4, affine=True)), torch.randn(6, 4, 9)),
+    "fallback: conv3d": lambda: (Net(nn.Conv3d(2, 3, 2)), torch.randn(6, 2, 4, 4, 4)),
+    "fallback: a layer of one's own": lambda: (Net(nn.Linear(5, 5), Own(), nn.Linear(5, 2)), torch.randn(6, 3, 5)),
+    "in place after a layer": lambda: (InPlace(nn.Linear(5, 5), nn.Linear(5, 2)), torch.randn(6, 5)),
+}  # fmt: skip
+MODELS = {
+    "moe": (make_config(), make_batch),
+    "moe, most experts unrouted": (make_config(routed=64, shared=0), make_batch),
+    "transformer": (make_text_config(), make_text),
+}
+UNITS = {"records": torch.arange(6), "groups": torch.tensor([0, 0, 0, 1, 2, 2])}
+
+
+def compare(module, loss, batch, unit_B):
+    """Gradients, bounds and weighted sums against every unit alone."""
+    for p in module.parameters():
+        if p.dim() < 2 and p.requires_grad:
+            nn.init.normal_(p)
+    truth = alone(module, loss, batch, unit_B)
+    count = int(unit_B.max()) + 1
+    units = Units.one_each(6) if count == 6 else Units(6, count, unit_B)
+    weight_B = 1.0 / torch.bincount(unit_B)[unit_B]
+    bookkeeper = Bookkeeper(module)
+    found = bookkeeper.gradients(lambda: loss(batch) * weight_B, units)
+    factor_U = torch.rand(count, dtype=torch.float64)
+    factor_U[1] = 0.0
+    sums, gradients = found.weighted_sums(factor_U), found.per_unit()
+    bounds = dict(zip(found.reached, found.squared_bound_PU.sqrt(), strict=True))
+    assert sums.keys() == truth.keys()
+    for p, expected in truth.items():
+        assert relative_error(gradients[p], expected) < 1e-5
+        assert relative_error(sums[p], torch.einsum("u,u...->...", factor_U.float(), expected)) < 1e-5
+        norm_U = expected.flatten(1).double().norm(dim=1)
+        assert (bounds[p] >= norm_U * (1 - 1e-6)).all()  # the truth is float32 itself
+        assert (bounds[p] <= norm_U * 1.02 + 1e-7).all()
+    bookkeeper.close()
+    assert not any(layer._forward_hooks for layer in module.modules())
+    assert all(p.requires_grad for p in truth)
+    return bookkeeper
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_equals_its_microbatches(name, unit):
+    module, x = CASES[name]()
+    bookkeeper = compare(module, module.loss, {"x": x}, UNITS[unit])
+    assert bool(bookkeeper.fallbacks) == name.startswith("fallback")
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_equals_its_microbatches(name, unit):
+    config, make = MODELS[name]
+    network = build(config, seed=3)
+    assert not compare(network, network.loss, make(6), UNITS[unit]).fallbacks
+
+
+def test_bf16_models_take_norms_and_sums_in_float32():
+    module = Net(nn.Linear(40, 30), nn.RMSNorm(30), nn.Linear(30, 20)).bfloat16()
+    batch = {"x": torch.randn(6, 3, 40).bfloat16()}
+    found = Bookkeeper(module).gradients(lambda: module.loss(batch), Units.one_each(6))
+    gradients = found.per_unit()
+    for p, bound in zip(found.reached, found.squared_bound_PU.sqrt(), strict=True):
+        assert gradients[p].dtype == torch.float32
+        assert (bound >= gradients[p].flatten(1).double().norm(dim=1) * (1 - 1e-6)).all()
+    truth = alone(module, module.loss, batch, torch.arange(6))
+    assert all(relative_error(gradients[p], truth[p]) < 0.05 for p in truth)  # bf16 has three digits
+
+
+@pytest.mark.parametrize(
+    ("layer", "instead"),
+    [
+        (nn.BatchNorm1d(4), "GroupNorm"),
+        (nn.SyncBatchNorm(4), "GroupNorm"),
+        (nn.InstanceNorm1d(4, affine=True, track_running_stats=True), "track_running_stats=False"),
+        (nn.Dropout(0.1), "UnitDropout"),
+        (nn.Embedding(4, 4, scale_grad_by_freq=True), "scale_grad_by_freq=False"),
+        (nn.Embedding(4, 4, max_norm=1.0), "max_norm=None"),
+        (nn.LSTM(4, 4), "DPLSTM"),
+        (nn.MultiheadAttention(4, 2), "CausalAttention"),
+    ],
+)
+def test_layers_that_couple_examples_are_refused_by_name_with_the_replacement(layer, instead):
+    with pytest.raises(BadInputError, match=f"layers.1 .*{type(layer).__name__}.*{instead}"):
+        Bookkeeper(Net(nn.Linear(4, 4), layer))
+
+
+def test_a_parameter_beside_layers_is_refused():
+    module = Net(nn.Linear(4, 4))
+    module.token = nn.Parameter(torch.zeros(4))
+    with pytest.raises(BadInputError, match=r"parameter token .*layer of its own"):
+        Bookkeeper(module)
+
+
+def test_rows_without_a_batch_axis_are_refused_instead_of_misattributed():
+    class Flat(Net):
+        def loss(self, batch):
+            return self.layers(batch["x"].flatten(0, 1)).square().mean(1).view(6, 3).sum(1)
+
+    module = Flat(nn.Linear(5, 2))
+    with pytest.raises(BadInputError, match=r"layer layers.0 \(Linear\) saw 18 rows of 6 examples"):
+        Bookkeeper(module).gradients(lambda: module.loss({"x": torch.randn(6, 3, 5)}), Units.one_each(6))
+
+
+def test_an_input_changed_in_place_afterwards_is_noticed():
+    class Careless(Net):
+        def loss(self, batch):
+            x = self.layers[0](batch["x"]) + 1.0
+            y = self.layers[1](x)
+            x.detach().add_(1.0)
+            return y.square().mean(1)
+
+    module = Careless(nn.Linear(5, 5), nn.Linear(5, 2))
+    with pytest.raises(RuntimeError, match=r"layers\.1 was changed in place"):
+        Bookkeeper(module).gradients(lambda: module.loss({"x": torch.randn(6, 5)}), Units.one_each(6))
+
+
+def test_a_loss_that_is_not_one_value_per_example_is_refused():
+    module = Net(nn.Linear(5, 2))
+    with pytest.raises(BadInputError, match=r"loss has shape \[\], must be one value per example: \[6\]"):
+        Bookkeeper(module).gradients(lambda: module.loss({"x": torch.randn(6, 5)}).sum(), Units.one_each(6))
+
+
+def test_shortened_float32_products_are_refused():
+    module = Net(nn.Linear(5, 2))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(RuntimeError, match="highest"):
+            Bookkeeper(module).gradients(lambda: module.loss({"x": torch.randn(6, 5)}), Units.one_each(6))
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -113,8 +113,8 @@ UNITS = {"records": torch.arange(6), "groups": torch.tensor([0, 0, 0, 1, 2, 2])}
 def compare(module, loss, batch, unit_B):
     """Gradients, bounds and weighted sums against every unit alone."""
     for p in module.parameters():
-        if p.dim() < 2 and p.requires_grad:
-            nn.init.normal_(p)
+        if p.requires_grad:
+            nn.init.normal_(p, std=0.5)
     truth = alone(module, loss, batch, unit_B)
     count = int(unit_B.max()) + 1
     units = Units.one_each(6) if count == 6 else Units(6, count, unit_B)
@@ -129,7 +129,7 @@ def compare(module, loss, batch, unit_B):
     for p, expected in truth.items():
         assert relative_error(gradients[p], expected) < 1e-5
         assert relative_error(sums[p], torch.einsum("u,u...->...", factor_U.float(), expected)) < 1e-5
-        norm_U = expected.flatten(1).double().norm(dim=1)
+        norm_U = expected.reshape(count, -1).double().norm(dim=1)
         assert (bounds[p] >= norm_U * (1 - 1e-6)).all()  # the truth is float32 itself
         assert (bounds[p] <= norm_U * 1.02 + 1e-7).all()
     bookkeeper.close()

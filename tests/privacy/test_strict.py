@@ -1,0 +1,124 @@
+"""Numeric level strict: on a grid, in integers, and immune to weights that amplify rounding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from conftest import make_batch, make_config
+from torch import nn
+
+from model import build
+from model.experts import GroupedLinear
+from privacy.bookkeeping import Units
+from privacy.dpsgd import DpSgd, UnitDPOptimizer
+from privacy.gradient_modes import GRID_BITS, Clipping, mode_for
+from privacy.randomness import derive
+
+CLIP = 0.5
+
+
+def sums(mode, module, loss, batch, units):
+    attached = mode_for(mode, module)
+    found = attached.clipped_sum(loss, batch, Units.one_each(units), Clipping("flat", CLIP))
+    attached.close()
+    return found.sums
+
+
+def without(batch, unit):
+    keep = torch.arange(len(next(iter(batch.values())))) != unit
+    return {name: tensor[keep] for name, tensor in batch.items()}
+
+
+def test_a_contribution_has_the_same_bits_whoever_else_is_there():
+    network, batch = build(make_config(), seed=3), make_batch(8)
+    everyone = sums("strict", network, network.loss, batch, 8)
+    apart = [sums("strict", network, network.loss, {n: t[u : u + 1] for n, t in batch.items()}, 1) for u in range(8)]
+    for number, total in enumerate(everyone):
+        assert total.dtype == torch.int64
+        assert torch.equal(total, torch.stack([mine[number] for mine in apart]).sum(0))
+
+
+def test_a_contribution_on_the_grid_is_within_the_bound():
+    network, batch = build(make_config(), seed=3), make_batch(8)
+    for unit in range(8):
+        mine = sums("strict", network, network.loss, {n: t[unit : unit + 1] for n, t in batch.items()}, 1)
+        norm = math.sqrt(sum(float((t.double() * CLIP * 2.0**-GRID_BITS).square().sum()) for t in mine))
+        assert 0.99 * CLIP < norm <= CLIP
+
+
+class Amplifier(nn.Module):
+    """Crafted: the last bits of an expert's product, times 2^40, decide the gradient.
+
+    Rows of other units change how the product is blocked, and with it those bits.
+    """
+
+    def __init__(self, experts=64, width=48):
+        super().__init__()
+        self.experts = experts
+        self.first = GroupedLinear(experts, width, width)
+        self.second = GroupedLinear(experts, width, 8)
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.randn(self.first.weight.shape, generator=generator))
+            self.second.weight.copy_(torch.randn(self.second.weight.shape, generator=generator))
+
+    def loss(self, batch):
+        x_BED = batch["x"]
+        units, experts, width = x_BED.shape
+        rows = x_BED.transpose(0, 1).reshape(-1, width)  # sorted by (expert, unit)
+        offsets = torch.arange(1, experts + 1, dtype=torch.int32) * units
+        example = torch.arange(units).repeat(experts)
+        hidden = self.first(rows, offsets, example, torch.arange(units))
+        # The exact value is public to whoever crafts the weights; what is left is rounding.
+        exact = torch.einsum("ned,edo->neo", x_BED.double(), self.first.weight.double()).float()
+        rest = (hidden - exact.transpose(0, 1).reshape(-1, width).detach()) * 2.0**40
+        out = self.second(torch.tanh(rest), offsets, example, torch.arange(units))
+        return out.view(experts, units, -1).sum((0, 2))
+
+
+def moved_by_one_unit(mode, model, batch):
+    units = len(batch["x"])
+    every = sums(mode, model, model.loss, batch, units)
+    fewer = sums(mode, model, model.loss, without(batch, units - 1), units - 1)
+    unit = CLIP * 2.0**-GRID_BITS if mode == "strict" else 1.0
+    return math.sqrt(sum(float(((a - b).double() * unit).square().sum()) for a, b in zip(every, fewer, strict=True)))
+
+
+def test_weights_that_amplify_rounding_break_fast_and_not_strict():
+    model = Amplifier()
+    generator = torch.Generator().manual_seed(5)
+    batch = {"x": torch.randn(2, model.experts, 48, generator=generator)}  # every expert goes from one row to two
+    assert moved_by_one_unit("strict", model, batch) <= CLIP
+    assert moved_by_one_unit("hooks", model, batch) > 1.05 * CLIP  # Opacus's mode: the other unit's share moved too
+
+
+def test_noise_is_rounded_onto_the_grid_of_the_sum_and_has_the_stated_size():
+    module = nn.Linear(200, 100, bias=False)
+    mechanism = DpSgd(
+        steps=1,
+        learning_rate=1.0,
+        sampling_rate=0.5,
+        clip=CLIP,
+        noise_multiplier=2.0,
+        declared_size=8,
+        numeric="strict",
+    )
+    optimizer = UnitDPOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), mechanism)
+    optimizer.accumulate(list(module.parameters()), [torch.full((100, 200), 3, dtype=torch.int64)])
+    optimizer.accumulate(list(module.parameters()), [torch.full((100, 200), 4, dtype=torch.int64)])
+    optimizer.noise_secret = derive(bytes(32), "strict noise")
+    optimizer.add_noise()
+    steps = module.weight.grad.double() * mechanism.divisor / (CLIP * 2.0**-GRID_BITS) - 7
+    # float32 keeps 24 bits of a value of about 2^31 steps: on the grid to within that.
+    spread = float((steps / 2.0**GRID_BITS).std())
+    assert abs(spread / 2.0 - 1.0) < 5 / math.sqrt(2 * steps.numel())  # five standard errors: false alarm 6e-7
+    with_double = nn.Linear(200, 100, bias=False).double()
+    optimizer = UnitDPOptimizer(
+        torch.optim.SGD(with_double.parameters(), lr=1.0), replace(mechanism, sampling_rate=1.0, declared_size=1)
+    )
+    optimizer.noise_secret = derive(bytes(32), "strict noise")
+    optimizer.add_noise()
+    on_grid = with_double.weight.grad / (CLIP * 2.0**-GRID_BITS)
+    assert torch.equal(on_grid, on_grid.round())

@@ -30,7 +30,7 @@ from model.errors import BadInputError
 from model.unit_random import drawing_from
 from privacy.bookkeeping import Units
 from privacy.clipping import AdaptiveClip, Kind
-from privacy.gradient_modes import GRID_BITS, Clipping, ExampleLoss, GradientMode, Records, mode_for
+from privacy.gradient_modes import GRID_BITS, Bookkeeping, Clipping, ExampleLoss, GradientMode, Records, mode_for
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
 from privacy.physical_batch import fitting
 from privacy.randomness import derive, per_unit_uniform, standard_normal
@@ -174,6 +174,11 @@ class PrivateTraining:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Layers without a rule of their own, which are materialised unit by unit: right, but slow."""
+        return self._mode.fallbacks if isinstance(self._mode, Bookkeeping) else []
 
     def close(self) -> None:
         """Leave the module as it was."""

@@ -1,0 +1,91 @@
+"""Differential privacy for a plain torch model, without Flower, nodes or a ledger."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.errors import BadInputError
+from privacy.accounting import SampledGaussian, epsilon_by_accountant
+from privacy.dpsgd import DpSgd, PrivateTraining
+from privacy.gradient_modes import ExampleLoss
+from privacy.randomness import SECRET_BYTES, fresh_secret
+
+
+class AccountedTraining(PrivateTraining):
+    """:class:`PrivateTraining` that says what its steps came to. It keeps no ledger: the caller keeps count."""
+
+    def epsilon(self, delta: float) -> dict[str, float]:
+        """Return ε of the steps taken so far by three accountants: ``rdp``, ``pld``, ``prv``; 0 before the first."""
+        if not self.step_number:
+            return {"rdp": 0.0, "pld": 0.0, "prv": 0.0}
+        mechanism = self.mechanism
+        if mechanism.noise_multiplier is None:
+            raise ValueError("there is no ε without noise")
+        charge = SampledGaussian(
+            sampling_rate=mechanism.sampling_rate, noise_multiplier=mechanism.noise_multiplier, steps=self.step_number
+        )
+        return epsilon_by_accountant([charge], delta)
+
+
+def make_private(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    example_loss: ExampleLoss,
+    *,
+    noise_multiplier: float,
+    sampling_rate: float,
+    clip: float,
+    declared_size: int,
+    simulation_secret: bytes | None = None,
+    **options: Any,
+) -> AccountedTraining:
+    """Attach DP-SGD to a model and its optimizer; call :meth:`~PrivateTraining.step` with all records each time.
+
+    Args:
+        module: any torch model whose layers keep examples apart; see :mod:`privacy.bookkeeping.layers` for those that
+            are fast, others are materialised unit by unit (``training.fallbacks`` names them).
+        optimizer: any torch optimizer over the module's parameters. It sees noised gradients only.
+        example_loss: maps a batch, named tensors, to one loss per example, [B].
+        noise_multiplier: σ, > 0.
+        sampling_rate: Poisson rate in (0, 1], public.
+        clip: L2 bound of a unit's gradient, > 0.
+        declared_size: public number of units; do not compute it from the data without saying so.
+        simulation_secret: 32 bytes that fix all randomness. For experiments only: whoever knows them can subtract
+            the noise. By default they come from the operating system.
+        options: further fields of :class:`~privacy.dpsgd.DpSgd`: ``clipping``, ``numeric``, ``gradients``,
+            ``records_per_unit``, ``physical_batch``, ``memory_bytes``.
+
+    Guarantee: after n steps, what the parameters show is the n-fold composition of Poisson-subsampled Gaussian
+    mechanisms with σ and the rate, for adding or removing one unit.
+
+    Raises:
+        BadInputError: a value out of range, an unknown option, or a layer that cannot be made private.
+    """
+    for name, value, fine, allowed in (
+        ("noise_multiplier", noise_multiplier, noise_multiplier > 0, "above 0"),
+        ("sampling_rate", sampling_rate, 0 < sampling_rate <= 1, "above 0 and at most 1"),
+        ("clip", clip, clip > 0, "above 0"),
+        ("declared_size", declared_size, declared_size >= 1, "at least 1"),
+    ):
+        if not fine:
+            raise BadInputError(f"{name} is {value}, must be {allowed}")
+    if simulation_secret is not None and len(simulation_secret) != SECRET_BYTES:
+        raise BadInputError(f"simulation_secret has {len(simulation_secret)} bytes, must have {SECRET_BYTES}")
+    known = {f.name for f in dataclasses.fields(DpSgd)} - {"steps", "learning_rate", "optimizer"}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise BadInputError(f"{unknown[0]} is no option, must be one of {', '.join(sorted(known))}")
+    mechanism = DpSgd(
+        steps=1,
+        learning_rate=0.0,  # the optimizer's own counts
+        sampling_rate=sampling_rate,
+        clip=clip,
+        noise_multiplier=noise_multiplier,
+        declared_size=declared_size,
+        **options,
+    )
+    return AccountedTraining(module, optimizer, example_loss, mechanism, simulation_secret or fresh_secret())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from privacy.audit.subject import Finding
     from privacy.ledger_audit import LedgerAudit
     from server.plan_estimate import PlanEstimate
     from server.scenario import Scenario
@@ -154,6 +155,28 @@ def predict(
         _print_json(asdict(prediction))
 
 
+@audit_app.command("model")
+def audit_model(
+    subject: Annotated[str, typer.Argument(help="A scenario, or module:function that returns a model and a batch.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the scenario.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Attack a model's private training: isolation, sensitivity, sampling, noise and more; exit 1 on violation."""
+    from simulations.audit_model import audit_own, audit_scenario
+
+    is_path = ":" in subject and not Path(subject).exists()
+    findings = audit_own(subject) if is_path else audit_scenario(_scenario(subject, overrides or [], None))
+    _print_findings(findings)
+    violated = any(finding.violation for finding in findings)
+    if as_json:
+        verdict = "VIOLATED" if violated else "NOT_REFUTED"
+        _print_json({"verdict": verdict, "subject": subject, "findings": [asdict(finding) for finding in findings]})
+    if violated:
+        raise typer.Exit(EXIT_VIOLATION)
+
+
 @audit_app.command("ledger")
 def audit_ledger(
     ledgers: Annotated[list[Path], typer.Argument(help="Ledger files, or folders that hold them.")],
@@ -291,6 +314,18 @@ def _print_plan(estimate: PlanEstimate) -> None:
         f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
     )
     Console(soft_wrap=True).print(table)
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("check", "looked at", "verdict")
+    for finding in findings:
+        verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]" if finding.violation else "not refuted"
+        table.add_row(finding.check, escape(finding.looked_at), verdict)
+    Console().print(table)
 
 
 def _print_audit(results: dict[str, LedgerAudit]) -> None:

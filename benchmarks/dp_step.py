@@ -18,6 +18,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from privacy.bookkeeping import Units
-from privacy.gradient_modes import Clipping, mode_for
+from privacy.gradient_modes import Clipping, GradientMode, mode_for
 from privacy.randomness import derive, standard_normal
 
 DECODERS = [
@@ -113,33 +114,42 @@ def measure(
             p.grad = None
         loss(batch).sum().backward()
 
-    def private(mode: str) -> None:
+    def private(attached: GradientMode) -> None:
         for p in parameters:
             p.grad = None
-        attached = mode_for(mode, model)
         found = attached.clipped_sum(loss, batch, units, Clipping("flat", 1.0))
         for p, total in zip(parameters, found.sums, strict=True):
-            p.grad = total.to(p.dtype) if mode != "strict" else None
+            p.grad = total.to(p.dtype)
+
+    @contextmanager
+    def step(label: str) -> Iterator[Callable[[], None]]:
+        """Attach before, detach after: in training that happens once."""
+        if label == "plain":
+            yield plain
+            return
+        attached = mode_for(label, model)
+        yield lambda: private(attached)
         attached.close()
 
     times: dict[str, list[float]] = {"plain": []} | {mode: [] for mode in modes}
     peaks: dict[str, int] = {}
     for number in range(rounds + 2):
         for label in times:
-            if batch["x"].is_cuda:
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            plain() if label == "plain" else private(label)
-            if batch["x"].is_cuda:
-                torch.cuda.synchronize()
-            if number >= 2:
-                times[label].append(time.perf_counter() - started)
+            with step(label) as work:
+                if batch["x"].is_cuda:
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                work()
+                if batch["x"].is_cuda:
+                    torch.cuda.synchronize()
+                if number >= 2:
+                    times[label].append(time.perf_counter() - started)
     own = sum(p.numel() * p.element_size() for p in parameters)
     for label in times:
         for p in parameters:
             p.grad = None
-        with PeakMemory() as memory:
-            plain() if label == "plain" else private(label)
+        with step(label) as work, PeakMemory() as memory:
+            work()
         peaks[label] = memory.peak + own
     started = time.perf_counter()
     standard_normal(derive(bytes(32), "benchmark"), sum(p.numel() for p in parameters))

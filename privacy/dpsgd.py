@@ -113,6 +113,16 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             else:
                 self._sums[number] = before + total if self._on_grid else before.double() + total.double()
 
+    def take_sums(self) -> list[Tensor]:
+        """Return the accumulated sums, float64, before any noise, and start anew: for audits. Never release them."""
+        unit = self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
+        sums = [
+            torch.zeros_like(p, dtype=torch.float64) if total is None else total.double() * unit
+            for p, total in zip(self.params, self._sums, strict=True)
+        ]
+        self._sums = [None] * len(self.params)
+        return sums
+
     def add_noise(self) -> None:
         """Set ``p.grad`` to the sum plus noise, for every parameter, whether or not a unit reached it."""
         if self.noise_secret is None:
@@ -192,13 +202,37 @@ class PrivateTraining:
             index: which examples belong to which unit; by default each is its own.
         """
         index = index or UnitIndex(len(next(iter(records.values()))))
-        chosen = poisson_sample(index.count, self.mechanism.sampling_rate, self._secret, self.step_number)
+        chosen = self.sample(index.count)
         self._module.train()
         inside = self.accumulate(records, index, chosen)
         self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
         if self.mechanism.clipping == "adaptive":
             self._adapt(inside)
         self.step_number += 1
+
+    def sample(self, units: int) -> Tensor:
+        """Return the units of this step, int64, ascending: each enters independently with the public rate."""
+        return poisson_sample(units, self.mechanism.sampling_rate, self._secret, self.step_number)
+
+    def sums_without_noise(self, records: Records, index: UnitIndex, chosen: Tensor) -> list[Tensor]:
+        """Return the clipped sum of given units, one float64 tensor per parameter: for audits. Never release it."""
+        self._module.train()
+        self.accumulate(records, index, chosen)
+        return self._optimizer.take_sums()
+
+    def noised_gradients(self, records: Records, index: UnitIndex) -> list[Tensor]:
+        """Return what the optimizer would see in this step, one tensor per parameter, without taking the step."""
+        self._module.train()
+        self.accumulate(records, index, self.sample(index.count))
+        self._optimizer.noise_secret = derive(self._secret, "noise", self.step_number)
+        self._optimizer.add_noise()
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        self._optimizer.original_optimizer.zero_grad()
+        return gradients
+
+    def loss_with_draws(self, batch: Records, example_B: Tensor) -> Tensor:
+        """Return the loss of each example, numbered ``example_B``, with random layers drawing as in this step."""
+        return self._loss_with_draws({**batch, _EXAMPLE: example_B})
 
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
         """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""

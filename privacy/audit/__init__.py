@@ -1,0 +1,1 @@
+"""Checks that attack the claim instead of trusting the code that makes it."""

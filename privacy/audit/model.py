@@ -1,0 +1,49 @@
+"""`audit model`: look for a counter-example to the claim, for one model and mechanism.
+
+Synthetic records are enough: what is checked are properties of the computation, not of data. A passed audit proves
+nothing; a violation is a counter-example.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from model.errors import BadInputError
+from privacy.audit.faults import check_faults
+from privacy.audit.isolation import check_isolation, check_state
+from privacy.audit.sampling_and_noise import check_noise, check_participation
+from privacy.audit.sensitivity import check_numerics, check_sensitivity
+from privacy.audit.subject import Finding, Subject
+
+CHECKS: dict[str, Callable[[Subject], Finding]] = {
+    "isolation": check_isolation,
+    "state": check_state,
+    "sensitivity": check_sensitivity,
+    "numerics": check_numerics,
+    "participation": check_participation,
+    "noise": check_noise,
+    "faults": check_faults,
+}
+
+
+def audit_model(subject: Subject) -> list[Finding]:
+    """Run all checks; the model's state is put back after each.
+
+    A check that the model makes impossible (its loss fails on a batch of one, say) is a violation with the reason.
+    """
+    before = copy.deepcopy(subject.module.state_dict())
+    try:
+        with subject.training():
+            pass
+    except BadInputError as refusal:  # a layer that couples examples or keeps state: nothing else can be run
+        return [Finding("layers", "every layer by name", str(refusal))]
+    findings = [Finding("layers", "every layer by name")]
+    for check in CHECKS.values():
+        try:
+            findings.append(check(subject))
+        except (BadInputError, RuntimeError, ValueError) as error:
+            name = check.__name__.removeprefix("check_")
+            findings.append(Finding(name, "could not be run", f"{type(error).__name__}: {error}".splitlines()[0]))
+        subject.module.load_state_dict(before)
+    return findings

@@ -1,0 +1,90 @@
+"""Participation and noise: statistics with stated false-alarm rates, on the training's own sampler and steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from scipy import stats
+
+from privacy.audit.subject import Finding, Subject
+from privacy.unit_index import UnitIndex
+
+FALSE_ALARM = 1e-6
+"""Per test. All randomness follows from a fixed secret, so an outcome repeats."""
+NOISE_VALUES = 60_000
+"""So many show σ wrong by 2 % at seven standard errors."""
+
+
+def check_participation(subject: Subject) -> Finding:
+    """Compare batch sizes and units' repeats with independent draws at the stated rate."""
+    units, steps, rate = 400, 400, min(subject.mechanism.sampling_rate, 0.5)
+    taken = torch.zeros(steps, units)
+    with subject.training(replace(subject.mechanism, sampling_rate=rate)) as training:
+        for step in range(steps):
+            training.step_number = step
+            taken[step, training.sample(units)] = 1.0
+    wrong = []
+    total = int(taken.sum())
+    law = stats.binom(steps * units, rate)
+    if not law.ppf(FALSE_ALARM / 2) <= total <= law.ppf(1 - FALSE_ALARM / 2):
+        wrong.append(f"units took part at a rate of {total / (steps * units):.4f}, stated is {rate:g}")
+    for what, counts, trials in (("batch sizes", taken.sum(1), units), ("repeats of a unit", taken.sum(0), steps)):
+        spread = float((counts - trials * rate).square().sum() / (trials * rate * (1 - rate)))
+        # Sums of squares of about-normal counts: χ² with one degree of freedom per count.
+        chi2 = stats.chi2(len(counts))
+        if not chi2.ppf(FALSE_ALARM / 2) <= spread <= chi2.ppf(1 - FALSE_ALARM / 2):
+            wrong.append(f"the variance of {what} is {spread / len(counts):.2f} of what independent draws have")
+    return Finding("participation", f"{steps} steps of {units} units at rate {rate:g}", "; ".join(wrong) or None)
+
+
+def check_noise(subject: Subject) -> Finding:
+    """Take steps, subtract the sum that is known, and test what is left: size, law, repetition, and its presence."""
+    mechanism = replace(subject.mechanism, sampling_rate=1.0)
+    index, everyone = UnitIndex(subject.examples), torch.arange(subject.examples)
+    std = mechanism.gradient_noise_multiplier * mechanism.clip
+    rounds: list[torch.Tensor] = []
+    silent = set[str]()
+    names = [name for name, p in subject.module.named_parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    run = 0
+    while len(rounds) < 3 or sum(map(len, rounds)) < NOISE_VALUES:
+        with subject.training(mechanism, run=run) as training:
+            torch.manual_seed(0)
+            known = training.sums_without_noise(subject.records, index, everyone)
+            torch.manual_seed(0)
+            noised = [g * mechanism.divisor for g in training.noised_gradients(subject.records, index)]
+        parts = [(g.double() - k).flatten() / std for g, k in zip(noised, known, strict=True)]
+        for name, part, total in zip(names, parts, noised, strict=True):
+            if bool((total == 0).any()) or float(part.abs().max()) < 1e-6:
+                silent.add(name)
+        rounds.append(torch.cat(parts))
+        run += 1
+    return Finding(
+        "noise",
+        f"{sum(map(len, rounds))} values of {len(rounds)} charges, σ = {mechanism.gradient_noise_multiplier:.4g}",
+        "; ".join(_noise_violations(rounds, silent)) or None,
+    )
+
+
+def _noise_violations(rounds: list[torch.Tensor], silent: set[str]) -> list[str]:
+    wrong = [f"{name} has coordinates without noise" for name in sorted(silent)[:1]]
+    values = torch.cat(rounds)
+    if not bool(values.isfinite().all()):
+        return [*wrong, "an update is not finite"]
+    law = stats.chi2(len(values))
+    square = float(values.square().sum())
+    if not law.ppf(FALSE_ALARM / 2) <= square <= law.ppf(1 - FALSE_ALARM / 2):
+        wrong.append(f"its standard deviation is {math.sqrt(square / len(values)):.4f} of what is stated")
+    if stats.kstest(values.numpy(), "norm").pvalue < FALSE_ALARM:
+        wrong.append("it is not Gaussian")
+    first, second = rounds[0], rounds[1]
+    half = len(first) // 2
+    bound = -float(stats.norm.ppf(FALSE_ALARM / 2))
+    for what, a, b in (("charges", first, second), ("coordinates", first[:half], first[half : 2 * half])):
+        if len(a) > 100:
+            correlation = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+            if abs(correlation) > bound / math.sqrt(len(a)):
+                wrong.append(f"noise of different {what} is correlated ({correlation:.2f})")
+    return wrong

@@ -1,0 +1,69 @@
+"""Sensitivity: with noise frozen, one unit more or less moves the clipped sum by no more than C."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from privacy.audit.subject import Finding, Subject, all_but
+
+SCALES = (1.0, 2.0**20, 2.0**-20)
+"""Factors on the loss: gradients far above the bound and far below it."""
+
+
+def check_sensitivity(subject: Subject) -> Finding:
+    """Leave out every unit in turn, at several sizes of gradient."""
+    worst, where, n = 0.0, "", subject.examples
+    for scale in SCALES:
+
+        def scaled(batch: object, scale: float = scale) -> Tensor:
+            loss_B: Tensor = subject.example_loss(batch) * scale  # type: ignore[arg-type]  # what the loss is given
+            return loss_B
+
+        everyone = subject.sums(torch.arange(n), loss=scaled)
+        for unit in range(n):
+            moved = float((everyone - subject.sums(all_but(n, unit), loss=scaled)).norm()) / subject.mechanism.clip
+            if not moved <= worst:
+                worst, where = moved, f"unit {unit}, loss times {scale:g}"
+    violation = f"{where} moved the sum by {worst:.4g} C" if not worst <= 1.0 else None
+    return Finding("sensitivity", f"{n} units at {len(SCALES)} sizes of gradient, most {worst:.4f} C", violation)
+
+
+class _Probe(nn.Module):
+    """A dense layer whose input and output gradient are chosen: what a server that crafts weights can bring about."""
+
+    def __init__(self, delta_TO: Tensor, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, delta_TO.shape[1], bias=False)
+        self.delta_TO = delta_TO
+
+    def loss(self, batch: object) -> Tensor:
+        """The layer's output weighed by the chosen gradient, [B]."""
+        weighed: Tensor = (self.layer(batch["x"]) * self.delta_TO).sum((1, 2))  # type: ignore[index]  # named tensors
+        return weighed
+
+
+def check_numerics(subject: Subject) -> Finding:
+    """Run the training on crafted inputs whose Gram matrices cancel, underflow or overflow in float32."""
+    width = 200
+    up = torch.full((1, width), 1000.0)
+    cases = {
+        "cancellation": (
+            torch.cat([up, up * (1 + 2.0**-18)]),
+            torch.cat([torch.ones(1, width), -torch.ones(1, width)]),
+        ),
+        "underflow": (torch.full((2, width), 2.5e-23), torch.full((2, width), 1e18)),
+        "overflow": (torch.full((2, width), 1e25), torch.full((2, width), 1e25)),
+    }
+    wrong = []
+    for name, (x_TD, delta_TO) in cases.items():
+        probe = _Probe(delta_TO, width)
+        exact = float((delta_TO.double().T @ x_TD.double()).norm())
+        mechanism = replace(subject.mechanism, clip=min(max(exact * 0.1, 1e-6), 1.0), clipping="flat", physical_batch=8)
+        probed = Subject(probe, probe.loss, {"x": x_TD.unsqueeze(0)}, mechanism, subject.start)
+        moved = float(probed.sums(torch.tensor([0])).norm()) / mechanism.clip
+        if not moved <= 1.0:
+            wrong.append(f"{name}: one unit contributed {moved:.3g} C")
+    return Finding("numerics", "cancellation, underflow and overflow, crafted", "; ".join(wrong) or None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from conftest import make_batch, make_config
 from ledger_samples import new_ledger
+from safetensors.torch import load
 from test_protocol import plan, request
 
 import clients.node
@@ -160,11 +163,41 @@ def test_crafted_non_finite_weights_are_refused(node):
         ({"releases": ()}, {}),
         ({"simulation": False}, {"privacy": PRIVACY | {"mechanism": "none"}, "noise_multiplier": None}),
         ({"simulation": False}, {"privacy": PRIVACY | {"gradients": "ghost"}}),
+        ({}, {"privacy": PRIVACY | {"unit": "group", "records_per_unit": 4}}),  # the budget is a record's
     ],
 )  # fmt: skip
 def test_the_owner_decides(tmp_path, policy, changes):
     node = make_node(tmp_path, **policy)
     assert code_of(node, request(held=HELD, plan=plan(**changes)), body()) == "not-allowed"
+
+
+@pytest.mark.parametrize(
+    ("privacy", "level"),
+    [
+        ({}, "fast"),
+        ({"gradients": "hooks"}, "fast"),
+        ({"gradients": "ghost"}, "uncertified"),
+        ({"numeric": "strict"}, "strict"),
+    ],
+)
+def test_the_ledger_names_the_numeric_level(node, privacy, level):
+    train(node, request(held=HELD, plan=plan(privacy=PRIVACY | privacy)), body())
+    assert json.loads(node.ledger.entries()[-1].mechanism)["numeric"] == level
+
+
+def test_experts_learn_slower_where_few_are_held(tmp_path):
+    """k of E experts held: the experts' rate times k/E, the rest as before."""
+    updates = {}
+    for scale in ("same", "held"):
+        (tmp_path / scale).mkdir()
+        training = {"learning_rate": 0.5, "steps": 1, "expert_learning_rate": scale}
+        asked = request(held=HELD, plan=plan(training=training, noise_multiplier=1e3))
+        _, reply = train(make_node(tmp_path / scale, epsilon=1e5), asked, body())
+        updates[scale] = unpack(reply, {name: t.shape for name, t in load(reply).items()})
+    for name, delta in updates["held"].items():
+        ratio = float(delta.norm() / updates["same"][name].norm())
+        # The noise differs with the plan: a norm of n values varies by 1/√(2n); five of that, and 6e-7 a tensor.
+        assert abs(ratio / (0.5 if name.startswith("expert/") else 1.0) - 1) < 5 / delta.numel() ** 0.5
 
 
 def test_what_a_node_says_about_itself_is_public(node):

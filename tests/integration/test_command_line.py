@@ -67,6 +67,59 @@ def test_audit_passes_a_true_ledger_and_exits_1_on_a_forged_one(run, capsys, tmp
     assert any("charged 1, must be at least" in text for text in result["ledgers"][str(forged)]["findings"])
 
 
+def test_audit_model_passes_a_scenario_and_exits_1_on_a_violation(capsys, tmp_path, monkeypatch):
+    status, out, _ = call(capsys, "audit", "model", "digits", "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (status, result["verdict"]) == (0, "NOT_REFUTED")
+    assert len(result["findings"]) == 8
+    (tmp_path / "own_models.py").write_text(OWN_MODELS)
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "audit", "model", "own_models:honest")[0] == 0
+    status, out, _ = call(capsys, "audit", "model", "own_models:coupled", "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (status, result["verdict"]) == (1, "VIOLATED")
+    violated = {finding["check"] for finding in result["findings"] if finding["violation"]}
+    assert "isolation" in violated
+    for path, sentence in (
+        ("own_models:nothing", "cannot be called"),
+        ("no_such_module:build", "cannot be called"),
+        ("own_models:number", "must return (module, example_loss, batch"),
+        ("digits-open", "nothing to audit"),
+    ):
+        status, _, err = call(capsys, "audit", "model", path)
+        assert status == 2
+        assert sentence in err
+        assert len(err.splitlines()) == 1
+
+
+OWN_MODELS = """
+import torch
+from torch import nn
+
+
+def _model(coupled):
+    module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def loss(batch):
+        y = module(batch["x"]).squeeze(1)
+        return (y - y.mean() if coupled else y).square()
+
+    return module, loss, {"x": torch.randn(8, 6, generator=torch.Generator().manual_seed(1))}
+
+
+def honest():
+    return _model(False)
+
+
+def coupled():
+    return _model(True)
+
+
+def number():
+    return 3
+"""
+
+
 def test_an_exceeded_budget_is_a_violation(run, capsys, tmp_path):
     folder, _ = run
     poor = tmp_path / "poor.db"

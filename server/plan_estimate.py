@@ -111,6 +111,8 @@ def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> f
         noise_multiplier=plan.noise_multiplier,
         declared_size=units,
         gradients=plan.privacy.gradients,
+        numeric=plan.privacy.numeric,
+        clipping=plan.privacy.clipping,
     )
     seconds = []
     for trial in range(3):  # the first also warms up

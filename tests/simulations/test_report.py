@@ -30,6 +30,19 @@ def page(directory):
     return write_report(directory).read_text()
 
 
+@pytest.mark.parametrize(
+    ("privacy", "level"),
+    [({}, "fast: "), ({"gradients": "ghost"}, "uncertified: "), ({"numeric": "strict"}, "strict: ")],
+)
+def test_it_names_the_numeric_level(directory, tmp_path, privacy, level):
+    changes = {f"privacy.{key}": value for key, value in privacy.items()}
+    copy = tmp_path / "run"
+    shutil.copytree(directory.path, copy)
+    (copy / "scenario.toml").write_text(read_scenario(find("digits"), FAST | changes).to_toml())
+    text = write_report(RunDirectory(copy)).read_text()
+    assert f"<dd>{level}" in text
+
+
 def test_it_loads_nothing_from_elsewhere(page):
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
     assert not re.findall(r"url\((?!#)", page)

@@ -9,6 +9,7 @@ import pytest
 
 from data.shipped_scenarios import find
 from model.errors import BadInputError
+from privacy.ledger import Ledger
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.predict import Continuation, predict
@@ -95,3 +96,19 @@ def test_groups_and_labels_never_reach_a_node_that_has_no_use_for_them(finished)
     assert set(node.records) == {"text"}
     open_simulated.cache_clear()
     assert json.loads((run.path / "environment.json").read_text())["seed"] == 1
+
+
+def test_groups_can_be_the_unit(tmp_path):
+    """Whole packages as units: sampled as one, the ledger and the node's declared size count them."""
+    changes = SMALL | {"privacy.unit": "group", "privacy.records_per_unit": 4, "privacy.sampling_rate": 0.5}
+    scenario = read_scenario(find("stdlib-text"), changes)
+    run = RunDirectory.create(scenario, tmp_path / "run")
+    summary = simulate(scenario, run)
+    assert 0 < summary.epsilon <= 8.0
+    genesis = [Ledger(path).genesis for path in run.ledgers]
+    assert {g.unit for g in genesis} == {"group"}
+    from clients.simulated import open_simulated
+
+    node = open_simulated(run.scenario.to_toml(), str(run.path), 0, 3)
+    packages = len(node.records["group"].unique())
+    assert len(node.records["group"]) > packages >= node.declared_size >= packages * 0.95

@@ -15,7 +15,7 @@ from model import build
 from model.errors import BadInputError
 from model.unit_random import UnitDropout
 from privacy.clipping import SHRINK, STABILISER, AdaptiveClip, unit_factors
-from privacy.dpsgd import DpSgd, PrivateTraining, train_privately
+from privacy.dpsgd import DpSgd, PrivateTraining, UnitDPOptimizer, train_privately
 from privacy.randomness import derive
 from privacy.unit_index import UnitIndex
 
@@ -209,6 +209,30 @@ def test_an_adaptive_bound_follows_its_quantile_and_costs_what_is_charged():
     norms = [g.flatten(1) for g in alone(network, network.loss, batch, torch.arange(200)).values()]
     median = float(torch.cat(norms, dim=1).norm(dim=1).median())
     assert training.clip == pytest.approx(median, rel=0.15)
+
+
+def test_the_count_of_an_adaptive_bound_is_noised_and_leaves_less_for_the_gradient():
+    network, batch = build(make_config(), seed=3), make_batch(20)
+    mechanism = replace(FULL, clipping="adaptive", noise_multiplier=2.0, declared_size=20)
+    assert mechanism.gradient_noise_multiplier == pytest.approx(2.0 / math.sqrt(0.75))  # the count's share is ¼
+    moves = []
+    for number in range(40):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+        with PrivateTraining(network, optimizer, network.loss, mechanism, derive(SECRET, number)) as training:
+            assert training._optimizer.noise_multiplier == mechanism.gradient_noise_multiplier
+            training.step(batch)
+            moves.append(math.log(training.clip / mechanism.clip) / -mechanism.adaptive.rate)
+    # Share within the bound plus N(0, (2/20)²) − ½; sample deviation of 40 values within 5 of its standard errors.
+    spread = float(torch.tensor(moves, dtype=torch.float64).std())
+    assert abs(spread / 0.1 - 1) < 5 / math.sqrt(2 * 39)
+
+
+def test_sums_of_physical_batches_do_not_lose_small_units():
+    module = nn.Linear(1, 1, bias=False)
+    optimizer = UnitDPOptimizer(torch.optim.SGD(module.parameters(), lr=1.0), FULL)
+    for value in (2.0**24, 1.0, 1.0):  # float32 has no 2^24 + 1
+        optimizer.accumulate([module.weight], [torch.full((1, 1), value)])
+    assert float(optimizer.take_sums()[0]) == 2.0**24 + 2.0
 
 
 def test_dropout_draws_belong_to_their_unit():

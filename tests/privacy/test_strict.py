@@ -12,6 +12,7 @@ from torch import nn
 from model import build
 from model.experts import GroupedLinear
 from privacy.bookkeeping import Units
+from privacy.clipping import SHRINK
 from privacy.dpsgd import DpSgd, UnitDPOptimizer
 from privacy.gradient_modes import GRID_BITS, Clipping, mode_for
 from privacy.randomness import derive
@@ -46,6 +47,18 @@ def test_a_contribution_on_the_grid_is_within_the_bound():
         mine = sums("strict", network, network.loss, {n: t[unit : unit + 1] for n, t in batch.items()}, 1)
         norm = math.sqrt(sum(float((t.double() * CLIP * 2.0**-GRID_BITS).square().sum()) for t in mine))
         assert 0.99 * CLIP < norm <= CLIP
+
+
+def test_a_contribution_is_rounded_toward_zero():
+    network, batch = build(make_config(), seed=3), make_batch(1)
+    mine = sums("strict", network, network.loss, batch, 1)
+    gradients = torch.autograd.grad(network.loss(batch).mean(), list(network.parameters()))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    for steps, gradient in zip(mine, gradients, strict=True):
+        exact = gradient.double() * (SHRINK * CLIP / norm) / (CLIP * 2.0**-GRID_BITS)
+        assert norm > CLIP
+        assert (steps.double().abs() <= exact.abs() * (1 + 1e-12)).all()
+        assert (exact.abs() * (1 - 1e-12) - steps.double().abs() < 1.0).all()
 
 
 class Amplifier(nn.Module):

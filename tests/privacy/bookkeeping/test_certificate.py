@@ -9,9 +9,8 @@ import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping
 from torch import nn
 
-from model.experts import GroupedLinear
 from privacy.bookkeeping import Bookkeeper, Units
-from privacy.bookkeeping.certificate import gamma, squared_bounds
+from privacy.bookkeeping.certificate import Gram, gamma, squared_bounds
 from privacy.bookkeeping.contributions import Experts, Lookup, Matrix, TiedTable
 from privacy.bookkeeping.factor import Factor
 from privacy.bookkeeping.ragged import Segments
@@ -116,15 +115,29 @@ def test_overflow_makes_a_unit_unusable_not_small():
 
 
 def test_padding_does_not_carry_another_units_infinities_over():
-    layer = GroupedLinear(1, 4, 4)
-    nn.init.ones_(layer.weight)
-    segments = Segments(torch.tensor([5], dtype=torch.int32), torch.tensor([0, 0, 0, 1, 1]), 2)
-    x_ND, delta_NO = torch.ones(5, 4), torch.ones(5, 4)
-    x_ND[:3] = math.inf
-    experts = Experts(x_ND, delta_NO, segments)
-    bound_U = squared_bounds([experts.measure()])[0]
-    assert not bool(bound_U[0].isfinite())
-    assert float(bound_U[1].sqrt()) == pytest.approx(8.0, rel=1e-3)
+    """Segments of 5 and 6 rows share a bucket: the first is padded with a row of the second, which is inf."""
+    segments = Segments(torch.tensor([11], dtype=torch.int32), torch.tensor([0] * 5 + [1] * 6), 2)
+    assert [bucket.length for bucket in segments.buckets(2)] == [6]
+    x_ND, delta_NO = torch.ones(11, 4), torch.ones(11, 4)
+    x_ND[5:] = math.inf
+    bound_U = squared_bounds([Experts(x_ND, delta_NO, segments).measure()])[0]
+    assert not bool(bound_U[1].isfinite())
+    assert float(bound_U[0].sqrt()) == pytest.approx(20.0, rel=1e-3)  # 5 rows of ones: a 4×4 matrix of fives
+
+
+def test_the_terms_of_the_bound():
+    """The formula in closed form, term by term (PRIVACY rule 5)."""
+    one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    eta, n = 2.0**-126, 30 + 20 + 2 * 7 + 16
+    for parts, expected in (
+        ((one, none, none, none), 1.0 + 49 * eta),
+        ((none, one, none, none), gamma(n)),
+        ((none, none, one, none), (20 + 49) * eta),  # (Σ‖x‖)² goes with the width of δ
+        ((none, none, none, one), (30 + 49) * eta),
+        ((-one, none, none, none), 49 * eta),
+    ):
+        bound = float(squared_bounds([Gram(*parts, width_x=30, width_delta=20, rows=7)])[0, 0])
+        assert expected <= bound <= expected * 1.001
 
 
 def test_gamma_has_no_value_where_there_is_no_bound():

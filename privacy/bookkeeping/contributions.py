@@ -199,16 +199,19 @@ class Experts(Contribution):
         if seg.longest <= 1:
             return self._measure_single_rows()
         width_x, width_delta = self.x_ND.shape[1], self.delta_NO.shape[1]
-        norm_x_N, norm_delta_N = row_norms(self.x_ND), row_norms(self.delta_NO)
-        parts_4S = torch.zeros(4, seg.count, dtype=torch.float64, device=self.x_ND.device)
-        sums_3N = torch.stack([norm_x_N * norm_delta_N, norm_x_N, norm_delta_N]).double()
-        parts_4S[1:].index_add_(1, seg.segment_N, sums_3N).square_()
-        steps = 4 if len(norm_x_N) * (width_x + width_delta) > FINE_BUCKETS else 2
-        for bucket in seg.buckets(steps):
+        rows = len(seg.unit_N)
+        buckets = seg.buckets(4 if rows * (width_x + width_delta) > FINE_BUCKETS else 2)
+        parts: list[list[Tensor]] = [[], [], [], []]
+        for bucket in buckets.members:
             x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO, place=1)
             gram_SLL = torch.bmm(x_SLD, x_SLD.transpose(1, 2)).mul_(torch.bmm(delta_SLO, delta_SLO.transpose(1, 2)))
-            parts_4S[0, bucket.segment_S] = gram_SLL.sum(2).sum(1).double()
-        gram_U, spread_U, x_U, delta_U = parts_4S.new_zeros(4, seg.units).index_add_(1, seg.unit_S, parts_4S)
+            norm_x_SL, norm_delta_SL = row_norms(x_SLD), row_norms(delta_SLO)  # while they are in the cache
+            found = (gram_SLL.sum(2), norm_x_SL * norm_delta_SL, norm_x_SL, norm_delta_SL)
+            for part, value_SL in zip(parts, found, strict=True):
+                part.append(value_SL.sum(1))
+        parts_4S = torch.stack([torch.cat(part) for part in parts]).double()
+        parts_4S[1:] = parts_4S[1:].square()
+        gram_U, spread_U, x_U, delta_U = parts_4S.new_zeros(4, seg.units).index_add_(1, buckets.unit_S, parts_4S)
         return Gram(gram_U, spread_U, x_U, delta_U, width_x, width_delta, rows=seg.longest, matrices=seg.held)
 
     def _measure_single_rows(self) -> Measured:
@@ -231,10 +234,13 @@ class Experts(Contribution):
         """Return [U, E, D, O]."""
         seg = self.segments
         gradient_UEDO = self.x_ND.new_zeros(seg.units, seg.held, self.x_ND.shape[1], self.delta_NO.shape[1])
-        for bucket in seg.buckets(4):
+        buckets, start = seg.buckets(4), 0
+        for bucket in buckets.members:
             x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO, place=1)
             product_SDO = x_SLD.transpose(1, 2) @ delta_SLO
-            gradient_UEDO[seg.unit_S[bucket.segment_S], bucket.expert_S] = product_SDO
+            mine = slice(start, start + len(product_SDO))
+            gradient_UEDO[buckets.unit_S[mine], buckets.expert_S[mine]] = product_SDO
+            start = mine.stop
         return gradient_UEDO
 
 

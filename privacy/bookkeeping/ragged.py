@@ -33,22 +33,27 @@ class Scratch:
 class Bucket:
     """Segments of similar length.
 
-    index: int64 [S·L], row of each place; some row where padded. padding: the places that are padded.
-    segment_S: which segments. expert_S: whose rows they are.
+    index: int64 [S·length], row of each place; some row where padded. padding: int64, the places that are padded.
     """
 
     index: Tensor
     padding: Tensor
-    segment_S: Tensor
-    expert_S: Tensor
     length: int
 
 
-class Segments:
-    """The segments of one dispatch, numbered 0 to S − 1 by (expert, unit).
+@dataclass(frozen=True)
+class Buckets:
+    """All segments in buckets, shortest first; unit_S and expert_S say in that order whose segment each is."""
 
-    offsets_E: int32, exclusive end of each expert's rows. unit_N, segment_N: unit and segment of each row. unit_S: unit
-    of each segment. longest: rows of the longest.
+    members: list[Bucket]
+    unit_S: Tensor
+    expert_S: Tensor
+
+
+class Segments:
+    """The segments of one dispatch.
+
+    offsets_E: int32, exclusive end of each expert's rows. unit_N: unit of each row. longest: rows of the longest.
     """
 
     def __init__(self, offsets_E: Tensor, unit_N: Tensor, units: int, scratch: Scratch | None = None) -> None:
@@ -58,34 +63,38 @@ class Segments:
         key_N = torch.searchsorted(offsets_E.long(), rows, right=True) * max(units, 1) + unit_N
         # Rows arrive sorted by (expert, unit), or nearly: a stable sort costs little and makes no assumption.
         sorted_key_N, self._order_N = torch.sort(key_N, stable=True)
-        self._key_S, place_N, self._length_S = torch.unique_consecutive(
-            sorted_key_N, return_inverse=True, return_counts=True
-        )
-        self.segment_N = torch.empty_like(place_N)
-        self.segment_N[self._order_N] = place_N
+        self._key_S, self._length_S = torch.unique_consecutive(sorted_key_N, return_counts=True)
         self.count = len(self._key_S)
-        self.unit_S = self._key_S % max(units, 1)
         self.longest = int(self._length_S.max()) if self.count else 0
         self._scratch = scratch or Scratch()
-        self._buckets: dict[int, list[Bucket]] = {}
+        self._buckets: dict[int, Buckets] = {}
 
-    def buckets(self, steps: int) -> list[Bucket]:
-        """Return the segments by length, shortest first, in ``steps`` buckets per doubling of the length."""
+    def buckets(self, steps: int) -> Buckets:
+        """Return the segments by length, in ``steps`` buckets per doubling of the length."""
         if steps not in self._buckets:
-            start_S = self._length_S.cumsum(0) - self._length_S
-            ceiling_S = _ceilings(self._length_S, steps)
-            self._buckets[steps] = [
-                self._bucket(start_S, (ceiling_S == length).nonzero().squeeze(1), length)
-                for length in torch.unique(ceiling_S).tolist()
-            ]
+            self._buckets[steps] = self._make_buckets(steps)
         return self._buckets[steps]
 
-    def _bucket(self, start_S: Tensor, chosen: Tensor, length: int) -> Bucket:
-        place_L = torch.arange(length, device=start_S.device)
-        place_SL = start_S[chosen, None] + place_L
-        padding = (place_L >= self._length_S[chosen, None]).flatten().nonzero().squeeze(1)
-        index = self._order_N[place_SL.flatten().clamp(max=len(self._order_N) - 1)]
-        return Bucket(index, padding, chosen, self._key_S[chosen] // self.units, length)
+    def _make_buckets(self, steps: int) -> Buckets:
+        # One pass over all buckets; each is then a slice of it.
+        ceiling_S, order_S = torch.sort(_ceilings(self._length_S, steps), stable=True)
+        start_S = (self._length_S.cumsum(0) - self._length_S)[order_S]
+        first_S = ceiling_S.cumsum(0) - ceiling_S
+        segment_P = torch.repeat_interleave(torch.arange(self.count, device=start_S.device), ceiling_S)
+        within_P = torch.arange(len(segment_P), device=start_S.device) - first_S[segment_P]
+        row_P = (start_S[segment_P] + within_P).clamp(max=len(self._order_N) - 1)
+        index_P = self._order_N[row_P]
+        padded_at = (within_P >= self._length_S[order_S][segment_P]).nonzero().squeeze(1)
+        lengths, counts = torch.unique_consecutive(ceiling_S, return_counts=True)
+        ends = (lengths * counts).cumsum(0)
+        cuts = torch.searchsorted(padded_at, ends).tolist()
+        members, start, cut = [], 0, 0
+        for length, end, next_cut in zip(lengths.tolist(), ends.tolist(), cuts, strict=True):
+            members.append(Bucket(index_P[start:end], padded_at[cut:next_cut] - start, length))
+            start, cut = end, next_cut
+        key_S = self._key_S[order_S]
+        units = max(self.units, 1)
+        return Buckets(members, key_S % units, key_S // units)
 
     def padded(self, bucket: Bucket, x_ND: Tensor, *, place: int = 0) -> Tensor:
         """Return the bucket's rows, [S, L, D], exact zeros where padded.

@@ -117,7 +117,7 @@ def test_overflow_makes_a_unit_unusable_not_small():
 def test_padding_does_not_carry_another_units_infinities_over():
     """Segments of 5 and 6 rows share a bucket: the first is padded with a row of the second, which is inf."""
     segments = Segments(torch.tensor([11], dtype=torch.int32), torch.tensor([0] * 5 + [1] * 6), 2)
-    assert [bucket.length for bucket in segments.buckets(2)] == [6]
+    assert [bucket.length for bucket in segments.buckets(2).members] == [6]
     x_ND, delta_NO = torch.ones(11, 4), torch.ones(11, 4)
     x_ND[5:] = math.inf
     bound_U = squared_bounds([Experts(x_ND, delta_NO, segments).measure()])[0]

@@ -13,6 +13,8 @@ from torch import Tensor
 from clients.protocol import Plan
 from model.errors import BadInputError
 from model.parameters import owner
+from privacy.clipping import AdaptiveClip
+from privacy.local_optimizers import AdamConfig
 from server.config import ServerOptimizerConfig
 
 
@@ -77,13 +79,20 @@ def norm_bound(plan: Plan, parameters: int, declared_size: int) -> float:
     """Return the largest plausible L2 norm of an honest delta; infinite without privacy.
 
     ``3·lr·steps·(C + σC√d/(q·size))``: the clipped gradient and the noise on d parameters. Noise is by far
-    the larger part, so the bound must allow for it.
+    the larger part, so the bound must allow for it. Momentum m makes steps up to 1/(1 − m) times as long, Adam up to
+    1/floor times, and an adaptive bound may grow from step to step.
     """
     if plan.noise_multiplier is None:
         return math.inf
     clip, rate = plan.privacy.clip, plan.privacy.sampling_rate
-    noise = plan.noise_multiplier * clip * math.sqrt(parameters) / (rate * declared_size)
-    return 3.0 * plan.training.learning_rate * plan.training.steps * (clip + noise)
+    multiplier, optimizer = plan.noise_multiplier, plan.training.optimizer
+    if plan.privacy.clipping == "adaptive":
+        rule = AdaptiveClip()
+        multiplier = rule.gradient_noise_multiplier(multiplier, rate * declared_size)
+        clip *= math.exp(rule.rate * rule.quantile * (plan.training.steps - 1))
+    noise = multiplier * clip * math.sqrt(parameters) / (rate * declared_size)
+    longer = 1.0 / optimizer.floor if isinstance(optimizer, AdamConfig) else 1.0 / (1.0 - optimizer.momentum)
+    return 3.0 * longer * plan.training.learning_rate * plan.training.steps * (clip + noise)
 
 
 class ServerOptimizer:

@@ -33,6 +33,9 @@ app = typer.Typer(
 audit_app = typer.Typer(help="Check what was spent, and whether the claim holds.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
 
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
+]
 Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on a line of its own.")]
 
 
@@ -52,10 +55,7 @@ def simulate(
     scenario: Annotated[
         str | None, typer.Argument(help="A shipped scenario's name, or a .toml file; digits if not given.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3."),
-    ] = None,
+    overrides: Overrides = None,
     seed: Annotated[int | None, typer.Option(help="Shorthand for --set seed=N.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; must be new or empty.")] = None,
     resume: Annotated[
@@ -91,9 +91,7 @@ def simulate(
 @app.command()
 def plan(
     scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Show what a scenario will cost before anything runs: noise, epsilon, bytes, steps, expected time."""
@@ -158,9 +156,7 @@ def predict(
 @audit_app.command("model")
 def audit_model(
     subject: Annotated[str, typer.Argument(help="A scenario, or module:function that returns a model and a batch.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the scenario.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Attack a model's private training: isolation, sensitivity, sampling, noise and more; exit 1 on violation."""

@@ -17,18 +17,13 @@ from privacy.gradient_modes import Records
 
 def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
     """Return the mechanism that a plan asks for on a node of the given declared size."""
-    return DpSgd(
+    return DpSgd.of(
+        plan.privacy,
         steps=plan.training.steps,
         learning_rate=plan.training.learning_rate,
-        sampling_rate=plan.privacy.sampling_rate,
-        clip=plan.privacy.clip,
+        optimizer=plan.training.optimizer,
         noise_multiplier=plan.noise_multiplier,
         declared_size=declared_size,
-        gradients=plan.privacy.gradients,
-        numeric=plan.privacy.numeric,
-        clipping=plan.privacy.clipping,
-        records_per_unit=plan.privacy.records_per_unit,
-        optimizer=plan.training.optimizer,
     )
 
 

@@ -18,7 +18,7 @@ assumes that weights do not amplify rounding across units; at ``strict`` it does
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,9 +30,19 @@ from model.errors import BadInputError
 from model.unit_random import drawing_from
 from privacy.bookkeeping import Units
 from privacy.clipping import AdaptiveClip, Kind
-from privacy.gradient_modes import GRID_BITS, Bookkeeping, Clipping, ExampleLoss, GradientMode, Records, mode_for
+from privacy.config import PrivacyConfig
+from privacy.gradient_modes import (
+    GRID_BITS,
+    Bookkeeping,
+    Clipping,
+    ExampleLoss,
+    GradientMode,
+    Records,
+    mode_for,
+    unit_mean,
+)
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
-from privacy.physical_batch import fitting
+from privacy.physical_batch import MOST, fitting
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
 from privacy.unit_index import UnitIndex
@@ -68,6 +78,32 @@ class DpSgd:
     optimizer: OptimizerConfig = field(default_factory=SgdConfig)
     physical_batch: int | None = None
     memory_bytes: int = 1 << 30
+
+    @classmethod
+    def of(
+        cls,
+        config: PrivacyConfig,
+        *,
+        steps: int,
+        learning_rate: float,
+        optimizer: OptimizerConfig,
+        noise_multiplier: float | None,
+        declared_size: int,
+    ) -> DpSgd:
+        """Return the mechanism that a configuration asks for."""
+        return cls(
+            steps=steps,
+            learning_rate=learning_rate,
+            optimizer=optimizer,
+            noise_multiplier=noise_multiplier,
+            declared_size=declared_size,
+            sampling_rate=config.sampling_rate,
+            clip=config.clip,
+            clipping=config.clipping,
+            gradients=config.gradients,
+            numeric=config.numeric,
+            records_per_unit=config.records_per_unit,
+        )
 
     @property
     def divisor(self) -> float:
@@ -237,13 +273,8 @@ class PrivateTraining:
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
         """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
         inside = 0.0
-        for part, unit_B in index.parts(chosen, self._physical_batch(records, len(chosen))):
-            batch = {name: tensor[part.to(tensor.device)] for name, tensor in records.items()}
-            units = Units.one_each(len(part))
-            if unit_B is not None:
-                device = next(iter(batch.values())).device
-                units = Units(len(part), int(unit_B[-1]) + 1, unit_B.to(device))
-            batch[_EXAMPLE] = part
+        for batch, part, units in _parts(records, index, chosen, self._physical_batch(records, len(chosen))):
+            batch[_EXAMPLE] = part  # a mode may run a part of the batch alone: each brings its number along
             clipping = Clipping(self.mechanism.clipping, self.clip)
             found = self._mode.clipped_sum(self._loss_with_draws, batch, units, clipping)
             self._optimizer.accumulate(self._trained, found.sums)
@@ -282,6 +313,18 @@ class PrivateTraining:
 
         with drawing_from(draw):
             return self._loss({name: tensor for name, tensor in batch.items() if name != _EXAMPLE})
+
+
+def _parts(
+    records: Records, index: UnitIndex, chosen: Tensor, most: int
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Units]]:
+    """Yield the physical batches of chosen units: records, their numbers, and whose they are."""
+    for part, unit_B in index.parts(chosen, most):
+        batch = {name: tensor[part.to(tensor.device)] for name, tensor in records.items()}
+        units = Units.one_each(len(part))
+        if unit_B is not None:
+            units = Units(len(part), int(unit_B[-1]) + 1, unit_B.to(next(iter(batch.values())).device))
+        yield batch, part, units
 
 
 def train_privately(
@@ -334,7 +377,6 @@ def _train_without_privacy(
     for step in range(mechanism.steps):
         chosen = poisson_sample(index.count, mechanism.sampling_rate, secret, step)
         optimizer.zero_grad()
-        for part, _ in index.parts(chosen, mechanism.physical_batch or 512):
-            batch = {name: tensor[part.to(tensor.device)] for name, tensor in records.items()}
-            (example_loss(batch).sum() / mechanism.divisor).backward()
+        for batch, _, units in _parts(records, index, chosen, mechanism.physical_batch or MOST):
+            (unit_mean(example_loss(batch), units).sum() / mechanism.divisor).backward()
         optimizer.step()

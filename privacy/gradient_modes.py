@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -93,7 +94,7 @@ class Bookkeeping:
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """One backward pass; with several tasks, one more for each."""
-        loss_B, state = self._bookkeeper.forward(lambda: _per_unit_mean(loss(batch), units), units)
+        loss_B, state = self._bookkeeper.forward(lambda: unit_mean(loss(batch), units), units)
         if loss_B.dim() == 2:
             loss_B = self._clip_tasks(loss_B, state, units, clipping)
         found = self._bookkeeper.backward(loss_B.sum(), state)
@@ -126,7 +127,7 @@ class Bookkeeping:
         self._bookkeeper.close()
 
 
-def _per_unit_mean(loss_B: Tensor, units: Units) -> Tensor:
+def unit_mean(loss_B: Tensor, units: Units) -> Tensor:
     """Weigh a unit's examples so that its loss is their mean: it depends on that unit alone."""
     if units.unit_B is None:
         return loss_B
@@ -146,7 +147,7 @@ class Hooks:
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """Materialise, take norms of what was materialised, sum in float64."""
         with _quiet():
-            _one_loss(_per_unit_mean(loss(batch), units)).sum().backward()
+            _one_loss(unit_mean(loss(batch), units)).sum().backward()
         gradients = []
         for parameter in self._trained:
             gradients.append(units.add_up(_joined(vars(parameter)["grad_sample"])))
@@ -259,9 +260,9 @@ class Strict:
 
     def _gradients(self, loss: ExampleLoss, alone: Records) -> list[Tensor]:
         mean = _one_loss(loss(alone)).mean()
-        found = torch.autograd.grad(mean, self._trained, allow_unused=True) if mean.requires_grad else [None]
         if not mean.requires_grad:
             return [torch.zeros_like(p) for p in self._trained]
+        found = torch.autograd.grad(mean, self._trained, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)]
 
     def close(self) -> None:
@@ -274,9 +275,9 @@ def _one_loss(loss_B: Tensor) -> Tensor:
     return loss_B
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801  (used as a statement)
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The first layer's input needs no gradient, which torch remarks on at every backward pass of a hooked module."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+        yield

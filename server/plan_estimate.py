@@ -103,16 +103,15 @@ def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> f
     part = {name: wire[name].clone() for name in parameters.select(wire, held)}
     local = from_state(plan.model, held, parameters.join(part, held))
     records = local.synthetic_batch(min(units, _MOST_TIMED_RECORDS))
-    step = DpSgd(
+    step = DpSgd.of(
+        plan.privacy.model_copy(
+            update={"unit": "record", "records_per_unit": None}
+        ),  # synthetic records have no groups
         steps=1,
         learning_rate=plan.training.learning_rate,
-        sampling_rate=plan.privacy.sampling_rate,
-        clip=plan.privacy.clip,
+        optimizer=plan.training.optimizer,
         noise_multiplier=plan.noise_multiplier,
         declared_size=units,
-        gradients=plan.privacy.gradients,
-        numeric=plan.privacy.numeric,
-        clipping=plan.privacy.clipping,
     )
     seconds = []
     for trial in range(3):  # the first also warms up

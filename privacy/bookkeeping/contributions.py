@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Size, Tensor
@@ -234,14 +234,19 @@ class Experts(Contribution):
         """Return [U, E, D, O]."""
         seg = self.segments
         gradient_UEDO = self.x_ND.new_zeros(seg.units, seg.held, self.x_ND.shape[1], self.delta_NO.shape[1])
+        for unit_S, expert_S, product_SDO in self.products():
+            gradient_UEDO[unit_S, expert_S] = product_SDO
+        return gradient_UEDO
+
+    def products(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield, bucket by bucket, units [S], experts [S] and the gradient of each segment [S, D, O]."""
+        seg = self.segments
         buckets, start = seg.buckets(4), 0
         for bucket in buckets.members:
             x_SLD, delta_SLO = seg.padded(bucket, self.x_ND), seg.padded(bucket, self.delta_NO, place=1)
-            product_SDO = x_SLD.transpose(1, 2) @ delta_SLO
-            mine = slice(start, start + len(product_SDO))
-            gradient_UEDO[buckets.unit_S[mine], buckets.expert_S[mine]] = product_SDO
+            mine = slice(start, start + len(x_SLD))
+            yield buckets.unit_S[mine], buckets.expert_S[mine], x_SLD.transpose(1, 2) @ delta_SLO
             start = mine.stop
-        return gradient_UEDO
 
 
 def merge(uses: Sequence[Contribution]) -> Contribution:

@@ -235,6 +235,15 @@ def test_sums_of_physical_batches_do_not_lose_small_units():
     assert float(optimizer.take_sums()[0]) == 2.0**24 + 2.0
 
 
+def test_without_privacy_a_groups_loss_is_the_mean_of_its_records_too():
+    network, batch = build(make_config(), seed=3), make_batch(6)
+    open_ = replace(FULL, noise_multiplier=None, records_per_unit=3)
+    actual = clipped_sum(network, network.loss, batch, open_, GROUPS)
+    truth = alone(network, network.loss, batch, torch.tensor([1, 1, 0, 0, 0, 2]))
+    for name, p in network.named_parameters():
+        assert relative_error(actual[name], truth[p].sum(0)) < 1e-5
+
+
 def test_dropout_draws_belong_to_their_unit():
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(6, 32), UnitDropout(0.5), nn.Linear(32, 3))

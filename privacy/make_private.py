@@ -79,6 +79,10 @@ def make_private(
     unknown = sorted(options.keys() - known)
     if unknown:
         raise BadInputError(f"{unknown[0]} is no option, must be one of {', '.join(sorted(known))}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise BadInputError(f"parameter {name} is trained but not in the optimizer; add it or freeze it")
     mechanism = DpSgd(
         steps=1,
         learning_rate=0.0,  # the optimizer's own counts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from privacy.audit.subject import Finding, Subject, all_but
+from privacy.gradient_modes import Records
 from privacy.unit_index import UnitIndex
 
 
@@ -20,8 +21,8 @@ def check_faults(subject: Subject) -> Finding:
     size = others.norm().clamp(min=1e-30)
     for name, poison in (("NaN", math.nan), ("infinity", math.inf)):
 
-        def poisoned(batch: object, poison: float = poison) -> Tensor:
-            loss_B = subject.example_loss(batch)  # type: ignore[arg-type]  # what the loss is given
+        def poisoned(batch: Records, poison: float = poison) -> Tensor:
+            loss_B = subject.example_loss(batch)
             # Marked by content, not by place: a mode may run a part of the batch alone.
             factor_B = torch.where(_is_victim(subject, batch, victim), poison, 1.0).to(loss_B.dtype)
             return loss_B * (factor_B if loss_B.dim() == 1 else factor_B[:, None])
@@ -48,10 +49,10 @@ def check_faults(subject: Subject) -> Finding:
     return Finding("faults", "NaN, infinity, broken records, an empty batch", "; ".join(wrong) or None)
 
 
-def _is_victim(subject: Subject, batch: object, victim: int) -> Tensor:
+def _is_victim(subject: Subject, batch: Records, victim: int) -> Tensor:
     found: Tensor | None = None
     for name, tensor in subject.records.items():
-        rows = batch[name]  # type: ignore[index]  # named tensors
+        rows = batch[name]
         same = (rows.flatten(1) == tensor[victim].flatten()).all(1) if rows.dim() > 1 else rows == tensor[victim]
         found = same if found is None else found & same
     if found is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,26 @@ def check_isolation(subject: Subject) -> Finding:
                 worst, where = error, f"unit {unit} among {company}"
     violation = f"{where}: its gradient changed by {worst:.2g} of its size" if not worst <= FAST_TOLERANCE else None
     return Finding("isolation", f"{n} units in 4 companies, tolerance {FAST_TOLERANCE:g}, worst {worst:.2g}", violation)
+
+
+def check_gradients(subject: Subject) -> Finding:
+    """Compare what each unit contributes, where nothing is clipped, with its gradient by plain autograd.
+
+    A weight that is used outside its layer's forward pass, by ``torch.nn.functional`` say, is not seen by hooks: its
+    gradient would be missing from the sum. That leaks nothing, but trains another model.
+    """
+    worst, where = 0.0, ""
+    for unit in range(subject.examples):
+        alone = _gradient(subject, torch.tensor([unit]), 0)
+        size = float(alone.norm().clamp(min=1e-30))
+        unclipped = replace(subject.mechanism, clip=4.0 * size, clipping="flat")
+        error = float((subject.sums(torch.tensor([unit]), unclipped) - alone).norm()) / size
+        if not error <= worst:
+            worst, where = error, f"unit {unit}"
+    violation = None
+    if not worst <= FAST_TOLERANCE:
+        violation = f"{where}: what it contributes differs from its gradient by {worst:.2g} of its size"
+    return Finding("gradients", f"{subject.examples} units, worst {worst:.2g}", violation)
 
 
 def _gradient(subject: Subject, examples: Tensor, place: int) -> Tensor:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import torch
+
 from model.errors import BadInputError
 from privacy.audit.faults import check_faults
-from privacy.audit.isolation import check_isolation, check_state
+from privacy.audit.isolation import check_gradients, check_isolation, check_state
 from privacy.audit.sampling_and_noise import check_noise, check_participation
 from privacy.audit.sensitivity import check_numerics, check_sensitivity
 from privacy.audit.subject import Finding, Subject
 
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
+    "gradients": check_gradients,
     "isolation": check_isolation,
     "state": check_state,
     "sensitivity": check_sensitivity,
@@ -32,6 +35,15 @@ def audit_model(subject: Subject) -> list[Finding]:
 
     A check that the model makes impossible (its loss fails on a batch of one, say) is a violation with the reason.
     """
+    mode = subject.module.training
+    try:
+        with torch.random.fork_rng():  # checks fix torch's generator; the caller's goes on as it was
+            return _audit(subject)
+    finally:
+        subject.module.train(mode)
+
+
+def _audit(subject: Subject) -> list[Finding]:
     before = copy.deepcopy(subject.module.state_dict())
     try:
         with subject.training():

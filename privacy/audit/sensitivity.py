@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from privacy.audit.subject import Finding, Subject, all_but
+from privacy.gradient_modes import Records
 
 SCALES = (1.0, 2.0**20, 2.0**-20)
 """Factors on the loss: gradients far above the bound and far below it."""
@@ -18,8 +19,8 @@ def check_sensitivity(subject: Subject) -> Finding:
     worst, where, n = 0.0, "", subject.examples
     for scale in SCALES:
 
-        def scaled(batch: object, scale: float = scale) -> Tensor:
-            loss_B: Tensor = subject.example_loss(batch) * scale  # type: ignore[arg-type]  # what the loss is given
+        def scaled(batch: Records, scale: float = scale) -> Tensor:
+            loss_B: Tensor = subject.example_loss(batch) * scale
             return loss_B
 
         everyone = subject.sums(torch.arange(n), loss=scaled)
@@ -39,9 +40,9 @@ class _Probe(nn.Module):
         self.layer = nn.Linear(width, delta_TO.shape[1], bias=False)
         self.delta_TO = delta_TO
 
-    def loss(self, batch: object) -> Tensor:
+    def loss(self, batch: Records) -> Tensor:
         """The layer's output weighed by the chosen gradient, [B]."""
-        weighed: Tensor = (self.layer(batch["x"]) * self.delta_TO).sum((1, 2))  # type: ignore[index]  # named tensors
+        weighed: Tensor = (self.layer(batch["x"]) * self.delta_TO).sum((1, 2))
         return weighed
 
 

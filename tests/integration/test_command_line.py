@@ -71,7 +71,7 @@ def test_audit_model_passes_a_scenario_and_exits_1_on_a_violation(capsys, tmp_pa
     status, out, _ = call(capsys, "audit", "model", "digits", "--json")
     result = json.loads(out.splitlines()[-1])
     assert (status, result["verdict"]) == (0, "NOT_REFUTED")
-    assert len(result["findings"]) == 8
+    assert len(result["findings"]) == 9
     (tmp_path / "own_models.py").write_text(OWN_MODELS)
     monkeypatch.chdir(tmp_path)
     assert call(capsys, "audit", "model", "own_models:honest")[0] == 0

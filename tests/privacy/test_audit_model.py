@@ -13,6 +13,7 @@ from torch import nn
 from model import build
 from model.unit_random import UnitDropout
 from privacy.audit.model import audit_model
+from privacy.audit.sampling_and_noise import check_participation
 from privacy.audit.subject import Subject
 from privacy.clipping import clip_factors
 from privacy.dpsgd import DpSgd, PrivateTraining, UnitDPOptimizer
@@ -60,7 +61,7 @@ def test_an_honest_model_passes_in_every_mode(options, kind):
     network = build(make_config(), seed=3)
     found = verdicts(network, replace(MECHANISM, clipping=kind, **options), records=make_batch(8))
     assert set(found) == {
-        "layers", "isolation", "state", "sensitivity", "numerics", "participation", "noise", "faults"
+        "layers", "gradients", "isolation", "state", "sensitivity", "numerics", "participation", "noise", "faults"
     }  # fmt: skip
     assert not any(found.values()), found
 
@@ -111,9 +112,16 @@ class SharedStream(Net):
         return F.cross_entropy(F.dropout(self(batch["x"]), 0.5), batch["y"], reduction="none")
 
 
+class UsedOutsideItsLayer(Net):
+    def loss(self, batch):
+        hidden = F.linear(batch["x"], self.body[0].weight)  # the layer's forward, and with it every hook, is passed by
+        return F.cross_entropy(self.body[1:](hidden), batch["y"], reduction="none")
+
+
 @pytest.mark.parametrize(
     ("module", "check"),
     [
+        (UsedOutsideItsLayer, "gradients"),
         (BatchBalance, "isolation"),
         (Capacity, "isolation"),
         (Running, "state"),
@@ -125,6 +133,24 @@ class SharedStream(Net):
 def test_a_broken_model_is_caught(module, check):
     torch.manual_seed(0)
     assert check in violated(module())
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.02, 0.7, 1.0])
+def test_honest_sampling_passes_at_every_rate_and_a_wrong_one_does_not(rate):
+    subject = Subject(Net(), Net().loss, batch(), replace(MECHANISM, sampling_rate=rate))
+    assert check_participation(subject).violation is None
+    assert check_participation(replace(subject, start=Shuffled)).violation
+    assert check_participation(replace(subject, start=WrongRate)).violation
+
+
+def test_the_audit_leaves_torchs_generator_and_the_mode_alone():
+    module = Net().eval()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    verdicts(module)
+    assert torch.equal(torch.rand(1), expected)
+    assert not module.training
 
 
 def test_batch_norm_by_hand_is_caught_without_its_name():

@@ -76,6 +76,12 @@ def test_bad_values_are_one_sentence(wrong, sentence):
         make_private(module, torch.optim.SGD(module.parameters(), lr=1.0), loss, **(GOOD | wrong))
 
 
+def test_a_trained_parameter_that_the_optimizer_lacks_is_refused():
+    module, loss, _ = problem(4)
+    with pytest.raises(BadInputError, match=r"parameter 0\.weight is trained but not in the optimizer"):
+        make_private(module, torch.optim.SGD(module[2].parameters(), lr=1.0), loss, **GOOD)
+
+
 def test_layers_without_a_rule_are_named():
     module = nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten(), nn.Linear(2, 2))
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)

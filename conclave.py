@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from privacy.audit.subject import Finding
-    from privacy.ledger_audit import LedgerAudit
-    from server.plan_estimate import PlanEstimate
     from server.scenario import Scenario
-    from simulations.simulate import Summary
 
 EXIT_VIOLATION = 1
 EXIT_BAD_INPUT = 2
@@ -70,6 +66,7 @@ def simulate(
     from server.run_directory import RunDirectory
     from simulations.report import write_report
     from simulations.simulate import simulate as run_simulation
+    from simulations.tables import print_summary
 
     kind = _engine(engine)
     if resume is None:
@@ -82,7 +79,7 @@ def simulate(
     with _progress(resolved.federation.rounds) as advance:
         summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
     report_path = write_report(run)
-    _print_summary(resolved, summary, report_path)
+    print_summary(resolved, summary, report_path)
     if as_json:
         result = {name: value for name, value in asdict(summary).items() if value is not None}
         _print_json({**result, "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
@@ -96,9 +93,10 @@ def plan(
 ) -> None:
     """Show what a scenario will cost before anything runs: noise, epsilon, bytes, steps, expected time."""
     from simulations.plan import plan as work_out
+    from simulations.tables import print_plan
 
     estimate = work_out(_scenario(scenario, overrides or [], None))
-    _print_plan(estimate)
+    print_plan(estimate)
     if as_json:
         _print_json({**asdict(estimate), "epsilon": _finite(estimate.epsilon)})
 
@@ -161,10 +159,11 @@ def audit_model(
 ) -> None:
     """Attack a model's private training: isolation, sensitivity, sampling, noise and more; exit 1 on violation."""
     from simulations.audit_model import audit_own, audit_scenario
+    from simulations.tables import print_findings
 
     is_path = ":" in subject and not Path(subject).exists()
     findings = audit_own(subject) if is_path else audit_scenario(_scenario(subject, overrides or [], None))
-    _print_findings(findings)
+    print_findings(findings)
     violated = any(finding.violation for finding in findings)
     if as_json:
         verdict = "VIOLATED" if violated else "NOT_REFUTED"
@@ -179,15 +178,12 @@ def audit_ledger(
     as_json: Json = False,
 ) -> None:
     """Recompute what ledgers spent from their entries; exit 1 if a chain, a price or a budget does not hold."""
-    from privacy.ledger import Ledger
-    from privacy.ledger_audit import audit_entries
+    from privacy.ledger.reading import open_history
+    from privacy.ledger.verification import audit_history
+    from simulations.tables import print_ledger_audits
 
-    results: dict[str, LedgerAudit] = {}
-    for path in _ledger_files(ledgers):
-        ledger = Ledger(path)
-        results[str(path)] = audit_entries(ledger.genesis, ledger.entries())
-        ledger.close()
-    _print_audit(results)
+    results = {str(path): audit_history(open_history(path)) for path in _ledger_files(ledgers)}
+    print_ledger_audits(results)
     violated = any(result.findings for result in results.values())
     if as_json:
         rows = {path: {**asdict(result), "epsilon": _finite(result.epsilon)} for path, result in results.items()}
@@ -254,101 +250,6 @@ class _progress:  # noqa: N801  (used like a function)
 
     def __exit__(self, *error: object) -> None:
         self._bar.__exit__(*error)  # type: ignore[arg-type]
-
-
-def _print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    if summary.accuracy is not None:
-        table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
-    if summary.bits_per_byte is not None:
-        table.add_row(
-            "bits per byte",
-            f"{summary.bits_per_byte:.4f} on {scenario.data.test_records} public test windows "
-            f"(order-0 entropy of the same bytes: {summary.order0_bits_per_byte:.4f})",
-        )
-    if scenario.privacy.mechanism == "none":
-        table.add_row("privacy", "NONE (epsilon = infinity)")
-    else:
-        budget = f"budget {scenario.privacy.epsilon:g}, per {scenario.privacy.unit} and node"
-        table.add_row("epsilon", f"{summary.epsilon:.4f} at delta {summary.delta:g} ({budget})")
-    share = summary.bytes_per_node / summary.bytes_full_model
-    table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
-    table.add_row("rounds", str(summary.rounds))
-    table.add_row("run", str(summary.run))
-    table.add_row("report", str(report_path))
-    Console(soft_wrap=True).print(table)
-
-
-def _print_plan(estimate: PlanEstimate) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("rounds", f"{estimate.rounds}, {estimate.steps} local steps on a node that takes part in each")
-    if estimate.noise_multiplier is None:
-        table.add_row("privacy", "NONE (epsilon = infinity)")
-    else:
-        table.add_row("noise", f"sigma {estimate.noise_multiplier:g}")
-        table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
-        others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
-        table.add_row("", f"for comparison: {others}")
-    share = estimate.parameters_per_node / estimate.parameters_total
-    table.add_row(
-        "parameters",
-        f"{estimate.parameters_total:,} in all, {estimate.parameters_per_node:,} ({share:.0%}) on a node",
-    )
-    table.add_row("traffic", f"{estimate.bytes_down:,} bytes to a node and {estimate.bytes_up:,} back, every round")
-    table.add_row(
-        "", f"{(estimate.bytes_down + estimate.bytes_up) / estimate.bytes_full_model:.0%} of the whole model's"
-    )
-    table.add_row(
-        "time",
-        f"{estimate.seconds_total:.1f} s of local training in all, "
-        f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
-    )
-    Console(soft_wrap=True).print(table)
-
-
-def _print_findings(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("check", "looked at", "verdict")
-    for finding in findings:
-        verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]" if finding.violation else "not refuted"
-        table.add_row(finding.check, escape(finding.looked_at), verdict)
-    Console().print(table)
-
-
-def _print_audit(results: dict[str, LedgerAudit]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("ledger", "charges", "epsilon", "budget", "delta", "RDP", "PLD", "PRV", "verdict", box=None)
-    for path, result in results.items():
-        accountants = [
-            f"{result.accountants[name]:.4f}" if name in result.accountants else "-" for name in ("rdp", "pld", "prv")
-        ]
-        table.add_row(
-            Path(path).name,
-            str(result.charges),
-            f"{result.epsilon:.4f}",
-            f"{result.budget:g}",
-            f"{result.delta:g}",
-            *accountants,
-            "VIOLATED" if result.findings else "holds",
-        )
-    console = Console(soft_wrap=True)
-    console.print(table)
-    for path, result in results.items():
-        for finding in result.findings:
-            console.print(f"{path}: {finding}", markup=False, highlight=False)
-        if result.seeded:
-            console.print(f"{path}: seeded randomness, a simulation", markup=False, highlight=False)
 
 
 def _finite(value: float) -> float | str:

@@ -12,6 +12,7 @@ from model import HeldExperts, build, from_state, parameters
 from privacy.accounting import SampledGaussian, charge_units, epsilon_by_accountant, epsilon_of, fixed_order
 from privacy.dpsgd import DpSgd, train_privately
 from privacy.randomness import derive
+from server.receipts import EMPTY_RECEIPT
 from server.scenario import Scenario
 from server.traffic import wire_bytes
 
@@ -64,7 +65,7 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         accountants = epsilon_by_accountant([charge] * rounds, privacy.delta)
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
-    down, up = _bytes(plan, held)
+    down, up = _bytes(plan, held, scenario.name)
     seconds = _seconds(scenario, plan, held, units_per_node)
     return PlanEstimate(
         rounds=rounds,
@@ -78,7 +79,7 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         parameters_per_node=_count(plan, held),
         bytes_down=down,
         bytes_up=up,
-        bytes_full_model=sum(_bytes(plan, everything)),
+        bytes_full_model=sum(_bytes(plan, everything, scenario.name)),
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
     )
@@ -88,12 +89,13 @@ def _count(plan: Plan, held: HeldExperts) -> int:
     return sum(shape.numel() for shape in parameters.shapes(plan.model, held).values())
 
 
-def _bytes(plan: Plan, held: HeldExperts) -> tuple[int, int]:
+def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
     tensors = {name: torch.zeros(shape) for name, shape in parameters.shapes(plan.model, held).items()}
     for number, tensor in enumerate(tensors.values()):
         tensor += number  # equal chunks would be counted once
-    request = TrainRequest(run_id="0" * 16, round=1, plan=plan, held=held)
-    return wire_bytes(encode(request, tensors)), wire_bytes(encode(TrainReply(charge_id="0" * 64), tensors))
+    request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)
+    reply = TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT)
+    return wire_bytes(encode(request, tensors)), wire_bytes(encode(reply, tensors))
 
 
 def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> float:

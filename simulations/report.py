@@ -10,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from model.store import write_atomically
-from privacy.ledger import Ledger
-from privacy.ledger_audit import LedgerAudit, audit_entries
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.verification import LedgerAudit, audit_history
 from server.run_directory import RunDirectory
 from simulations import charts
 
@@ -88,9 +88,5 @@ def _quality(rounds: list[int], metrics: list[dict[str, Any]]) -> str:
 
 
 def _node_row(path: Path) -> NodeRow:
-    ledger = Ledger(path)
-    try:
-        audit = audit_entries(ledger.genesis, ledger.entries())
-    finally:
-        ledger.close()
-    return NodeRow(path.stem.removeprefix("node-").lstrip("0") or "0", ledger.genesis.ledger_id[:16], audit)
+    audit = audit_history(LedgerFile(path))
+    return NodeRow(path.stem.removeprefix("node-").lstrip("0") or "0", audit.ledger_id[:16], audit)

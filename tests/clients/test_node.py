@@ -66,8 +66,10 @@ def test_a_round_is_charged_and_answers_exactly_what_was_sent(node):
     delta = unpack(sent, expected)
     assert delta.keys() == expected.keys()
     assert all((tensor != 0).all() for tensor in delta.values())  # every assigned parameter is noised
-    reserved, committed = node.ledger.entries()
-    assert (reserved.state, committed.state) == ("RESERVED", "COMMITTED")
+    admitted, reserved, committed = node.ledger.entries()
+    assert [e.state for e in (admitted, reserved, committed)] == ["ADMITTED", "RESERVED", "COMMITTED"]
+    assert reply.receipt.hash == committed.hash
+    assert reply.receipt.signed_by(node.describe().signing_key)
     assert reply.charge_id == reserved.charge_id
     assert reserved.releases == '["delta"]'
 
@@ -85,12 +87,12 @@ def test_a_redelivery_gets_the_same_bytes_and_costs_nothing(node):
     spent = node.ledger.epsilon_spent
     assert train(node, request(held=HELD), body()) == first
     assert node.ledger.epsilon_spent == spent
-    assert len(node.ledger.entries()) == 2
+    assert len(node.ledger.entries()) == 3
 
 
 def test_the_charge_is_durable_before_training_and_a_crash_replays_the_same_bytes(node, tmp_path, monkeypatch):
-    def crash(*args):
-        assert [entry.state for entry in node.ledger.entries()] == ["RESERVED"]
+    def crash(*args, **options):
+        assert [entry.state for entry in node.ledger.entries()] == ["ADMITTED", "RESERVED"]
         raise MemoryError("in the middle of a batch")
 
     with monkeypatch.context() as patch:
@@ -108,7 +110,7 @@ def test_other_weights_or_experts_are_another_charge(node):
     train(node, request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)}))
     changed = unpack(body(), parameters.shapes(make_config(), HELD))
     train(node, request(held=HELD), pack({name: tensor + 1 for name, tensor in changed.items()}))
-    assert len({entry.charge_id for entry in node.ledger.entries()}) == 3
+    assert len({entry.charge_id for entry in node.ledger.entries() if entry.state == "RESERVED"}) == 3
 
 
 def test_an_exhausted_budget_is_an_orderly_answer(tmp_path):
@@ -160,7 +162,9 @@ def test_crafted_non_finite_weights_are_refused(node):
         ({"max_steps": 2}, {"training": {"learning_rate": 1.0, "steps": 3}}),
         ({"max_parameters": 100}, {}),
         ({"expert_capacity": 2}, {}),
-        ({"releases": ()}, {}),
+        ({"releases": {}}, {}),
+        ({"releases": {"delta": 0.9}}, {}),
+        ({"scenarios": ("other", "plan:" + "0" * 64)}, {}),
         ({"simulation": False}, {"privacy": PRIVACY | {"mechanism": "none"}, "noise_multiplier": None}),
         ({"simulation": False}, {"privacy": PRIVACY | {"gradients": "ghost"}}),
         ({}, {"privacy": PRIVACY | {"unit": "group", "records_per_unit": 4}}),  # the budget is a record's
@@ -202,7 +206,7 @@ def test_experts_learn_slower_where_few_are_held(tmp_path):
 
 def test_what_a_node_says_about_itself_is_public(node):
     described = node.describe()
-    assert set(described.model_dump()) == {"version", "public_key", "declared_size", "expert_capacity"}
+    assert set(described.model_dump()) == {"version", "public_key", "rotations", "declared_size", "expert_capacity"}
     assert described.declared_size == 40
 
 

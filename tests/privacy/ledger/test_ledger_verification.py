@@ -6,11 +6,11 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 from ledger_samples import genesis, new_ledger, request, spend
+from privacy.ledger_audit import audit_entries, parse_mechanism
+from privacy.ledger_entry import Entry
 
 from model.errors import BadInputError
 from privacy.accounting import epsilon_of
-from privacy.ledger_audit import audit_entries, parse_mechanism
-from privacy.ledger_entry import Entry
 
 
 @pytest.fixture

@@ -1,0 +1,340 @@
+"""The ledger file: a signed hash chain in SQLite, one transaction per change, mirrored to the witness.
+
+What every change has in common. What may be charged, and when, is in :mod:`privacy.ledger.ledger`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from model.errors import BadInputError
+from privacy.canonical import canonical_json, sha256
+from privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
+from privacy.ledger.heads import KeyRotation, SignedHead, public_hex
+from privacy.ledger.schema import TABLES, format_version, migrate, run_script
+from privacy.ledger.witness import Witness
+
+
+class LedgerMismatchError(Exception):
+    """The ledger contradicts its witness or a receipt: it is an older copy, or was replaced. Nothing was written."""
+
+
+class Store:
+    """An open ledger file. Safe for several processes: every change is one immediate transaction."""
+
+    def __init__(
+        self, path: Path, key: Ed25519PrivateKey, *, witness: Witness | None = None, machine: str | None = None
+    ) -> None:
+        """Open an existing ledger, bringing an older format to this one.
+
+        Args:
+            key: the ledger's current signing key.
+            witness: where heads are mirrored. A ledger outside simulation does not open without one.
+            machine: this machine's id; compared where given. Required outside simulation.
+
+        Raises:
+            BadInputError: no such file, not a ledger, a format this Conclave cannot read, another key or machine, or
+                a witness that is missing, ahead or of another history.
+        """
+        if not path.is_file():
+            raise BadInputError(f"{path}: no such file, must be a ledger")
+        self.path = path
+        self._key = key
+        self._witness = witness
+        self._db = connect(path)
+        try:
+            self._open(machine)
+        except (sqlite3.DatabaseError, TypeError) as error:
+            self._db.close()
+            raise BadInputError(f"{path}: not a ledger") from error
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self, machine: str | None) -> None:
+        version = format_version(self._db)
+        if version == 0 or version > FORMAT_VERSION:
+            raise BadInputError(f"{self.path}: ledger format version {version}, must be at most {FORMAT_VERSION}")
+        if version < FORMAT_VERSION:
+            self._migrate()
+        self.genesis = read_genesis(self._db)
+        # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
+        synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
+        self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
+        if self.current_key != public_hex(self._key):
+            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
+        check_head(self._db, self.path, self.current_key)
+        self._check_place(machine)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        genesis: Genesis,
+        key: Ed25519PrivateKey,
+        *,
+        witness: Witness | None = None,
+    ) -> Self:
+        """Create a ledger file, readable by its owner only.
+
+        Raises:
+            BadInputError: the file, or a witness of another ledger, exists; the key is not the genesis'.
+        """
+        if genesis.public_key != public_hex(key) or genesis.ledger_id != ledger_id_of(genesis.public_key):
+            raise BadInputError(f"{path}: the genesis names another key, must name the one it is signed with")
+        if witness is not None and witness.read() is not None:
+            raise BadInputError(f"{witness.path}: is the witness of a ledger already, must be a new file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.draft-{os.getpid()}")  # a crash leaves no half-made ledger behind
+        draft.unlink(missing_ok=True)
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        head = SignedHead.sign(key, genesis.ledger_id, 0, genesis.hash)
+        try:
+            db = connect(draft)
+            db.execute("PRAGMA synchronous = FULL")
+            with transaction(db):
+                run_script(db, TABLES)
+                db.execute("INSERT INTO genesis VALUES (?, ?)", (genesis.line.decode(), head.signature))
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+            db.close()
+            if witness is not None:
+                witness.mirror(lambda: head)
+            os.link(draft, path)  # fails where a ledger exists; a rename would replace it
+        except FileExistsError as error:
+            raise BadInputError(f"{path}: exists already, must be a new file") from error
+        finally:
+            draft.unlink(missing_ok=True)
+        return cls(path, key, witness=witness, machine=genesis.machine_id)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    @property
+    def head(self) -> SignedHead:
+        """The last entry's position and hash, signed."""
+        return read_head(self._db, self.genesis)
+
+    @property
+    def rotations(self) -> list[KeyRotation]:
+        """The changes of the signing key, oldest first."""
+        return read_rotations(self._db)
+
+    @property
+    def current_key(self) -> str:
+        """The public key that heads are signed with now, hexadecimal."""
+        rotations = self.rotations
+        return rotations[-1].new_key if rotations else self.genesis.public_key
+
+    def entries(self) -> list[Entry]:
+        """Return all entries in order."""
+        return [Entry.parse(body) for (body,) in self._db.execute("SELECT body FROM entries ORDER BY seq")]
+
+    def rotate_key(self, new_key: Ed25519PrivateKey) -> KeyRotation:
+        """Sign with another key from now on. The change is an entry that both keys signed."""
+        old_key = self._key
+        rotation = KeyRotation.sign(self.genesis.ledger_id, old_key, new_key)
+        self._key = new_key
+        try:
+            with self._change():
+                document = {"kind": "key-rotation", **rotation.model_dump()}
+                self._append("ROTATED", sha256(rotation.new_key.encode()), canonical_json(document).decode())
+                rotations = [item.model_dump() for item in [*self.rotations, rotation]]
+                self._stand("rotations", canonical_json(rotations).decode())
+        except BaseException:
+            self._key = old_key
+            raise
+        return rotation
+
+    def holds(self, head: SignedHead) -> bool:
+        """Whether a head lies on this ledger's chain."""
+        if head.ledger_id != self.genesis.ledger_id:
+            return False
+        if head.seq == 0:
+            return head.hash == self.genesis.hash
+        row = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
+        return bool(row == (head.hash,))
+
+    def check_witness(self) -> None:
+        """Compare with the witness, if there is one.
+
+        Raises:
+            LedgerMismatchError: it is missing, ahead, or of another history.
+        """
+        if self._witness is None:
+            return
+        seen = self._witness.read()
+        if seen is None:
+            raise LedgerMismatchError(f"its witness {self._witness.path} is missing, so entries may have been lost")
+        if seen.seq > self.head.seq:
+            raise LedgerMismatchError(
+                f"ends at entry {self.head.seq}, but its witness has seen entry {seen.seq}: this is an older copy"
+            )
+        if not self.holds(seen):
+            raise LedgerMismatchError("its witness has seen another history, so this is not the ledger it mirrors")
+
+    def _check_place(self, machine: str | None) -> None:
+        """Refuse a copy: a ledger of another machine, or one that its witness knows to be incomplete."""
+        row = self._db.execute("SELECT value FROM standing WHERE name = 'machine'").fetchone()
+        expected = self.genesis.machine_id if row is None else row[0]
+        deployed = self.genesis.mode == "deployment"
+        if (deployed or machine is not None) and machine != expected:
+            raise BadInputError(f"{self.path}: belongs to another machine, must be restored here before it is used")
+        if deployed and self._witness is None:
+            raise BadInputError(f"{self.path}: has no witness, must have one outside the database")
+        if self._witness is not None:
+            try:
+                self.check_witness()
+            except LedgerMismatchError as error:
+                raise BadInputError(f"{self.path}: {error}") from error
+            self._mirror()  # the last head may not have reached it before a crash
+
+    def _migrate(self) -> None:
+        with transaction(self._db):
+            found = migrate(self._db)
+            self.genesis = read_genesis(self._db)
+            head = SignedHead.sign(self._key, self.genesis.ledger_id, 0, self.genesis.hash)
+            self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
+            document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
+            self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), canonical_json(document).decode())
+
+    def _append(
+        self,
+        state: State,
+        charge_id: str,
+        mechanism: str,
+        charge: str = "0",
+        *,
+        run_id: str = "",
+        round_number: int = 0,
+        plan_hash: str = "",
+        code_hash: str = "",
+        model_in_hash: str = "",
+        output_hash: str = "",
+        releases: str = "[]",
+        rng: str = "",
+    ) -> SignedHead:
+        """Append an entry inside the open transaction; return the new head, signed."""
+        seq, total, prev_hash = self._last()
+        entry = Entry(
+            version=FORMAT_VERSION,
+            ledger_id=self.genesis.ledger_id,
+            seq=seq + 1,
+            prev_hash=prev_hash,
+            charge_id=charge_id,
+            state=state,
+            mechanism=mechanism,
+            rdp_charge=charge,
+            rdp_total=add_units(total, charge),
+            rdp_budget=self.genesis.rdp_budget,
+            run_id=run_id,
+            round=round_number,
+            plan_hash=plan_hash,
+            code_hash=code_hash,
+            model_in_hash=model_in_hash,
+            output_hash=output_hash,
+            releases=releases,
+            rng=rng,
+            time=utc_now(),
+        )
+        line = entry.line
+        head = SignedHead.sign(self._key, entry.ledger_id, entry.seq, sha256(line))
+        self._db.execute(
+            "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
+            (entry.seq, line.decode(), head.hash, head.signature),
+        )
+        return head
+
+    def _last(self) -> tuple[int, str, str]:
+        """Return number, RDP total and hash of the last entry, or of the genesis."""
+        row = self._db.execute("SELECT seq, body, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+        if row is None:
+            return 0, "0", self.genesis.hash
+        seq, body, entry_hash = row
+        return seq, json.loads(body)["rdp_total"], entry_hash
+
+    def _stand(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO standing VALUES (?, ?)", (name, value))
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """One transaction, durable on return, that appends to a ledger its witness agrees with.
+
+        The witness follows before anything else happens: whoever acts on the change cannot lose it to an older copy.
+        """
+        with transaction(self._db):
+            before = self._last()[0]
+            self.check_witness()
+            yield
+            changed = self._last()[0] != before
+        if changed:
+            self._mirror()
+
+    def _mirror(self) -> None:
+        if self._witness is not None:
+            self._witness.mirror(lambda: self.head)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the file; transactions are begun by hand."""
+    return sqlite3.connect(path, isolation_level=None, timeout=60.0, check_same_thread=False)
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """One immediate transaction: the only writer, all or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
+
+def read_genesis(db: sqlite3.Connection) -> Genesis:
+    """Return the genesis of an open file."""
+    (document,) = db.execute("SELECT document FROM genesis").fetchone()
+    return Genesis.parse(document)
+
+
+def read_head(db: sqlite3.Connection, genesis: Genesis) -> SignedHead:
+    """Return the last head of an open file."""
+    row = db.execute("SELECT seq, hash, signature FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+    if row is None:
+        (signature,) = db.execute("SELECT signature FROM genesis").fetchone()
+        row = (0, genesis.hash, signature)
+    seq, head_hash, signature = row
+    return SignedHead(ledger_id=genesis.ledger_id, seq=seq, hash=head_hash, signature=signature)
+
+
+def read_rotations(db: sqlite3.Connection) -> list[KeyRotation]:
+    """Return the changes of the signing key of an open file, oldest first."""
+    row = db.execute("SELECT value FROM standing WHERE name = 'rotations'").fetchone()
+    return [] if row is None else [KeyRotation.model_validate(item) for item in json.loads(row[0])]
+
+
+def check_head(db: sqlite3.Connection, path: Path, public_key: str) -> None:
+    """Check the last entry against its hash and the head's signature; the audit checks them all.
+
+    Raises:
+        BadInputError: they do not hold.
+    """
+    genesis = read_genesis(db)
+    try:
+        head = read_head(db, genesis)
+    except ValueError as error:
+        raise BadInputError(f"{path}: its last head cannot be read, must be signed") from error
+    row = db.execute("SELECT body FROM entries WHERE seq = ?", (head.seq,)).fetchone()
+    content = genesis.line if row is None else row[0].encode()
+    if sha256(content) != head.hash or not head.signed_by(public_key):
+        raise BadInputError(f"{path}: its last entry was altered, must be as it was signed")

@@ -28,6 +28,8 @@ app = typer.Typer(
 )
 audit_app = typer.Typer(help="Check what was spent, and whether the claim holds.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+node_app = typer.Typer(help="Keep a node: its ledger, its budget, its keys.", no_args_is_help=True)
+app.add_typer(node_app, name="node")
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
@@ -174,22 +176,178 @@ def audit_model(
 
 @audit_app.command("ledger")
 def audit_ledger(
-    ledgers: Annotated[list[Path], typer.Argument(help="Ledger files, or folders that hold them.")],
+    ledgers: Annotated[list[Path], typer.Argument(help="Ledgers, their exports (.jsonl), or folders with ledgers.")],
+    witness: Annotated[
+        Path | None, typer.Option(help="The owner's witness of the one ledger: the ledger must reach it.")
+    ] = None,
+    receipts: Annotated[
+        Path | None, typer.Option(help="A run's receipts.jsonl: every receipt of these ledgers must be on its chain.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Recompute what ledgers spent from their entries; exit 1 if a chain, a price or a budget does not hold."""
-    from privacy.ledger.reading import open_history
-    from privacy.ledger.verification import audit_history
+    from simulations.audit_ledger import audit_ledgers
     from simulations.tables import print_ledger_audits
 
-    results = {str(path): audit_history(open_history(path)) for path in _ledger_files(ledgers)}
-    print_ledger_audits(results)
-    violated = any(result.findings for result in results.values())
+    audit = audit_ledgers(ledgers, witness=witness, receipts=receipts)
+    print_ledger_audits(audit)
     if as_json:
-        rows = {path: {**asdict(result), "epsilon": _finite(result.epsilon)} for path, result in results.items()}
-        _print_json({"verdict": "VIOLATED" if violated else "NOT_REFUTED", "ledgers": rows})
-    if violated:
+        _print_json(audit)
+    if audit.verdict == "VIOLATED":
         raise typer.Exit(EXIT_VIOLATION)
+
+
+@audit_app.command("run")
+def audit_run(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    ledgers: Annotated[
+        list[Path] | None, typer.Option("--ledger", help="A node's ledger or export; a simulation has its own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a run's receipts with the ledgers and the plan; exit 1 if they tell different stories."""
+    from server.run_audit import audit_run as compare
+    from server.run_directory import RunDirectory
+    from simulations.tables import print_run_audit
+
+    audit = compare(RunDirectory.open(run), ledgers or ())
+    print_run_audit(audit)
+    if as_json:
+        _print_json(audit)
+    if audit.verdict == "VIOLATED":
+        raise typer.Exit(EXIT_VIOLATION)
+
+
+NodeFolder = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder, which holds node.toml.")]
+
+
+@node_app.command("init")
+def node_init(
+    node: Annotated[Path, typer.Argument(metavar="NODE", help="The node's new folder.")],
+    dataset: Annotated[str, typer.Option(help="Your name for the data; one ledger and one budget belong to it.")],
+    data: Annotated[Path, typer.Option(help="Where the data lie.")],
+    declared_size: Annotated[int, typer.Option(min=1, help="Public: how many units the node says it has.")],
+    epsilon: Annotated[float, typer.Option(help="The budget for everything that ever leaves.")],
+    delta: Annotated[float, typer.Option(help="The budget's delta, well below 1 / units.")],
+    witness: Annotated[Path, typer.Option(help="A file outside the node's disk that keeps the ledger's last head.")],
+    unit: Annotated[str, typer.Option(help="Whose participation is protected: record, or group.")] = "record",
+    machine: Annotated[str | None, typer.Option(help="A name in place of the system's machine id.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Create a node's folder: node.toml, signing key and ledger. The budget cannot be changed afterwards."""
+    from clients.node_directory import create_node
+
+    created = create_node(
+        node,
+        dataset={"id": dataset, "data": str(data.absolute()), "unit": unit, "declared_size": declared_size},
+        budget={"epsilon": epsilon, "delta": delta},
+        storage={"witness": str(witness.absolute())} | ({} if machine is None else {"machine": machine}),
+    )
+    ledger = created.open_ledger()
+    typer.echo(f"{node / 'node.toml'}: budget epsilon {epsilon:g} at delta {delta:g}, per {unit}; edit its policy")
+    typer.echo(f"ledger {ledger.genesis.ledger_id}, key {ledger.current_key}")
+    if as_json:
+        _print_json({"node": str(node), "ledger_id": ledger.genesis.ledger_id, "public_key": ledger.current_key})
+    ledger.close()
+
+
+@node_app.command("budget")
+def node_budget(
+    source: Annotated[Path, typer.Argument(metavar="NODE", help="A node's folder, a ledger, or a ledger's export.")],
+    planned: Annotated[
+        str | None, typer.Option("--plan", metavar="SCENARIO", help="Say what this scenario would add.")
+    ] = None,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart of the spending to this .svg file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a ledger's budget: spent, set aside, left, what each run took, and what a planned run would add."""
+    from simulations.budget import budget_report
+    from simulations.tables import print_budget
+
+    scenario = None if planned is None else _scenario(planned, overrides or [], None)
+    report = budget_report(source, scenario, plot)
+    print_budget(report)
+    if as_json:
+        _print_json(report)
+
+
+@node_app.command("export")
+def node_export(
+    source: Annotated[Path, typer.Argument(metavar="NODE", help="A node's folder, or a ledger.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, one JSON object a line; must be new.")],
+    as_json: Json = False,
+) -> None:
+    """Export a ledger: anyone can audit the file, and it helps to recover a lost ledger."""
+    from simulations.budget import export_ledger
+
+    entries = export_ledger(source, out)
+    typer.echo(f"{out}: {entries} entries")
+    if as_json:
+        _print_json({"export": str(out), "entries": entries})
+
+
+@node_app.command("rotate-key")
+def node_rotate_key(node: NodeFolder, as_json: Json = False) -> None:
+    """Replace the ledger's signing key; the old and the new key both sign the change."""
+    from clients.node_directory import NodeDirectory
+
+    public_key = NodeDirectory(node).rotate_key()
+    typer.echo(f"the ledger is signed with {public_key} from now on")
+    if as_json:
+        _print_json({"public_key": public_key})
+
+
+@node_app.command("restore")
+def node_restore(
+    node: NodeFolder,
+    export: Annotated[Path | None, typer.Option(help="A later export of the same ledger.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on from a restored or moved ledger. What may be missing is charged: all that is left, unless disproved."""
+    from clients.node_directory import NodeDirectory
+
+    recovery = NodeDirectory(node).restore(export)
+    if recovery.regained:
+        typer.echo(f"{recovery.regained} entries were taken over from {export}")
+    if recovery.proven:
+        typer.echo("the witness proves that nothing is missing; nothing was charged")
+    else:
+        typer.echo("nothing proves that no entry is missing, so the rest of the budget counts as spent")
+    if as_json:
+        _print_json(recovery)
+
+
+@node_app.command("close")
+def node_close(
+    node: NodeFolder, run_id: Annotated[str, typer.Argument(help="The run, as in node budget.")], as_json: Json = False
+) -> None:
+    """Give back what is set aside for a run that will not go on; it is not admitted again."""
+    from clients.node_directory import NodeDirectory
+
+    ledger = NodeDirectory(node).open_ledger()
+    closed = ledger.close_plans(run_id)
+    ledger.close()
+    typer.echo(f"run {run_id}: {closed} open plan(s) closed")
+    if as_json:
+        _print_json({"run_id": run_id, "closed": closed})
+
+
+@app.command()
+def schema(
+    name: Annotated[str | None, typer.Argument(help="Which document; without it, all names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the JSON Schema of a document that Conclave writes."""
+    from simulations.schemas import SCHEMAS, schema_of
+
+    if name is not None:
+        typer.echo(json.dumps(schema_of(name), indent=None if as_json else 2))
+        return
+    for known in SCHEMAS:
+        typer.echo(known)
+    if as_json:
+        _print_json({"schemas": list(SCHEMAS)})
 
 
 def _engine(name: str) -> Literal["inline", "ray"]:
@@ -221,18 +379,6 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
     return read_scenario(find(name), changes)
 
 
-def _ledger_files(given: list[Path]) -> list[Path]:
-    from model.errors import BadInputError
-
-    files: list[Path] = []
-    for path in given:
-        found = sorted(path.rglob("*.db")) if path.is_dir() else [path]
-        if not found:
-            raise BadInputError(f"{path}: holds no ledger (*.db), must be a ledger or a folder with ledgers")
-        files += found
-    return files
-
-
 class _progress:  # noqa: N801  (used like a function)
     """A progress bar over rounds, shown on a terminal only."""
 
@@ -257,7 +403,12 @@ def _finite(value: float) -> float | str:
     return value if value != float("inf") else "inf"
 
 
-def _print_json(document: object) -> None:
+def _print_json(document: Any) -> None:
+    """Print one JSON object on a line of its own: a mapping, or a document that has a published schema."""
+    if not isinstance(document, dict):
+        from simulations.schemas import to_json
+
+        document = to_json(document)
     typer.echo(json.dumps(document, allow_nan=False))
 
 

@@ -219,13 +219,6 @@ def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRe
 
 def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
     """Return what every charge of a plan has in common."""
-    mechanism = None
-    if plan.noise_multiplier is not None:
-        mechanism = SampledGaussian(
-            sampling_rate=plan.privacy.sampling_rate,
-            noise_multiplier=plan.noise_multiplier,
-            steps=plan.training.steps,
-        )
     return ChargeRequest(
         kind="train",
         run_id=run_id,
@@ -233,9 +226,20 @@ def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
         plan_hash=plan.hash,
         model_in_hash="",
         code_hash=code_hash(),
-        mechanism=mechanism,
+        mechanism=charged_mechanism(plan),
         clip=plan.privacy.clip,
         releases=tuple(plan.releases),
         numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
+    )
+
+
+def charged_mechanism(plan: Plan) -> SampledGaussian | None:
+    """Return what one round of a plan is charged as; None without privacy."""
+    if plan.noise_multiplier is None:
+        return None
+    return SampledGaussian(
+        sampling_rate=plan.privacy.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+        steps=plan.training.steps,
     )

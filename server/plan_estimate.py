@@ -23,11 +23,13 @@ _MOST_TIMED_RECORDS = 4096
 class PlanEstimate:
     """The arithmetic of a run. ε values are for a node that takes part in every round.
 
+    plan_hash: names the plan; an owner may allow it by this hash.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
 
+    plan_hash: str
     rounds: int
     steps: int
     noise_multiplier: float | None
@@ -68,6 +70,7 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
     down, up = _bytes(plan, held, scenario.name)
     seconds = _seconds(scenario, plan, held, units_per_node)
     return PlanEstimate(
+        plan_hash=plan.hash,
         rounds=rounds,
         steps=rounds * plan.training.steps,
         noise_multiplier=plan.noise_multiplier,

@@ -9,6 +9,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from privacy.ledger.spending import Budget
+
 _INK, _MUTED, _ACCENT, _SECOND, _WARN = "#1f2933", "#9aa5b1", "#2563a8", "#c98a1b", "#b3261e"
 _STYLE = {
     "font.family": "sans-serif",
@@ -62,6 +64,21 @@ def epsilon(names: Sequence[str], spent: Sequence[float], budget: float) -> str:
         _name_ticks(axes, names)
         axes.set_ylim(0, budget * 1.25)
         axes.legend(frameon=False, loc="upper right")
+        return _svg(figure)
+
+
+def budget(found: Budget) -> str:
+    """ε after each charge of a ledger, what open plans may still draw, and the budget."""
+    spent = [0.0, *(value for _, value in found.curve if value != float("inf"))]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("charge", f"ε spent at δ = {found.delta:g}")
+        axes.step(range(len(spent)), spent, where="post", color=_ACCENT, linewidth=2, label="spent")
+        if spent[-1] < found.committed_to < float("inf"):
+            axes.axhspan(spent[-1], found.committed_to, color=_SECOND, alpha=0.25, label="set aside for open plans")
+        axes.axhline(found.epsilon, color=_WARN, linewidth=1.2, linestyle="--", label=f"budget ε = {found.epsilon:g}")
+        axes.set_ylim(0, found.epsilon * 1.25)
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
         return _svg(figure)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +12,19 @@ from rich.table import Table
 from privacy.audit.subject import Finding
 from privacy.ledger.verification import LedgerAudit
 from server.plan_estimate import PlanEstimate
+from server.run_audit import RunAudit
 from server.scenario import Scenario
+from simulations.audit_ledger import LedgersAudit
+from simulations.budget import BudgetReport
 from simulations.simulate import Summary
+
+_WIDTH_OF_A_PIPE = 200
+
+
+def _console() -> Console:
+    """Return the terminal; where there is none, a width at which nothing is cut."""
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(soft_wrap=True, width=_WIDTH_OF_A_PIPE)
 
 
 def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
@@ -36,12 +48,13 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
     table.add_row("rounds", str(summary.rounds))
     table.add_row("run", str(summary.run))
     table.add_row("report", str(report_path))
-    Console(soft_wrap=True).print(table)
+    _console().print(table)
 
 
 def print_plan(estimate: PlanEstimate) -> None:
     """Print what a scenario will cost."""
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("plan", estimate.plan_hash)
     table.add_row("rounds", f"{estimate.rounds}, {estimate.steps} local steps on a node that takes part in each")
     if estimate.noise_multiplier is None:
         table.add_row("privacy", "NONE (epsilon = infinity)")
@@ -64,7 +77,7 @@ def print_plan(estimate: PlanEstimate) -> None:
         f"{estimate.seconds_total:.1f} s of local training in all, "
         f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
     )
-    Console(soft_wrap=True).print(table)
+    _console().print(table)
 
 
 def print_findings(findings: list[Finding]) -> None:
@@ -73,11 +86,34 @@ def print_findings(findings: list[Finding]) -> None:
     for finding in findings:
         verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]" if finding.violation else "not refuted"
         table.add_row(finding.check, escape(finding.looked_at), verdict)
-    Console().print(table)
+    _console().print(table)
 
 
-def print_ledger_audits(results: dict[str, LedgerAudit]) -> None:
+def print_ledger_audits(audit: LedgersAudit) -> None:
     """Print what audits of ledgers found, by the file they read."""
+    _print_ledgers(audit.ledgers)
+
+
+def print_run_audit(audit: RunAudit) -> None:
+    """Print whether receipts, ledgers and plan of a run tell one story."""
+    _print_ledgers(audit.ledgers)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("rounds", f"{audit.rounds}, {audit.nodes} nodes sent receipts")
+    table.add_row("receipts", f"{audit.receipts}, of which {audit.matched} match a committed charge and its output")
+    if audit.lost:
+        table.add_row("lost", f"{audit.lost} receipts of what a restored ledger lost; its whole budget was charged")
+    if audit.unreceived:
+        table.add_row("unreceived", f"{audit.unreceived} paid replies that did not arrive")
+    if audit.missing_ledgers:
+        table.add_row("missing", f"the ledgers of {', '.join(audit.missing_ledgers)}: give them with --ledger")
+    table.add_row("verdict", audit.verdict)
+    console = _console()
+    console.print(table)
+    for finding in audit.findings:
+        console.print(finding, markup=False, highlight=False)
+
+
+def _print_ledgers(results: Mapping[str, LedgerAudit]) -> None:
     table = Table("ledger", "charges", "epsilon", "budget", "delta", "RDP", "PLD", "PRV", "verdict", box=None)
     for path, result in results.items():
         accountants = [
@@ -92,10 +128,49 @@ def print_ledger_audits(results: dict[str, LedgerAudit]) -> None:
             *accountants,
             "VIOLATED" if result.findings else "holds",
         )
-    console = Console(soft_wrap=True)
+    console = _console()
     console.print(table)
     for path, result in results.items():
-        for finding in result.findings:
-            console.print(f"{path}: {finding}", markup=False, highlight=False)
+        notes = [*result.findings]
         if result.seeded:
-            console.print(f"{path}: seeded randomness, a simulation", markup=False, highlight=False)
+            notes.append("seeded randomness, a simulation")
+        if result.pending:
+            notes.append(f"{result.pending} charges reserved and neither committed nor abandoned; they are spent")
+        if result.unproven:
+            notes.append("was restored from a copy that may lack entries; the rest of the budget was charged for them")
+        for note in notes:
+            console.print(f"{path}: {note}", markup=False, highlight=False)
+
+
+def print_budget(report: BudgetReport) -> None:
+    """Print where a budget stands, what each run took, and what a planned run would add."""
+    budget = report.budget
+    console = _console()
+    totals = Table("", "epsilon", "share of the budget", box=None, pad_edge=False)
+    totals.add_row("spent", f"{budget.spent:.4f}", f"{budget.shares['spent']:.1%}")
+    totals.add_row("with what is set aside", f"{budget.committed_to:.4f}", f"{1 - budget.shares['left']:.1%}")
+    totals.add_row("budget", f"{budget.epsilon:g}", "100.0%")
+    protects = f"per {budget.unit}, at delta {budget.delta:g}; RDP at order {budget.order:g}, which adds up"
+    console.print(f"dataset {budget.dataset_id}: {protects}", markup=False, highlight=False)
+    console.print(totals)
+    runs = Table("run", "charges", "abandoned", "share", "set aside", "first", "last", box=None, pad_edge=False)
+    for run in budget.runs:
+        aside = "" if not run.set_aside else f"{run.set_aside_share:.1%}"
+        runs.add_row(
+            escape(run.run_id), str(run.charges), str(run.abandoned), f"{run.share:.1%}", aside, run.first, run.last
+        )
+    if budget.runs:
+        console.print(runs)
+    if report.planned is not None:
+        planned = report.planned
+        verdict = "would be admitted" if planned.refused is None else f"would be refused: {planned.refused}"
+        console.print(
+            f"{planned.scenario} would add {planned.forecast.charges} charges, {planned.forecast.share:.1%} of the "
+            f"budget: epsilon {planned.forecast.epsilon_after:.4f} afterwards; it {verdict}",
+            markup=False,
+            highlight=False,
+        )
+        others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in planned.forecast.accountants.items())
+        console.print(f"the plan alone, for comparison: {others}", highlight=False)
+    if report.plot is not None:
+        console.print(report.plot, markup=False, highlight=False)

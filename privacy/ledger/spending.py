@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from privacy.accounting import SampledGaussian, charge_units, epsilon_of
+from privacy.accounting import SampledGaussian, charge_units, epsilon_by_accountant, epsilon_of
 from privacy.ledger.entry import INFINITE, Entry, Genesis
 from privacy.ledger.reading import History
 
@@ -14,7 +14,7 @@ from privacy.ledger.reading import History
 class RunSpending:
     """What one run took. ``units`` are RDP at the ledger's order, 1e-12 each; infinite without privacy.
 
-    share: of the whole budget. set_aside: units that its open plans may still draw.
+    share: of the whole budget. set_aside, set_aside_share: what its open plans may still draw.
     """
 
     run_id: str
@@ -26,6 +26,7 @@ class RunSpending:
     units: float = 0
     share: float = 0.0
     set_aside: int = 0
+    set_aside_share: float = 0.0
 
 
 @dataclass
@@ -60,12 +61,14 @@ class Forecast:
     """What a plan would add to a budget.
 
     epsilon_after: ε once it and everything already set aside are spent. fits: whether the node would admit it.
+    accountants: ε of the plan alone by RDP (best order), PLD and PRV; right because it is fixed as a whole.
     """
 
     charges: int
     share: float
     epsilon_after: float
     fits: bool
+    accountants: dict[str, float]
 
 
 def budget_of(history: History) -> Budget:
@@ -87,7 +90,8 @@ def forecast(budget: Budget, genesis: Genesis, mechanism: SampledGaussian, charg
     cost = charges * charge_units(mechanism, budget.order)
     after = most - budget.free_units + cost
     epsilon = float("inf") if budget.spent == float("inf") else epsilon_of(after, budget.order, budget.delta)
-    return Forecast(charges, cost / most, epsilon, cost <= budget.free_units)
+    accountants = epsilon_by_accountant([mechanism] * charges, budget.delta)
+    return Forecast(charges, cost / most, epsilon, cost <= budget.free_units, accountants)
 
 
 class _Tally:
@@ -137,6 +141,7 @@ class _Tally:
         for run in self.runs.values():
             run.share = run.units / self.most
             run.set_aside = sum(units for (run_id, _), units in self.plans.items() if run_id == run.run_id)
+            run.set_aside_share = run.set_aside / self.most
         set_aside = sum(self.plans.values())
         spent, committed_to = self._epsilon(self.total), self._epsilon(self.total + set_aside)
         epsilon = float(self.genesis.epsilon)

@@ -151,7 +151,8 @@ class Store:
                 rotations = [item.model_dump() for item in [*self.rotations, rotation]]
                 self._stand("rotations", canonical_json(rotations).decode())
         except BaseException:
-            self._key = old_key
+            if self.current_key == rotation.old_key:  # otherwise only the witness could not be written
+                self._key = old_key
             raise
         return rotation
 
@@ -164,14 +165,14 @@ class Store:
         row = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
         return bool(row == (head.hash,))
 
-    def check_witness(self) -> None:
-        """Compare with the witness, if there is one.
+    def check_witness(self) -> bool:
+        """Compare with the witness, if there is one; return whether it is behind.
 
         Raises:
             LedgerMismatchError: it is missing, ahead, or of another history.
         """
         if self._witness is None:
-            return
+            return False
         seen = self._witness.read()
         if seen is None:
             raise LedgerMismatchError(f"its witness {self._witness.path} is missing, so entries may have been lost")
@@ -181,6 +182,7 @@ class Store:
             )
         if not self.holds(seen):
             raise LedgerMismatchError("its witness has seen another history, so this is not the ledger it mirrors")
+        return seen.seq < self.head.seq
 
     def _check_place(self, machine: str | None) -> None:
         """Refuse a copy: a ledger of another machine, or one that its witness knows to be incomplete."""
@@ -273,10 +275,10 @@ class Store:
         """
         with transaction(self._db):
             before = self._last()[0]
-            self.check_witness()
+            behind = self.check_witness()  # where it could not be written the last time
             yield
-            changed = self._last()[0] != before
-        if changed:
+            behind |= self._last()[0] != before
+        if behind:
             self._mirror()
 
     def _mirror(self) -> None:

@@ -1,4 +1,4 @@
-"""Turn a validation error of a scenario into one sentence: key, value, what is allowed, nearest known key."""
+"""Turn a validation error of a configuration into one sentence: key, value, what is allowed, nearest known key."""
 
 from __future__ import annotations
 

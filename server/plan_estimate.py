@@ -9,8 +9,10 @@ import torch
 
 from clients.protocol import Plan, TrainReply, TrainRequest, encode
 from model import HeldExperts, build, from_state, parameters
-from privacy.accounting import SampledGaussian, charge_units, epsilon_by_accountant, epsilon_of, fixed_order
+from privacy.accountants import epsilon_by_accountant
+from privacy.accounting import charge_units, epsilon_of, fixed_order
 from privacy.dpsgd import DpSgd, train_privately
+from privacy.mechanisms import SampledGaussian
 from privacy.randomness import derive
 from server.receipts import EMPTY_RECEIPT
 from server.scenario import Scenario
@@ -64,7 +66,7 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
             sampling_rate=privacy.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.training.steps
         )
         epsilon = epsilon_of(rounds * charge_units(charge, order), order, privacy.delta)
-        accountants = epsilon_by_accountant([charge] * rounds, privacy.delta)
+        accountants = epsilon_by_accountant({charge: rounds}, privacy.delta)
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up = _bytes(plan, held, scenario.name)

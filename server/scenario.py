@@ -16,7 +16,7 @@ from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
 from model.explain import explain, keys_of
-from privacy.accounting import calibrate_noise
+from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
 from server.config import FederationConfig
 

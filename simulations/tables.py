@@ -136,6 +136,8 @@ def _print_ledgers(results: Mapping[str, LedgerAudit]) -> None:
             notes.append("seeded randomness, a simulation")
         if result.pending:
             notes.append(f"{result.pending} charges reserved and neither committed nor abandoned; they are spent")
+        if result.grid is not None:
+            notes.append(f"for PLD and PRV, {result.grid}")
         if result.unproven:
             notes.append("was restored from a copy that may lack entries; the rest of the budget was charged for them")
         for note in notes:

@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 from typing import Literal, get_args
 
 from model.errors import BadInputError
-from privacy.accounting import SampledGaussian, budget_units, fixed_order
+from privacy.accounting import budget_units, fixed_order
 from privacy.canonical import canonical_json, decimal, sha256
+from privacy.ledger.mechanism_text import spell
+from privacy.mechanisms import Mechanism
 
 FORMAT_VERSION = 2
 INFINITE = "inf"
@@ -125,6 +127,7 @@ class ChargeRequest:
     """What a node is about to spend, and on what. Nothing here derives from private data.
 
     mechanism: None is training without privacy, charged ε = ∞ (simulation only).
+    parts: σ of each release by name, where several are made from one Poisson sample: they are one charge.
     kind: what is released, for instance ``train``.
     numeric: ``strict`` or ``fast``, where the clip bound holds for what was summed; ``uncertified`` otherwise.
     rng: ``os-entropy``, or ``seeded`` in simulation.
@@ -136,11 +139,12 @@ class ChargeRequest:
     plan_hash: str
     model_in_hash: str
     code_hash: str
-    mechanism: SampledGaussian | None
+    mechanism: Mechanism | None
     clip: float
     releases: tuple[str, ...]
     numeric: Literal["strict", "fast", "uncertified"]
     rng: Literal["os-entropy", "seeded"]
+    parts: tuple[tuple[str, float], ...] = ()
 
     def charge_id(self, ledger_id: str) -> str:
         """Identify the charge by its whole content, so other content is another charge."""
@@ -150,18 +154,7 @@ class ChargeRequest:
 
     def mechanism_json(self) -> str:
         """Spell the mechanism as canonical JSON, enough to recompute its cost."""
-        document: dict[str, object] = {"kind": "none"}
-        if self.mechanism is not None:
-            document = {
-                "kind": "gaussian",
-                "sigma": decimal(self.mechanism.noise_multiplier),
-                "clip": decimal(self.clip),
-                "q": decimal(self.mechanism.sampling_rate),
-                "steps": self.mechanism.steps,
-                "sampler": "poisson",
-                "numeric": self.numeric,
-            }
-        return canonical_json(document).decode()
+        return spell(self.mechanism, clip=self.clip, numeric=self.numeric, parts=dict(self.parts))
 
     def releases_json(self) -> str:
         """Spell the names of what is released as canonical JSON."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from privacy.accounting import SampledGaussian, charge_units, epsilon_by_accountant, epsilon_of
+from privacy.accountants import epsilon_by_accountant
+from privacy.accounting import charge_units, epsilon_of
 from privacy.ledger.entry import INFINITE, Entry, Genesis
 from privacy.ledger.reading import History
+from privacy.mechanisms import Mechanism
 
 
 @dataclass
@@ -80,7 +82,7 @@ def budget_of(history: History) -> Budget:
     return tally.result()
 
 
-def forecast(budget: Budget, genesis: Genesis, mechanism: SampledGaussian, charges: int) -> Forecast:
+def forecast(budget: Budget, genesis: Genesis, mechanism: Mechanism, charges: int) -> Forecast:
     """Say what ``charges`` charges of a mechanism would add.
 
     Raises:
@@ -90,7 +92,7 @@ def forecast(budget: Budget, genesis: Genesis, mechanism: SampledGaussian, charg
     cost = charges * charge_units(mechanism, budget.order)
     after = most - budget.free_units + cost
     epsilon = float("inf") if budget.spent == float("inf") else epsilon_of(after, budget.order, budget.delta)
-    accountants = epsilon_by_accountant([mechanism] * charges, budget.delta)
+    accountants = epsilon_by_accountant({mechanism: charges}, budget.delta)
     return Forecast(charges, cost / most, epsilon, cost <= budget.free_units, accountants)
 
 

@@ -17,17 +17,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from model.errors import BadInputError
-from privacy.accounting import (
-    UNITS_PER_NAT,
-    SampledGaussian,
-    budget_units,
-    epsilon_by_accountant,
-    epsilon_of,
-    rdp_at,
-)
+from privacy.accountants import accountant_report
+from privacy.accounting import UNITS_PER_NAT, budget_units, epsilon_of, rdp_at
 from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead
+from privacy.ledger.mechanism_text import parse
 from privacy.ledger.reading import History
+from privacy.mechanisms import Mechanism
 
 _FIELDS = frozenset(ENTRY_FIELDS)
 _MOST_FINDINGS = 50
@@ -40,7 +36,8 @@ class LedgerAudit:
     entries: lines after the genesis. charges, committed, abandoned: of those charges. pending: reserved, and neither
         committed nor abandoned: work in progress, or lost in a crash, and spent either way.
     epsilon: the enforced value recomputed from the mechanisms, ``inf`` if any charge was without privacy.
-    accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy.
+    accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy. Right for charges that
+        were fixed in advance; none of them enforces. grid: how many kinds of charges were rounded upward for them.
     restored: how often it was started from a copy. unproven: whether one of these times the rest of the budget was
         charged for what the copy may have lacked.
     witnessed: whether a witness was compared. receipts: how many receipts were.
@@ -61,6 +58,7 @@ class LedgerAudit:
     delta: float = 0.0
     order: float = 0.0
     accountants: dict[str, float] = field(default_factory=dict)
+    grid: str | None = None
     seeded: bool = False
     rotations: int = 0
     restored: int = 0
@@ -115,7 +113,7 @@ class _Audit:
         self.closed: set[tuple[str, str]] = set()
         self.set_aside = 0
         self.mechanisms: Counter[str] = Counter()
-        self.parsed: dict[str, tuple[int, SampledGaussian | None]] = {}
+        self.parsed: dict[str, tuple[int, Mechanism | None]] = {}
         self.keys = [(0, genesis.public_key)]
         self.restored_at: list[int] = []
         self.seen = [("receipt", head) for head in receipts]
@@ -237,11 +235,11 @@ class _Audit:
                 self.set_aside -= drawn
         return price
 
-    def _look_up(self, text: str) -> tuple[int, SampledGaussian | None]:
+    def _look_up(self, text: str) -> tuple[int, Mechanism | None]:
         """Return price and mechanism of a spelling; equal spellings are worked out once."""
         known = self.parsed.get(text)
         if known is None:
-            mechanism = parse_mechanism(text)
+            mechanism = parse(text)
             # Without the rounding margin: another machine's last digit is no violation.
             price = 0 if mechanism is None else math.floor(rdp_at(mechanism, self.order) * UNITS_PER_NAT)
             known = self.parsed[text] = (price, mechanism)
@@ -316,12 +314,13 @@ class _Audit:
             found.epsilon = float("inf")
             return found
         found.epsilon = epsilon_of(self.total, self.order, self.delta)
-        counts: Counter[SampledGaussian] = Counter()
+        counts: Counter[Mechanism] = Counter()
         for text, count in self.mechanisms.items():
             mechanism = self.parsed[text][1]
             if mechanism is not None:
                 counts[mechanism] += count
-        found.accountants = epsilon_by_accountant(counts.elements(), self.delta)
+        report = accountant_report(counts, self.delta)
+        found.accountants, found.grid = report.epsilon, report.grid
         return found
 
     def _check_head(self, head: SignedHead) -> None:
@@ -352,27 +351,6 @@ class _Audit:
 
     def _key_at(self, seq: int) -> str:
         return next(key for since, key in reversed(self.keys) if since <= seq)
-
-
-def parse_mechanism(text: str) -> SampledGaussian | None:
-    """Read an entry's mechanism; None is a charge without privacy.
-
-    Raises:
-        BadInputError: not a mechanism that this Conclave knows.
-    """
-    try:
-        document = json.loads(text)
-        if document["kind"] == "none":
-            return None
-        if document["kind"] != "gaussian" or document["sampler"] != "poisson":
-            raise ValueError
-        return SampledGaussian(
-            sampling_rate=float(document["q"]),
-            noise_multiplier=float(document["sigma"]),
-            steps=int(document["steps"]),
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInputError("its mechanism cannot be read, must be a Poisson-sampled gaussian or none") from error
 
 
 def _content(entry: dict[str, Any]) -> tuple[object, ...]:

@@ -104,6 +104,23 @@ def plan(
 
 
 @app.command()
+def model(
+    scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")],
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw who holds which experts to this .svg file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a scenario's model: parameters, active ones and operations for a token, traffic, who holds what."""
+    from simulations.model_card import model_card
+    from simulations.tables import print_model_card
+
+    card = model_card(_scenario(scenario, overrides or [], None), plot)
+    print_model_card(card)
+    if as_json:
+        _print_json(card)
+
+
+@app.command()
 def scenarios(as_json: Json = False) -> None:
     """List the scenarios that come with Conclave."""
     from data.shipped_scenarios import shipped

@@ -69,7 +69,7 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         accountants = epsilon_by_accountant({charge: rounds}, privacy.delta)
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
-    down, up = _bytes(plan, held, scenario.name)
+    down, up, full = exchange_bytes_of(scenario)
     seconds = _seconds(scenario, plan, held, units_per_node)
     return PlanEstimate(
         plan_hash=plan.hash,
@@ -84,10 +84,23 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         parameters_per_node=_count(plan, held),
         bytes_down=down,
         bytes_up=up,
-        bytes_full_model=sum(_bytes(plan, everything, scenario.name)),
+        bytes_full_model=full,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
     )
+
+
+def exchange_bytes_of(scenario: Scenario) -> tuple[int, int, int]:
+    """Return bytes to a node and back in one round, and of an exchange both ways with the whole model.
+
+    Raises:
+        BadInputError: no noise multiplier satisfies (ε, δ).
+    """
+    plan = scenario.plan()
+    everything = scenario.model.all_experts
+    held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
+    down, up = _bytes(plan, held, scenario.name)
+    return down, up, sum(_bytes(plan, everything, scenario.name))
 
 
 def _count(plan: Plan, held: HeldExperts) -> int:

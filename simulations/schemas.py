@@ -15,10 +15,12 @@ from server.receipts import KeptReceipt
 from server.run_audit import RunAudit
 from simulations.audit_ledger import LedgersAudit
 from simulations.budget import BudgetReport
+from simulations.model_card import ModelCard
 
 SCHEMAS: dict[str, type] = {
     "audit-ledger": LedgersAudit,
     "audit-run": RunAudit,
+    "model": ModelCard,
     "node-budget": BudgetReport,
     "node-restore": Recovery,
     "ledger-genesis": Genesis,

@@ -16,6 +16,7 @@ from server.run_audit import RunAudit
 from server.scenario import Scenario
 from simulations.audit_ledger import LedgersAudit
 from simulations.budget import BudgetReport
+from simulations.model_card import ModelCard
 from simulations.simulate import Summary
 
 _WIDTH_OF_A_PIPE = 200
@@ -78,6 +79,32 @@ def print_plan(estimate: PlanEstimate) -> None:
         f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
     )
     _console().print(table)
+
+
+def print_model_card(card: ModelCard) -> None:
+    """Print what a model looks like and costs."""
+    costs = card.costs
+    table = Table(show_header=False, box=None, pad_edge=False)
+    shared = f", {card.shared} shared" if card.shared else ""
+    table.add_row(
+        "layers", f"{card.layers} ({card.preset}), each with {card.routed} routed experts{shared}, top {card.top_k}"
+    )
+    for group, count in costs.parameters.items():
+        table.add_row(group, f"{count:,} parameters, {count / costs.total:.0%}")
+    table.add_row("total", f"{costs.total:,} parameters; {costs.expert:,} in one expert")
+    table.add_row("active", f"{costs.active:,} parameters for a token, {costs.active / costs.total:.0%}")
+    table.add_row("operations", f"{costs.flops_per_token:,} for a token, forward")
+    both = card.bytes_down + card.bytes_up
+    table.add_row("traffic", f"{card.bytes_down:,} bytes to a node and {card.bytes_up:,} back, every round")
+    table.add_row("", f"{both / card.bytes_full_model:.0%} of the whole model's")
+    console = _console()
+    console.print(table)
+    console.print("\nwho holds what in a round, for example (one column an expert)")
+    for node, held in card.held.items():
+        rows = ("".join("■" if e in ids else "·" for e in range(card.routed)) for _, ids in sorted(held.items()))
+        console.print(f"{node:<10}" + "  ".join(rows), highlight=False)
+    if card.plot is not None:
+        console.print(card.plot, markup=False, highlight=False)
 
 
 def print_findings(findings: list[Finding]) -> None:

@@ -246,6 +246,18 @@ def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):
     assert (status, err.count("must be a new file")) == (2, 1)
 
 
+def test_the_model_of_a_scenario(capsys, tmp_path):
+    status, out, _ = call(capsys, "model", "stdlib-text", "--plot", tmp_path / "m.svg", "--json")
+    card = json.loads(out.splitlines()[-1])
+    assert (status, card["layers"], card["routed"], card["top_k"]) == (0, 1, 8, 2)
+    assert sum(card["costs"]["parameters"].values()) == card["costs"]["total"] > card["costs"]["active"]
+    assert all(len(ids["0"]) == 4 for ids in card["held"].values())
+    assert card["bytes_down"] + card["bytes_up"] < card["bytes_full_model"]
+    assert (tmp_path / "m.svg").read_text().startswith("<svg")
+    status, _, err = call(capsys, "model", "digits", "--plot", tmp_path / "no" / "m.svg")
+    assert (status, err.count("cannot be written")) == (2, 1)
+
+
 def test_audit_run(run, capsys, tmp_path):
     folder, _ = run
     status, out, _ = call(capsys, "audit", "run", folder, "--json")
@@ -334,6 +346,7 @@ def test_json_documents_match_their_published_schemas(run, capsys, tmp_path):
     documents = {
         "audit-ledger": call(capsys, "audit", "ledger", ledger, "--json")[1].splitlines()[-1],
         "audit-run": call(capsys, "audit", "run", folder, "--json")[1].splitlines()[-1],
+        "model": call(capsys, "model", "digits", "--json")[1].splitlines()[-1],
         "node-budget": call(capsys, "node", "budget", ledger, "--plan", "digits", "--json")[1].splitlines()[-1],
         "node-restore": '{"proven": true, "regained": 0, "charged": 0}',
         "ledger-genesis": genesis,

@@ -74,6 +74,7 @@ class Store:
             raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
         check_head(self._db, self.path, self.current_key)
         self._check_place(machine)
+        self._erase_log()  # a process that was killed after erasing a secret did not come to it
 
     @classmethod
     def create(
@@ -278,6 +279,10 @@ class Store:
             changed = self._last()[0] != before
         if changed:
             self._mirror()
+
+    def _erase_log(self) -> None:
+        # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _mirror(self) -> None:
         if self._witness is not None:

@@ -201,7 +201,7 @@ class Store:
 
     def _migrate(self) -> None:
         with transaction(self._db):
-            found = migrate(self._db)
+            found = migrate(self._db, self._key)
             self.genesis = read_genesis(self._db)
             head = SignedHead.sign(self._key, self.genesis.ledger_id, 0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))

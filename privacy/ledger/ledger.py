@@ -76,6 +76,7 @@ class Ledger(Store):
         lock = os.open(self.path.with_name(f"{self.path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._erase_log()  # the worker before may have been killed just before it did
             yield
         finally:
             os.close(lock)
@@ -307,10 +308,6 @@ class Ledger(Store):
             (KEPT_REPLIES,),
         )
         self._db.execute("PRAGMA secure_delete = ON")
-
-    def _erase_log(self) -> None:
-        # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
 
 def _plan_id(ledger_id: str, run_id: str, plan_hash: str) -> str:

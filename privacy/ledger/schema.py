@@ -6,8 +6,11 @@ import json
 import sqlite3
 from collections.abc import Callable
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from privacy.canonical import canonical_json, sha256
 from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION
+from privacy.ledger.heads import SignedHead
 
 TABLES = f"""
 CREATE TABLE genesis (document TEXT NOT NULL, signature TEXT NOT NULL);
@@ -48,20 +51,23 @@ def format_version(db: sqlite3.Connection) -> int:
     return int(version)
 
 
-def migrate(db: sqlite3.Connection) -> int:
+def migrate(db: sqlite3.Connection, key: Ed25519PrivateKey) -> int:
     """Bring an older file to this format, inside the transaction that is open. Returns the version it had.
 
     Entries keep their bytes, so every hash and receipt stays what it was. The caller vouches for the result with a
     MIGRATED entry.
+
+    Args:
+        key: the ledger's, for heads that were not signed: a reply that is kept goes out with one.
     """
     found = version = format_version(db)
     while version in _STEPS:
-        _STEPS[version](db)
+        _STEPS[version](db, key)
         version = format_version(db)
     return found
 
 
-def _from_1(db: sqlite3.Connection) -> None:
+def _from_1(db: sqlite3.Connection, key: Ed25519PrivateKey) -> None:
     """Version 1 kept a column per field, signed nothing and set no budget aside."""
     entries = db.execute("SELECT * FROM entries ORDER BY seq").fetchall()
     secrets = db.execute("SELECT charge_id, secret, attempts FROM secrets").fetchall()
@@ -75,13 +81,14 @@ def _from_1(db: sqlite3.Connection) -> None:
     for row in entries:
         document = dict(zip(ENTRY_FIELDS, row, strict=False))  # its last two columns were hash and signature
         body = canonical_json(document)
+        head = SignedHead.sign(key, document["ledger_id"], document["seq"], sha256(body))
         db.execute(
-            "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, '')",
-            (document["seq"], body.decode(), sha256(body)),
+            "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
+            (head.seq, body.decode(), head.hash, head.signature),
         )
         seqs[document["charge_id"]] = document["seq"]
     db.executemany("INSERT INTO secrets VALUES (?, ?, ?, '')", secrets)
     db.executemany("INSERT INTO replies VALUES (?, ?, ?)", [(seqs[name], name, body) for name, body in replies])
 
 
-_STEPS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _from_1}
+_STEPS: dict[int, Callable[[sqlite3.Connection, Ed25519PrivateKey], None]] = {1: _from_1}

@@ -63,17 +63,17 @@ class Store:
         version = format_version(self._db)
         if version == 0 or version > FORMAT_VERSION:
             raise BadInputError(f"{self.path}: ledger format version {version}, must be at most {FORMAT_VERSION}")
+        self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
         if version < FORMAT_VERSION:
             self._migrate()
         self.genesis = read_genesis(self._db)
         # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
         synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
-        self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
-        if self.current_key != public_hex(self._key):
-            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
+        self._check_key(self.current_key)
         check_head(self._db, self.path, self.current_key)
         self._check_place(machine)
+        self._erase_log()  # a process that was killed after erasing a secret did not come to it
 
     @classmethod
     def create(
@@ -200,10 +200,17 @@ class Store:
                 raise BadInputError(f"{self.path}: {error}") from error
             self._mirror()  # the last head may not have reached it before a crash
 
+    def _check_key(self, public_key: str) -> None:
+        if public_key != public_hex(self._key):
+            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
+
     def _migrate(self) -> None:
         with transaction(self._db):
-            found = migrate(self._db)
+            if format_version(self._db) == FORMAT_VERSION:
+                return  # another process did it since
             self.genesis = read_genesis(self._db)
+            self._check_key(self.genesis.public_key)  # first: what another key signs could not be opened again
+            found = migrate(self._db, self._key)
             head = SignedHead.sign(self._key, self.genesis.ledger_id, 0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
             document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
@@ -280,6 +287,10 @@ class Store:
             behind |= self._last()[0] != before
         if behind:
             self._mirror()
+
+    def _erase_log(self) -> None:
+        # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _mirror(self) -> None:
         if self._witness is not None:

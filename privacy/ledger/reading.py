@@ -149,7 +149,11 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     uri = path.resolve().as_uri()
     try:
         db = sqlite3.connect(f"{uri}?mode=ro", uri=True)
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        try:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except BaseException:
+            db.close()
+            raise
     except sqlite3.OperationalError:
         # SQLite keeps its index of the write-ahead log beside the file, which a read-only folder does not allow.
         if path.with_name(f"{path.name}-wal").exists():

@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from operator import itemgetter
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -29,8 +30,16 @@ from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION, INFINITE, Genesis
 from privacy.ledger.heads import KeyRotation, SignedHead
 from privacy.ledger.reading import History
 
-_FIELDS = frozenset(ENTRY_FIELDS)
 _MOST_FINDINGS = 50
+_SMALLEST_RATE, _LARGEST_NOISE, _MOST_STEPS = 1e-9, 1e9, 10**9  # beyond them accountants lose their footing
+_LARGEST_EPSILON = 100.0
+_LAST_DIGITS = 1000  # RDP units: another machine's logarithm is no violation
+
+_FIELDS = sorted(ENTRY_FIELDS)  # the order in which canonical JSON spells them
+_TYPES = [int if name in ("version", "seq", "round") else str for name in _FIELDS]
+
+_content = itemgetter("mechanism", "run_id", "round", "plan_hash", "model_in_hash", "releases", "rng")
+"""What a charge's entries have in common."""
 
 
 @dataclass
@@ -40,7 +49,8 @@ class LedgerAudit:
     entries: lines after the genesis. charges, committed, abandoned: of those charges. pending: reserved, and neither
         committed nor abandoned: work in progress, or lost in a crash, and spent either way.
     epsilon: the enforced value recomputed from the mechanisms, ``inf`` if any charge was without privacy.
-    accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy.
+    accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy, above ε = 100 and where
+        something was found, for they take minutes or fail on absurd charges.
     restored: how often it was started from a copy. unproven: whether one of these times the rest of the budget was
         charged for what the copy may have lacked.
     witnessed: whether a witness was compared. receipts: how many receipts were.
@@ -133,19 +143,17 @@ class _Audit:
 
     def _budget(self) -> int:
         genesis = self.genesis
-        try:
-            budget = budget_units(float(genesis.epsilon), self.delta, self.order)
-        except (ValueError, ZeroDivisionError):
-            budget = 0
-            self.say("genesis: its epsilon, delta or order is no number that a budget can have")
-        if int(genesis.rdp_budget) > budget:
-            self.say(f"genesis: RDP budget {genesis.rdp_budget}, must be at most {budget} for the stated epsilon")
+        budget, stated = budget_units(float(genesis.epsilon), self.delta, self.order), int(genesis.rdp_budget)
+        if stated > budget + _LAST_DIGITS:
+            self.say(f"genesis: RDP budget {stated}, must be at most {budget} for the stated epsilon")
+        else:
+            budget = stated
         try:
             named = ledger_id_of(genesis.public_key)
         except ValueError:
             named = "of a key in hexadecimal"
         if genesis.ledger_id != named:
-            self.say(f"genesis: ledger id {genesis.ledger_id}, must be {named}, which belongs to its key")
+            self.say(f"genesis: ledger id {_shown(genesis.ledger_id)}, must be {named}, which belongs to its key")
         return budget
 
     def take(self, line: bytes) -> None:
@@ -157,19 +165,17 @@ class _Audit:
         if position in self.wanted:
             self.hashes[position] = digest
         try:
-            entry = json.loads(line)
-            if entry.keys() != _FIELDS:
-                raise ValueError
+            entry = _read(line)
             if entry["prev_hash"] != self.prev_hash:
                 self.say(f"entry {position}: the hash chain does not hold, so the one before it was altered")
             if entry["seq"] != position:
-                self.say(f"entry {position}: numbered {entry['seq']}, must be {position}: one is missing or moved")
+                self.say(f"entry {position}: numbered {entry['seq']:d}, must be {position}: one is missing or moved")
             if entry["ledger_id"] != found.ledger_id or entry["rdp_budget"] != self.genesis.rdp_budget:
                 self.say(f"entry {position}: names another ledger or budget, must be that of the genesis")
             if not 1 <= entry["version"] <= FORMAT_VERSION:
-                self.say(f"entry {position}: format version {entry['version']}, must be 1 to {FORMAT_VERSION}")
+                self.say(f"entry {position}: format version {entry['version']:d}, must be 1 to {FORMAT_VERSION}")
             self._add(position, entry, self._price(position, entry))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.say(f"entry {position}: cannot be read, must be one JSON object with an entry's fields")
         self.prev_hash = digest
 
@@ -185,7 +191,8 @@ class _Audit:
                 self.say(f"entry {position}: state {state} cannot follow {after}")
             elif before != _content(entry):
                 self.say(
-                    f"entry {position}: ends a charge with another mechanism, run, plan or model than it began with"
+                    f"entry {position}: ends a charge with another mechanism, run, plan, model, release or "
+                    "randomness than it began with"
                 )
             self.ended.add(charge_id)
             if state == "COMMITTED":
@@ -196,6 +203,8 @@ class _Audit:
             self._admitted(position, entry)
         elif state == "CLOSED":
             plan = (entry["run_id"], entry["plan_hash"])
+            if plan not in self.plans:
+                self.say(f"entry {position}: closes a plan that is not open")
             self.set_aside -= self.plans.pop(plan, 0)
             self.closed.add(plan)
         elif state == "ROTATED":
@@ -203,7 +212,7 @@ class _Audit:
         elif state == "RESTORED":
             return self._restored(position, entry)
         elif state != "MIGRATED":
-            self.say(f"entry {position}: state {state}, which no entry can have")
+            self.say(f"entry {position}: state {_shown(state)}, which no entry can have")
         return 0
 
     def _reserved(self, position: int, entry: dict[str, Any]) -> int:
@@ -228,7 +237,7 @@ class _Audit:
             if self.genesis.mode != "simulation":
                 self.say(f"entry {position}: a charge without privacy, must not exist outside simulation")
             if entry["rdp_charge"] != INFINITE:
-                self.say(f"entry {position}: charged {entry['rdp_charge']}, must be {INFINITE} without privacy")
+                self.say(f"entry {position}: charged an amount, must be {INFINITE} without privacy")
         else:
             plan = (entry["run_id"], entry["plan_hash"])
             if plan in self.plans:
@@ -251,6 +260,8 @@ class _Audit:
         plan = (entry["run_id"], entry["plan_hash"])
         document = json.loads(entry["mechanism"])
         units, charges = int(document["units"]), int(document["charges"])
+        if units < 0 or charges < 0:
+            raise ValueError("less than nothing")
         if plan in self.plans or plan in self.closed:
             self.say(f"entry {position}: admits a plan for the second time")
         try:
@@ -260,8 +271,10 @@ class _Audit:
             price = 0
         if units < price * charges:
             self.say(f"entry {position}: sets {units} aside, must be at least {price * charges} for its charges")
+        self.set_aside += units - self.plans.get(plan, 0)
         self.plans[plan] = units
-        self.set_aside += units
+        if self.total + self.set_aside > self.budget:
+            self.say(f"entry {position}: sets more aside than the budget of {self.genesis.epsilon} has left")
 
     def _rotated(self, position: int, entry: dict[str, Any]) -> None:
         document = json.loads(entry["mechanism"])
@@ -278,6 +291,7 @@ class _Audit:
 
     def _restored(self, position: int, entry: dict[str, Any]) -> int:
         self.found.restored += 1
+        self.closed.update(self.plans)
         self.plans.clear()
         self.set_aside = 0
         if json.loads(entry["mechanism"])["proven"] is True:
@@ -294,12 +308,14 @@ class _Audit:
                 self.say(f"entry {position}: charged {INFINITE}, must be an amount where there is privacy")
         else:
             units = int(charge)
+            if str(units) != charge:
+                raise ValueError("not spelled as a ledger does")
             if units < price:
                 self.say(f"entry {position}: charged {charge}, must be at least {price} for its mechanism")
             self.total += max(units, price)
         expected = INFINITE if self.without_privacy else str(self.total)
         if total != expected:
-            self.say(f"entry {position}: total {total}, must be {expected}")
+            self.say(f"entry {position}: total {_shown(total)}, must be {expected}")
         if price and not self.without_privacy and self.total + self.set_aside > self.budget:
             self.say(f"entry {position}: spends more than the budget of {self.genesis.epsilon}, must stay within it")
 
@@ -321,7 +337,8 @@ class _Audit:
             mechanism = self.parsed[text][1]
             if mechanism is not None:
                 counts[mechanism] += count
-        found.accountants = epsilon_by_accountant(counts.elements(), self.delta)
+        if not found.findings and found.epsilon <= _LARGEST_EPSILON:
+            found.accountants = epsilon_by_accountant(counts.elements(), self.delta)
         return found
 
     def _check_head(self, head: SignedHead) -> None:
@@ -341,10 +358,10 @@ class _Audit:
             if not seen.signed_by(self._key_at(seen.seq)):
                 self.say(f"the {what} of entry {seen.seq} is not signed with the ledger's key")
             return
-        if any(position <= seen.seq for position in self.restored_at):
-            return  # of the history that a restore lost; the rest of the budget was charged for it
         if not any(seen.signed_by(key) for _, key in self.keys):
             self.say(f"a {what} of entry {seen.seq} is not signed with the ledger's key, so it proves nothing")
+        elif any(position <= seen.seq for position in self.restored_at):
+            return  # of the history that a restore lost; the rest of the budget was charged for it
         elif seen.seq > self.found.entries:
             self.say(f"ends at entry {self.found.entries}, but a {what} proves entry {seen.seq}: entries are missing")
         else:
@@ -366,21 +383,38 @@ def parse_mechanism(text: str) -> SampledGaussian | None:
             return None
         if document["kind"] != "gaussian" or document["sampler"] != "poisson":
             raise ValueError
-        return SampledGaussian(
+        mechanism = SampledGaussian(
             sampling_rate=float(document["q"]),
             noise_multiplier=float(document["sigma"]),
             steps=int(document["steps"]),
         )
-    except (ValueError, TypeError, KeyError) as error:
+        rate, noise, steps = mechanism.sampling_rate, mechanism.noise_multiplier, mechanism.steps
+        if not (_SMALLEST_RATE <= rate <= 1.0 and 0.0 < noise <= _LARGEST_NOISE and 1 <= steps <= _MOST_STEPS):
+            raise ValueError
+        return mechanism
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise BadInputError("its mechanism cannot be read, must be a Poisson-sampled gaussian or none") from error
 
 
-def _content(entry: dict[str, Any]) -> tuple[object, ...]:
-    """What a charge's entries have in common."""
-    return (
-        entry["mechanism"], entry["run_id"], entry["round"], entry["plan_hash"], entry["model_in_hash"],
-        entry["releases"],
-    )  # fmt: skip
+def _read(line: bytes) -> dict[str, Any]:
+    """Read an entry: its fields in canonical order and of the right types, and nothing after them."""
+    text = line.decode()
+    entry, end = _DECODER.raw_decode(text)
+    if end != len(text) or list(entry) != _FIELDS or list(map(type, entry.values())) != _TYPES:
+        raise ValueError("not an entry")
+    return entry  # type: ignore[no-any-return]
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is a number that no entry has")
+
+
+_DECODER = json.JSONDecoder(parse_float=_refuse, parse_constant=_refuse)
+
+
+def _shown(text: str) -> str:
+    """Quote what someone else wrote, safe and short enough for a terminal."""
+    return ascii(text if len(text) <= 40 else f"{text[:40]}…")
 
 
 def _units(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
+from functools import cache
 
 from privacy.canonical import canonical_json, sha256
 from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION
@@ -40,6 +41,25 @@ def run_script(db: sqlite3.Connection, script: str) -> None:
         if sqlite3.complete_statement(statement):
             db.execute(statement)
             statement = ""
+
+
+def is_ours(db: sqlite3.Connection) -> bool:
+    """Whether the file has exactly this format's tables, indices and triggers: another trigger could undo a charge."""
+    return _schema(db) == _expected_schema()
+
+
+@cache
+def _expected_schema() -> frozenset[tuple[str, str]]:
+    db = sqlite3.connect(":memory:")
+    try:
+        db.executescript(TABLES)
+        return _schema(db)
+    finally:
+        db.close()
+
+
+def _schema(db: sqlite3.Connection) -> frozenset[tuple[str, str]]:
+    return frozenset(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
 
 
 def format_version(db: sqlite3.Connection) -> int:

@@ -17,9 +17,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from model.errors import BadInputError
 from privacy.canonical import canonical_json, sha256
+from privacy.ledger.derived import Derived
 from privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
-from privacy.ledger.heads import KeyRotation, SignedHead, public_hex
-from privacy.ledger.schema import TABLES, format_version, migrate, run_script
+from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
+from privacy.ledger.schema import TABLES, format_version, is_ours, migrate, run_script
 from privacy.ledger.witness import Witness
 
 
@@ -41,8 +42,8 @@ class Store:
             machine: this machine's id; compared where given. Required outside simulation.
 
         Raises:
-            BadInputError: no such file, not a ledger, a format this Conclave cannot read, another key or machine, or
-                a witness that is missing, ahead or of another history.
+            BadInputError: no such file, not a ledger, altered, a format this Conclave cannot read, another key or
+                machine, or a witness that is missing, ahead or of another history.
         """
         if not path.is_file():
             raise BadInputError(f"{path}: no such file, must be a ledger")
@@ -52,7 +53,7 @@ class Store:
         self._db = connect(path)
         try:
             self._open(machine)
-        except (sqlite3.DatabaseError, TypeError) as error:
+        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, AttributeError) as error:
             self._db.close()
             raise BadInputError(f"{path}: not a ledger") from error
         except BaseException:
@@ -70,9 +71,9 @@ class Store:
         synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
         self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
-        if self.current_key != public_hex(self._key):
-            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
-        check_head(self._db, self.path, self.current_key)
+        with transaction(self._db):
+            signed_with = check_whole(self._db, self.path)
+        self._check_key(signed_with)
         self._check_place(machine)
 
     @classmethod
@@ -140,18 +141,25 @@ class Store:
         return [Entry.parse(body) for (body,) in self._db.execute("SELECT body FROM entries ORDER BY seq")]
 
     def rotate_key(self, new_key: Ed25519PrivateKey) -> KeyRotation:
-        """Sign with another key from now on. The change is an entry that both keys signed."""
+        """Sign with another key from now on. The change is an entry that both keys signed.
+
+        Raises:
+            BadInputError: the ledger was signed with that key before.
+        """
         old_key = self._key
         rotation = KeyRotation.sign(self.genesis.ledger_id, old_key, new_key)
-        self._key = new_key
         try:
             with self._change():
+                if rotation.new_key in {self.genesis.public_key, *(item.new_key for item in self.rotations)}:
+                    raise BadInputError(f"{self.path}: has been signed with this key before, must get a new one")
+                self._key = new_key
                 document = {"kind": "key-rotation", **rotation.model_dump()}
                 self._append("ROTATED", sha256(rotation.new_key.encode()), canonical_json(document).decode())
                 rotations = [item.model_dump() for item in [*self.rotations, rotation]]
                 self._stand("rotations", canonical_json(rotations).decode())
         except BaseException:
-            self._key = old_key
+            if self.current_key != rotation.new_key:  # it is in force where only the witness could not follow
+                self._key = old_key
             raise
         return rotation
 
@@ -182,6 +190,10 @@ class Store:
         if not self.holds(seen):
             raise LedgerMismatchError("its witness has seen another history, so this is not the ledger it mirrors")
 
+    def _check_key(self, signed_with: str) -> None:
+        if signed_with != public_hex(self._key):
+            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
+
     def _check_place(self, machine: str | None) -> None:
         """Refuse a copy: a ledger of another machine, or one that its witness knows to be incomplete."""
         row = self._db.execute("SELECT value FROM standing WHERE name = 'machine'").fetchone()
@@ -196,12 +208,15 @@ class Store:
                 self.check_witness()
             except LedgerMismatchError as error:
                 raise BadInputError(f"{self.path}: {error}") from error
-            self._mirror()  # the last head may not have reached it before a crash
+            self._mirror()
 
     def _migrate(self) -> None:
         with transaction(self._db):
             found = migrate(self._db)
             self.genesis = read_genesis(self._db)
+            Store._check_key(self, self.genesis.public_key)  # before anything is signed with it
+            if found == FORMAT_VERSION:
+                return  # another process was faster
             head = SignedHead.sign(self._key, self.genesis.ledger_id, 0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
             document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
@@ -272,15 +287,15 @@ class Store:
         The witness follows before anything else happens: whoever acts on the change cannot lose it to an older copy.
         """
         with transaction(self._db):
-            before = self._last()[0]
+            if self.current_key != public_hex(self._key):  # replaced by another process
+                raise LedgerMismatchError("signs with another key by now, so this one must not sign anything more")
             self.check_witness()
             yield
-            changed = self._last()[0] != before
-        if changed:
-            self._mirror()
+        self._mirror()
 
     def _mirror(self) -> None:
-        if self._witness is not None:
+        # Also where nothing was appended: the head may not have reached it before a crash, or on a full disk.
+        if self._witness is not None and self._witness.read() != self.head:
             self._witness.mirror(lambda: self.head)
 
 
@@ -295,10 +310,11 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:
+            db.execute("ROLLBACK")
         raise
-    db.execute("COMMIT")
 
 
 def read_genesis(db: sqlite3.Connection) -> Genesis:
@@ -323,18 +339,32 @@ def read_rotations(db: sqlite3.Connection) -> list[KeyRotation]:
     return [] if row is None else [KeyRotation.model_validate(item) for item in json.loads(row[0])]
 
 
-def check_head(db: sqlite3.Connection, path: Path, public_key: str) -> None:
-    """Check the last entry against its hash and the head's signature; the audit checks them all.
+def check_whole(db: sqlite3.Connection, path: Path) -> str:
+    """Check an open file against the signature at its head; return the public key that signed it.
+
+    Every entry is bound by the chain, so none can be altered, and what derives from entries is put right. A few
+    microseconds an entry: states and prices are the audit's questions.
 
     Raises:
-        BadInputError: they do not hold.
+        BadInputError: something was altered.
     """
+    if not is_ours(db):
+        raise BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
     genesis = read_genesis(db)
-    try:
-        head = read_head(db, genesis)
-    except ValueError as error:
-        raise BadInputError(f"{path}: its last head cannot be read, must be signed") from error
-    row = db.execute("SELECT body FROM entries WHERE seq = ?", (head.seq,)).fetchone()
-    content = genesis.line if row is None else row[0].encode()
-    if sha256(content) != head.hash or not head.signed_by(public_key):
-        raise BadInputError(f"{path}: its last entry was altered, must be as it was signed")
+    derived = Derived()
+    last, prev_hash = 0, genesis.hash
+    for seq, body, entry_hash in db.execute("SELECT seq, body, hash FROM entries ORDER BY seq"):
+        last += 1
+        # A string inside the entry cannot spell this: its quotes would be escaped.
+        follows = seq == last and f'"prev_hash":"{prev_hash}"' in body
+        if not follows or sha256(body.encode()) != entry_hash:
+            raise BadInputError(f"{path}: entry {last} was altered, must be as it was signed")
+        derived.take(body)
+        prev_hash = entry_hash
+    key = current_key(genesis.ledger_id, genesis.public_key, derived.rotations)
+    head = read_head(db, genesis)
+    named = genesis.ledger_id == ledger_id_of(genesis.public_key)
+    if key is None or not named or (head.seq, head.hash) != (last, prev_hash) or not head.signed_by(key):
+        raise BadInputError(f"{path}: its last head does not hold, must be signed with its key")
+    derived.store(db)
+    return key

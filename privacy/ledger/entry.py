@@ -102,7 +102,7 @@ class Genesis:
         try:
             genesis = cls(**json.loads(line))
             genesis._check()
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise BadInputError(
                 "the genesis cannot be read, must be one JSON object with a ledger's constants"
             ) from error
@@ -119,6 +119,7 @@ class Genesis:
             raise ValueError("another mode")
         if not (0.0 < epsilon < math.inf and 0.0 < delta < 1.0 and 1.0 < order < math.inf):
             raise ValueError("numbers that no budget can have")
+        budget_units(epsilon, delta, order)
         _ = self.line  # raises where a string has no UTF-8
 
 
@@ -226,12 +227,16 @@ class Entry:
             BadInputError: it is none.
         """
         try:
-            return cls(**json.loads(line))
+            entry = cls(**json.loads(line))
+            if any(type(getattr(entry, name)) is not kind for name, kind in ENTRY_TYPES.items()):
+                raise TypeError("other types than an entry has")
+            return entry
         except (ValueError, TypeError, RecursionError) as error:
             raise BadInputError("a line cannot be read, must be one JSON object with an entry's fields") from error
 
 
 ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
+ENTRY_TYPES: dict[str, type] = {name: int if name in ("version", "seq", "round") else str for name in ENTRY_FIELDS}
 
 
 def add_units(total: str, charge: str) -> str:

@@ -23,6 +23,8 @@ from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_he
 from privacy.ledger.schema import TABLES, format_version, is_ours, migrate, run_script
 from privacy.ledger.witness import Witness
 
+_UNREADABLE = (sqlite3.DatabaseError, TypeError, ValueError, KeyError, AttributeError)
+
 
 class LedgerMismatchError(Exception):
     """The ledger contradicts its witness or a receipt: it is an older copy, or was replaced. Nothing was written."""
@@ -53,11 +55,10 @@ class Store:
         self._db = connect(path)
         try:
             self._open(machine)
-        except (sqlite3.DatabaseError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except BaseException as error:
             self._db.close()
-            raise BadInputError(f"{path}: not a ledger") from error
-        except BaseException:
-            self._db.close()
+            if isinstance(error, _UNREADABLE) and not isinstance(error, BadInputError):
+                raise BadInputError(f"{path}: not a ledger") from error
             raise
 
     def _open(self, machine: str | None) -> None:

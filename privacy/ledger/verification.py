@@ -26,7 +26,7 @@ from privacy.accounting import (
     epsilon_of,
     rdp_at,
 )
-from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
+from privacy.ledger.entry import ENTRY_TYPES, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead
 from privacy.ledger.reading import History
 
@@ -35,8 +35,8 @@ _SMALLEST_RATE, _LARGEST_NOISE, _MOST_STEPS = 1e-9, 1e9, 10**9  # beyond them ac
 _LARGEST_EPSILON = 100.0
 _LAST_DIGITS = 1000  # RDP units: another machine's logarithm is no violation
 
-_FIELDS = sorted(ENTRY_FIELDS)  # the order in which canonical JSON spells them
-_TYPES = [int if name in ("version", "seq", "round") else str for name in _FIELDS]
+_FIELDS = sorted(ENTRY_TYPES)  # the order in which canonical JSON spells them
+_TYPES = [ENTRY_TYPES[name] for name in _FIELDS]
 
 _content = itemgetter("mechanism", "run_id", "round", "plan_hash", "model_in_hash", "releases", "rng")
 """What a charge's entries have in common."""
@@ -331,7 +331,10 @@ class _Audit:
         if self.without_privacy:
             found.epsilon = float("inf")
             return found
-        found.epsilon = epsilon_of(self.total, self.order, self.delta)
+        try:
+            found.epsilon = epsilon_of(self.total, self.order, self.delta)
+        except OverflowError:  # charges that no float can count
+            found.epsilon = float("inf")
         counts: Counter[SampledGaussian] = Counter()
         for text, count in self.mechanisms.items():
             mechanism = self.parsed[text][1]

@@ -68,20 +68,19 @@ def format_version(db: sqlite3.Connection) -> int:
     return int(version)
 
 
-def migrate(db: sqlite3.Connection) -> int:
-    """Bring an older file to this format, inside the transaction that is open. Returns the version it had.
+def migrate(db: sqlite3.Connection, sign: Callable[[int, str], str]) -> None:
+    """Bring an older file to this format, inside the transaction that is open.
 
     Entries keep their bytes, so every hash and receipt stays what it was. The caller vouches for the result with a
-    MIGRATED entry.
+    MIGRATED entry. ``sign`` returns the signature of a head: of a position and a hash.
     """
-    found = version = format_version(db)
+    version = format_version(db)
     while version in _STEPS:
-        _STEPS[version](db)
+        _STEPS[version](db, sign)
         version = format_version(db)
-    return found
 
 
-def _from_1(db: sqlite3.Connection) -> None:
+def _from_1(db: sqlite3.Connection, sign: Callable[[int, str], str]) -> None:
     """Version 1 kept a column per field, signed nothing and set no budget aside."""
     entries = db.execute("SELECT * FROM entries ORDER BY seq").fetchall()
     secrets = db.execute("SELECT charge_id, secret, attempts FROM secrets").fetchall()
@@ -95,13 +94,14 @@ def _from_1(db: sqlite3.Connection) -> None:
     for row in entries:
         document = dict(zip(ENTRY_FIELDS, row, strict=False))  # its last two columns were hash and signature
         body = canonical_json(document)
+        head_hash = sha256(body)
         db.execute(
-            "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, '')",
-            (document["seq"], body.decode(), sha256(body)),
+            "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
+            (document["seq"], body.decode(), head_hash, sign(document["seq"], head_hash)),
         )
         seqs[document["charge_id"]] = document["seq"]
     db.executemany("INSERT INTO secrets VALUES (?, ?, ?, '')", secrets)
     db.executemany("INSERT INTO replies VALUES (?, ?, ?)", [(seqs[name], name, body) for name, body in replies])
 
 
-_STEPS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _from_1}
+_STEPS: dict[int, Callable[[sqlite3.Connection, Callable[[int, str], str]], None]] = {1: _from_1}

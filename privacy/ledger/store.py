@@ -23,7 +23,8 @@ from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_he
 from privacy.ledger.schema import TABLES, format_version, is_ours, migrate, run_script
 from privacy.ledger.witness import Witness
 
-_UNREADABLE = (sqlite3.DatabaseError, TypeError, ValueError, KeyError, AttributeError)
+UNREADABLE = (sqlite3.Error, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError)
+"""What reading a damaged file raises."""
 
 
 class LedgerMismatchError(Exception):
@@ -57,14 +58,14 @@ class Store:
             self._open(machine)
         except BaseException as error:
             self._db.close()
-            if isinstance(error, _UNREADABLE) and not isinstance(error, BadInputError):
+            if isinstance(error, UNREADABLE) and not isinstance(error, BadInputError):
                 raise BadInputError(f"{path}: not a ledger") from error
             raise
 
     def _open(self, machine: str | None) -> None:
         version = format_version(self._db)
-        if version == 0 or version > FORMAT_VERSION:
-            raise BadInputError(f"{self.path}: ledger format version {version}, must be at most {FORMAT_VERSION}")
+        if not 1 <= version <= FORMAT_VERSION:
+            raise BadInputError(f"{self.path}: ledger format version {version}, must be 1 to {FORMAT_VERSION}")
         if version < FORMAT_VERSION:
             self._migrate()
         self.genesis = read_genesis(self._db)
@@ -213,15 +214,20 @@ class Store:
 
     def _migrate(self) -> None:
         with transaction(self._db):
-            found = migrate(self._db)
-            self.genesis = read_genesis(self._db)
-            Store._check_key(self, self.genesis.public_key)  # before anything is signed with it
+            found = format_version(self._db)
             if found == FORMAT_VERSION:
                 return  # another process was faster
-            head = SignedHead.sign(self._key, self.genesis.ledger_id, 0, self.genesis.hash)
+            self.genesis = read_genesis(self._db)
+            Store._check_key(self, self.genesis.public_key)  # before anything is signed with it
+            migrate(self._db, lambda seq, head_hash: self._sign(seq, head_hash).signature)
+            head = self._sign(0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
             document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
             self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), canonical_json(document).decode())
+            check_whole(self._db, self.path)  # what was altered before stays version 1, and unvouched for
+
+    def _sign(self, seq: int, head_hash: str) -> SignedHead:
+        return SignedHead.sign(self._key, self.genesis.ledger_id, seq, head_hash)
 
     def _append(
         self,
@@ -263,7 +269,7 @@ class Store:
             time=utc_now(),
         )
         line = entry.line
-        head = SignedHead.sign(self._key, entry.ledger_id, entry.seq, sha256(line))
+        head = self._sign(entry.seq, sha256(line))
         self._db.execute(
             "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
             (entry.seq, line.decode(), head.hash, head.signature),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -166,10 +168,10 @@ class LongLife:
         return Ledger(self.path, self.key, **({"witness": self.witness, "machine": self.machine} | options))
 
 
-def long_life(folder: Path) -> LongLife:
+def long_life(folder: Path, dataset: str = "test") -> LongLife:
     witness = Witness(folder / "witness" / "head.json")
     path, export = folder / "ledger.db", folder / "ledger.jsonl"
-    ledger = Ledger.create(path, genesis(), KEY, witness=witness)
+    ledger = Ledger.create(path, replace(genesis(), dataset_id=dataset), KEY, witness=witness)
     life = LongLife(path, export, witness, {0: ledger.head})
     numbers = iter(range(1, 1000))
 
@@ -202,6 +204,32 @@ def long_life(folder: Path) -> LongLife:
     with export.open("wb") as out:
         assert write_export(open_history(path), out) == 100
     return life
+
+
+def copy_of(life: LongLife, folder: Path) -> LongLife:
+    """The same ledger, witness and export in another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    witness = Witness(folder / "witness" / "head.json")
+    witness.path.parent.mkdir()
+    for source, target in (
+        (life.path, folder / "ledger.db"), (life.export, folder / "ledger.jsonl"), (life.witness.path, witness.path)
+    ):  # fmt: skip
+        shutil.copy(source, target)
+    return replace(life, path=folder / "ledger.db", export=folder / "ledger.jsonl", witness=witness)
+
+
+def edit(path: Path, *statements: str, keep_triggers: bool = True) -> None:
+    """Change a ledger file by hand, as somebody without the key could: the triggers are only in the way."""
+    db = sqlite3.connect(path)
+    triggers = db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
+    for name, _ in triggers:
+        db.execute(f"DROP TRIGGER {name}")
+    for statement in statements:
+        db.execute(statement)
+    for _, sql in triggers if keep_triggers else ():
+        db.execute(sql)
+    db.commit()
+    db.close()
 
 
 def ledger_length(path: Path) -> int:

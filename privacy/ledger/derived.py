@@ -4,38 +4,73 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from dataclasses import dataclass, field
 
 from privacy.canonical import canonical_json
 from privacy.ledger.entry import INFINITE, Entry
+from privacy.ledger.heads import KeyRotation
+
+_NOTHING_DERIVES_FROM = ('"state":"COMMITTED"', '"state":"ABANDONED"', '"state":"MIGRATED"')
+
+
+@dataclass
+class Derived:
+    """The plans' budgets and the ledger's standing, after the entries taken so far.
+
+    plans: (run, plan hash) → units set aside, units drawn, open.
+    """
+
+    plans: dict[tuple[str, str], tuple[int, int, bool]] = field(default_factory=dict)
+    rotations: list[KeyRotation] = field(default_factory=list)
+    machine: str | None = None
+
+    def take(self, body: str) -> None:
+        """Follow one entry.
+
+        Raises:
+            ValueError, KeyError, TypeError, BadInputError: no ledger writes such an entry.
+        """
+        # An entry's own text cannot spell this: within a string, quotes are escaped.
+        if any(state in body for state in _NOTHING_DERIVES_FROM):
+            return
+        entry = Entry.parse(body)
+        plan = (entry.run_id, entry.plan_hash)
+        if entry.state == "ADMITTED":
+            self.plans[plan] = (int(json.loads(entry.mechanism)["units"]), 0, True)
+        elif entry.state == "RESERVED" and entry.rdp_charge != INFINITE and plan in self.plans and self.plans[plan][2]:
+            set_aside, drawn, _ = self.plans[plan]
+            self.plans[plan] = (set_aside, drawn + int(entry.rdp_charge), True)
+        elif entry.state == "CLOSED":
+            self.plans[plan] = (*self.plans[plan][:2], False)
+        elif entry.state == "ROTATED":
+            document = json.loads(entry.mechanism)
+            self.rotations.append(
+                KeyRotation.model_validate({name: value for name, value in document.items() if name != "kind"})
+            )
+        elif entry.state == "RESTORED":
+            self.machine = str(json.loads(entry.mechanism)["machine"])
+            self.plans = {name: (*value[:2], False) for name, value in self.plans.items()}
+
+    def store(self, db: sqlite3.Connection) -> None:
+        """Make the file's tables say this, inside the open transaction; where they do already, write nothing."""
+        plans = {(*name, str(aside), str(drawn), int(is_open)) for name, (aside, drawn, is_open) in self.plans.items()}
+        if set(db.execute("SELECT run_id, plan_hash, set_aside, drawn, open FROM plans")) != plans:
+            db.execute("DELETE FROM plans")
+            db.executemany("INSERT INTO plans VALUES (?, ?, ?, ?, ?)", sorted(plans))
+        standing = set()
+        if self.rotations:
+            rotations = canonical_json([rotation.model_dump() for rotation in self.rotations])
+            standing.add(("rotations", rotations.decode()))
+        if self.machine is not None:
+            standing.add(("machine", self.machine))
+        if set(db.execute("SELECT name, value FROM standing")) != standing:
+            db.execute("DELETE FROM standing")
+            db.executemany("INSERT INTO standing VALUES (?, ?)", sorted(standing))
 
 
 def rebuild(db: sqlite3.Connection) -> None:
     """Recompute the plans' budgets and the ledger's standing from the entries, inside the open transaction."""
-    plans: dict[tuple[str, str], tuple[int, int, bool]] = {}
-    rotations: list[object] = []
-    machine: str | None = None
+    derived = Derived()
     for (body,) in db.execute("SELECT body FROM entries ORDER BY seq"):
-        entry = Entry.parse(body)
-        plan = (entry.run_id, entry.plan_hash)
-        if entry.state == "ADMITTED":
-            plans[plan] = (int(json.loads(entry.mechanism)["units"]), 0, True)
-        elif entry.state == "RESERVED" and entry.rdp_charge != INFINITE and plan in plans and plans[plan][2]:
-            set_aside, drawn, _ = plans[plan]
-            plans[plan] = (set_aside, drawn + int(entry.rdp_charge), True)
-        elif entry.state == "CLOSED":
-            plans[plan] = (*plans[plan][:2], False)
-        elif entry.state == "ROTATED":
-            rotations.append({k: v for k, v in json.loads(entry.mechanism).items() if k != "kind"})
-        elif entry.state == "RESTORED":
-            machine = json.loads(entry.mechanism)["machine"]
-            plans = {name: (*value[:2], False) for name, value in plans.items()}
-    db.execute("DELETE FROM plans")
-    db.executemany(
-        "INSERT INTO plans VALUES (?, ?, ?, ?, ?)",
-        [(*name, str(aside), str(drawn), int(is_open)) for name, (aside, drawn, is_open) in plans.items()],
-    )
-    db.execute("DELETE FROM standing")
-    if rotations:
-        db.execute("INSERT INTO standing VALUES ('rotations', ?)", (canonical_json(rotations).decode(),))
-    if machine is not None:
-        db.execute("INSERT INTO standing VALUES ('machine', ?)", (machine,))
+        derived.take(body)
+    derived.store(db)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Literal, get_args
@@ -102,14 +103,26 @@ class Genesis:
         """
         try:
             genesis = cls(**json.loads(line))
-            for text in (genesis.epsilon, genesis.delta, genesis.order):
-                float(text)
-            int(genesis.rdp_budget)
-        except (ValueError, TypeError, RecursionError) as error:
+            genesis._check()
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise BadInputError(
                 "the genesis cannot be read, must be one JSON object with a ledger's constants"
             ) from error
         return genesis
+
+    def _check(self) -> None:
+        values = asdict(self)
+        if type(values.pop("version")) is not int or not all(type(value) is str for value in values.values()):
+            raise TypeError("other types than a genesis has")
+        epsilon, delta, order = float(self.epsilon), float(self.delta), float(self.order)
+        if not (1 <= self.version <= FORMAT_VERSION and int(self.rdp_budget) > 0):
+            raise ValueError("another format, or no budget")
+        if self.mode not in ("simulation", "deployment"):
+            raise ValueError("another mode")
+        if not (0.0 < epsilon < math.inf and 0.0 < delta < 1.0 and 1.0 < order < math.inf):
+            raise ValueError("numbers that no budget can have")
+        budget_units(epsilon, delta, order)
+        _ = self.line  # raises where a string has no UTF-8
 
 
 def utc_now() -> str:
@@ -207,12 +220,16 @@ class Entry:
             BadInputError: it is none.
         """
         try:
-            return cls(**json.loads(line))
+            entry = cls(**json.loads(line))
+            if any(type(getattr(entry, name)) is not kind for name, kind in ENTRY_TYPES.items()):
+                raise TypeError("other types than an entry has")
+            return entry
         except (ValueError, TypeError, RecursionError) as error:
             raise BadInputError("a line cannot be read, must be one JSON object with an entry's fields") from error
 
 
 ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
+ENTRY_TYPES: dict[str, type] = {name: int if name in ("version", "seq", "round") else str for name in ENTRY_FIELDS}
 
 
 def add_units(total: str, charge: str) -> str:

@@ -38,7 +38,7 @@ class ChargeConflictError(Exception):
 
 
 class ReplyExpiredError(Exception):
-    """The charge was committed but its stored reply has been pruned."""
+    """The charge was committed but its stored reply has been pruned, or damaged."""
 
 
 class PlanClosedError(Exception):
@@ -100,7 +100,8 @@ class Ledger(Store):
                 if not row[0]:
                     raise PlanClosedError
                 return
-            self._refuse_overspending(self._last()[1], self.units_set_aside + int(set_aside))
+            if price != INFINITE:
+                self._refuse_overspending(self._last()[1], self.units_set_aside + int(set_aside))
             document = {
                 "kind": "plan", "charges": charges, "mechanism": request.mechanism_json(), "units": set_aside,
             }  # fmt: skip
@@ -291,12 +292,15 @@ class Ledger(Store):
 
     def _reply(self, charge_id: str) -> StoredReply:
         row = self._db.execute(
-            "SELECT r.seq, e.hash, e.signature, r.body FROM replies r JOIN entries e USING (seq) WHERE r.charge_id = ?",
+            "SELECT r.seq, e.hash, e.signature, r.body, json_extract(e.body, '$.output_hash') "
+            "FROM replies r JOIN entries e USING (seq) WHERE r.charge_id = ?",
             (charge_id,),
         ).fetchone()
         if row is None:
             raise ReplyExpiredError
-        seq, head_hash, signature, body = row
+        seq, head_hash, signature, body, output_hash = row
+        if sha256(body) != output_hash:
+            raise ReplyExpiredError  # damaged: nothing but what was paid for is sent
         receipt = SignedHead(ledger_id=self.genesis.ledger_id, seq=seq, hash=head_hash, signature=signature)
         return StoredReply(charge_id, bytes(body), receipt)
 
@@ -315,6 +319,6 @@ def _plan_id(ledger_id: str, run_id: str, plan_hash: str) -> str:
 
 
 def _refuse_other_content(entry: Entry, request: ChargeRequest) -> None:
-    stored = (entry.mechanism, entry.releases)
-    if stored != (request.mechanism_json(), request.releases_json()):
+    stored = (entry.mechanism, entry.releases, entry.rng)
+    if stored != (request.mechanism_json(), request.releases_json(), request.rng):
         raise ChargeConflictError

@@ -10,6 +10,7 @@ from privacy.canonical import canonical_json, decimal
 from privacy.mechanisms import ExponentialChoice, Mechanism, SampledGaussian, joint_noise
 
 NUMERIC_LEVELS = ("strict", "fast", "uncertified")
+_SMALLEST_RATE, _LARGEST_NOISE, _MOST_STEPS = 1e-9, 1e9, 10**9  # beyond them accountants lose their footing
 
 
 def spell(mechanism: Mechanism | None, *, clip: float, numeric: str, parts: Mapping[str, float]) -> str:
@@ -57,7 +58,10 @@ def parse(text: str) -> Mechanism | None:
         if document["kind"] == "none":
             return None
         if document["kind"] == "exponential":
-            return ExponentialChoice(epsilon=float(document["epsilon"]), choices=int(document["choices"]))
+            choice = ExponentialChoice(epsilon=float(document["epsilon"]), choices=int(document["choices"]))
+            if choice.choices > _MOST_STEPS:
+                raise ValueError
+            return choice
         if document["kind"] != "gaussian" or document["sampler"] != "poisson":
             raise ValueError
         if document["numeric"] not in NUMERIC_LEVELS:
@@ -67,8 +71,12 @@ def parse(text: str) -> Mechanism | None:
             noise_multiplier=float(document["sigma"]),
             steps=int(document["steps"]),
         )
+        if mechanism.sampling_rate < _SMALLEST_RATE or mechanism.noise_multiplier > _LARGEST_NOISE:
+            raise ValueError
+        if mechanism.steps > _MOST_STEPS:
+            raise ValueError
         parts = {str(name): float(noise) for name, noise in document.get("parts", {}).items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInputError(
             "its mechanism cannot be read, must be a Poisson-sampled gaussian, a choice, or none"
         ) from error

@@ -20,7 +20,7 @@ from privacy.canonical import canonical_json
 from privacy.ledger.entry import FORMAT_VERSION, Genesis
 from privacy.ledger.heads import SignedHead
 from privacy.ledger.schema import format_version
-from privacy.ledger.store import read_genesis, read_head
+from privacy.ledger.store import UNREADABLE, read_genesis, read_head
 
 _LONGEST_HEAD_LINE = 1024
 _LONGEST_LINE = 1 << 20
@@ -58,7 +58,9 @@ class LedgerFile:
                     )
                 self.genesis = read_genesis(db)
                 self.head = read_head(db, self.genesis)
-        except (sqlite3.DatabaseError, TypeError, ValidationError) as error:
+        except BadInputError:
+            raise
+        except UNREADABLE as error:
             raise BadInputError(f"{path}: not a ledger") from error
 
     def lines(self) -> Iterator[bytes]:
@@ -72,7 +74,7 @@ class LedgerFile:
                 rows = db.execute("SELECT body FROM entries WHERE seq <= ? ORDER BY seq", (self.head.seq,))
                 for (body,) in rows:
                     yield body.encode()
-        except (sqlite3.DatabaseError, AttributeError, UnicodeEncodeError) as error:
+        except UNREADABLE as error:
             raise BadInputError(f"{self.path}: damaged, must be a ledger") from error
 
 
@@ -149,7 +151,11 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection]:
     uri = path.resolve().as_uri()
     try:
         db = sqlite3.connect(f"{uri}?mode=ro", uri=True)
-        db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        try:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except BaseException:
+            db.close()
+            raise
     except sqlite3.OperationalError:
         # SQLite keeps its index of the write-ahead log beside the file, which a read-only folder does not allow.
         if path.with_name(f"{path.name}-wal").exists():

@@ -15,6 +15,7 @@ from model.errors import BadInputError
 from privacy.canonical import canonical_json, sha256
 from privacy.ledger.derived import rebuild
 from privacy.ledger.entry import INFINITE
+from privacy.ledger.heads import public_hex
 from privacy.ledger.reading import LedgerExport
 from privacy.ledger.store import Store, transaction
 from privacy.ledger.verification import audit_history
@@ -41,7 +42,7 @@ def recover(
     """Make a copied ledger usable on this machine, with one RESTORED entry.
 
     Args:
-        key: the ledger's current key.
+        key: the ledger's current key, also where only the evidence has come to it.
         witness: compared first, then made to follow the recovered ledger.
         machine: this machine's id.
         evidence: an export of the same ledger that holds entries the copy lacks.
@@ -52,6 +53,8 @@ def recover(
     copy = _Copy(path, key, witness=witness)
     try:
         regained = 0 if evidence is None else copy.take_over(LedgerExport(evidence))
+        if copy.current_key != public_hex(key):
+            raise BadInputError(f"{path}: was signed with another key, must be recovered with its own")
         seen = witness.read()
         proven = seen is not None and seen.seq <= copy.head.seq and copy.holds(seen)
         return Recovery(proven, regained, copy.restart(machine, proven=proven))
@@ -62,11 +65,14 @@ def recover(
 class _Copy(Store):
     """A ledger that is opened in order to be recovered: where it lies and what its witness saw do not count yet."""
 
+    def _check_key(self, signed_with: str) -> None:
+        pass  # the evidence may rotate it
+
     def _check_place(self, machine: str | None) -> None:
         pass
 
-    def check_witness(self) -> bool:
-        return True
+    def check_witness(self) -> None:
+        pass
 
     def take_over(self, export: LedgerExport) -> int:
         """Append what the export has beyond this copy's last entry; return how many entries."""

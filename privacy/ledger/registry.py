@@ -28,24 +28,41 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> None:
         BadInputError: the name or the data are claimed for another ledger, or the claim cannot be written.
     """
     ledger = ledger.resolve()
-    for what, name in (("dataset", dataset_id), ("data", str(data.resolve()))):
-        path = registry / f"{sha256(f'{what} {name}'.encode())}.json"
-        document = canonical_json({what: name, "ledger": str(ledger)})
-        try:
-            registry.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
-                stream.write(document)
-        except FileExistsError:
-            held = _ledger_of(path)
-            if held != str(ledger):
-                raise BadInputError(
-                    f"the {what} {name} has a ledger already ({held}), must not get a second one: "
-                    "two ledgers are two budgets for the same people"
-                ) from None
-        except OSError as error:
+    claims = {
+        registry / f"{sha256(f'{what} {name}'.encode())}.json": (what, name)
+        for what, name in (("dataset", dataset_id), ("data", str(data.resolve())))
+    }
+    written: list[Path] = []
+    try:
+        for path, (what, name) in claims.items():
+            if _claim(path, what, name, ledger):
+                written.append(path)
+    except BadInputError:
+        for path in written:  # the name is still free where the data are not
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _claim(path: Path, what: str, name: str, ledger: Path) -> bool:
+    """Make one claim; return False where the same ledger made it before."""
+    document = canonical_json({what: name, "ledger": str(ledger)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+            stream.write(document)
+    except FileExistsError:
+        held = _ledger_of(path)
+        if held != str(ledger):
             raise BadInputError(
-                f"{registry}: cannot be written ({error.strerror}), must be a writable folder"
-            ) from error
+                f"the {what} {name} has a ledger already ({held}), must not get a second one: "
+                "two ledgers are two budgets for the same people"
+            ) from None
+        return False
+    except OSError as error:
+        raise BadInputError(
+            f"{path.parent}: cannot be written ({error.strerror}), must be a writable folder"
+        ) from error
+    return True
 
 
 def _ledger_of(path: Path) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from functools import cache
 
 from privacy.canonical import canonical_json, sha256
 from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION
-from privacy.ledger.heads import SignedHead
 
 TABLES = f"""
 CREATE TABLE genesis (document TEXT NOT NULL, signature TEXT NOT NULL);
@@ -45,29 +43,44 @@ def run_script(db: sqlite3.Connection, script: str) -> None:
             statement = ""
 
 
+def is_ours(db: sqlite3.Connection) -> bool:
+    """Whether the file has exactly this format's tables, indices and triggers: another trigger could undo a charge."""
+    return _schema(db) == _expected_schema()
+
+
+@cache
+def _expected_schema() -> frozenset[tuple[str, str]]:
+    db = sqlite3.connect(":memory:")
+    try:
+        db.executescript(TABLES)
+        return _schema(db)
+    finally:
+        db.close()
+
+
+def _schema(db: sqlite3.Connection) -> frozenset[tuple[str, str]]:
+    return frozenset(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+
+
 def format_version(db: sqlite3.Connection) -> int:
     """Return the format version of a file, 0 where it states none."""
     (version,) = db.execute("PRAGMA user_version").fetchone()
     return int(version)
 
 
-def migrate(db: sqlite3.Connection, key: Ed25519PrivateKey) -> int:
-    """Bring an older file to this format, inside the transaction that is open. Returns the version it had.
+def migrate(db: sqlite3.Connection, sign: Callable[[int, str], str]) -> None:
+    """Bring an older file to this format, inside the transaction that is open.
 
     Entries keep their bytes, so every hash and receipt stays what it was. The caller vouches for the result with a
-    MIGRATED entry.
-
-    Args:
-        key: the ledger's, for heads that were not signed: a reply that is kept goes out with one.
+    MIGRATED entry. ``sign`` returns the signature of a head: of a position and a hash.
     """
-    found = version = format_version(db)
+    version = format_version(db)
     while version in _STEPS:
-        _STEPS[version](db, key)
+        _STEPS[version](db, sign)
         version = format_version(db)
-    return found
 
 
-def _from_1(db: sqlite3.Connection, key: Ed25519PrivateKey) -> None:
+def _from_1(db: sqlite3.Connection, sign: Callable[[int, str], str]) -> None:
     """Version 1 kept a column per field, signed nothing and set no budget aside."""
     entries = db.execute("SELECT * FROM entries ORDER BY seq").fetchall()
     secrets = db.execute("SELECT charge_id, secret, attempts FROM secrets").fetchall()
@@ -81,14 +94,14 @@ def _from_1(db: sqlite3.Connection, key: Ed25519PrivateKey) -> None:
     for row in entries:
         document = dict(zip(ENTRY_FIELDS, row, strict=False))  # its last two columns were hash and signature
         body = canonical_json(document)
-        head = SignedHead.sign(key, document["ledger_id"], document["seq"], sha256(body))
+        head_hash = sha256(body)
         db.execute(
             "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
-            (head.seq, body.decode(), head.hash, head.signature),
+            (document["seq"], body.decode(), head_hash, sign(document["seq"], head_hash)),
         )
         seqs[document["charge_id"]] = document["seq"]
     db.executemany("INSERT INTO secrets VALUES (?, ?, ?, '')", secrets)
     db.executemany("INSERT INTO replies VALUES (?, ?, ?)", [(seqs[name], name, body) for name, body in replies])
 
 
-_STEPS: dict[int, Callable[[sqlite3.Connection, Ed25519PrivateKey], None]] = {1: _from_1}
+_STEPS: dict[int, Callable[[sqlite3.Connection, Callable[[int, str], str]], None]] = {1: _from_1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from model.errors import BadInputError
 from privacy.accountants import epsilon_by_accountant
 from privacy.accounting import charge_units, epsilon_of
 from privacy.ledger.entry import INFINITE, Entry, Genesis
@@ -74,12 +75,20 @@ class Forecast:
 
 
 def budget_of(history: History) -> Budget:
-    """Sum a ledger up, as its entries state it; whether they are true is the audit's question."""
-    genesis = history.genesis
-    tally = _Tally(genesis)
-    for line in history.lines():
-        tally.add(Entry.parse(line))
-    return tally.result()
+    """Sum a ledger up, as its entries state it; whether they are true is the audit's question.
+
+    Raises:
+        BadInputError: the history cannot be read, or adds up to nothing.
+    """
+    tally = _Tally(history.genesis)
+    try:
+        for line in history.lines():
+            tally.add(Entry.parse(line))
+        return tally.result()
+    except BadInputError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise BadInputError("the entries cannot be summed up, must be those of a ledger") from error
 
 
 def forecast(budget: Budget, genesis: Genesis, mechanism: Mechanism, charges: int) -> Forecast:

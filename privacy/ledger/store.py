@@ -17,10 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from model.errors import BadInputError
 from privacy.canonical import canonical_json, sha256
+from privacy.ledger.derived import Derived
 from privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
-from privacy.ledger.heads import KeyRotation, SignedHead, public_hex
-from privacy.ledger.schema import TABLES, format_version, migrate, run_script
+from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
+from privacy.ledger.schema import TABLES, format_version, is_ours, migrate, run_script
 from privacy.ledger.witness import Witness
+
+UNREADABLE = (sqlite3.Error, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError)
+"""What reading a damaged file raises."""
 
 
 class LedgerMismatchError(Exception):
@@ -41,8 +45,8 @@ class Store:
             machine: this machine's id; compared where given. Required outside simulation.
 
         Raises:
-            BadInputError: no such file, not a ledger, a format this Conclave cannot read, another key or machine, or
-                a witness that is missing, ahead or of another history.
+            BadInputError: no such file, not a ledger, altered, a format this Conclave cannot read, another key or
+                machine, or a witness that is missing, ahead or of another history.
         """
         if not path.is_file():
             raise BadInputError(f"{path}: no such file, must be a ledger")
@@ -52,17 +56,16 @@ class Store:
         self._db = connect(path)
         try:
             self._open(machine)
-        except (sqlite3.DatabaseError, TypeError) as error:
+        except BaseException as error:
             self._db.close()
-            raise BadInputError(f"{path}: not a ledger") from error
-        except BaseException:
-            self._db.close()
+            if isinstance(error, UNREADABLE) and not isinstance(error, BadInputError):
+                raise BadInputError(f"{path}: not a ledger") from error
             raise
 
     def _open(self, machine: str | None) -> None:
         version = format_version(self._db)
-        if version == 0 or version > FORMAT_VERSION:
-            raise BadInputError(f"{self.path}: ledger format version {version}, must be at most {FORMAT_VERSION}")
+        if not 1 <= version <= FORMAT_VERSION:
+            raise BadInputError(f"{self.path}: ledger format version {version}, must be 1 to {FORMAT_VERSION}")
         self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
         if version < FORMAT_VERSION:
             self._migrate()
@@ -70,8 +73,9 @@ class Store:
         # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
         synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
-        self._check_key(self.current_key)
-        check_head(self._db, self.path, self.current_key)
+        with transaction(self._db):
+            signed_with = check_whole(self._db, self.path)
+        self._check_key(signed_with)
         self._check_place(machine)
         self._erase_log()  # a process that was killed after erasing a secret did not come to it
 
@@ -140,18 +144,24 @@ class Store:
         return [Entry.parse(body) for (body,) in self._db.execute("SELECT body FROM entries ORDER BY seq")]
 
     def rotate_key(self, new_key: Ed25519PrivateKey) -> KeyRotation:
-        """Sign with another key from now on. The change is an entry that both keys signed."""
+        """Sign with another key from now on. The change is an entry that both keys signed.
+
+        Raises:
+            BadInputError: the ledger was signed with that key before.
+        """
         old_key = self._key
         rotation = KeyRotation.sign(self.genesis.ledger_id, old_key, new_key)
-        self._key = new_key
         try:
             with self._change():
+                if rotation.new_key in {self.genesis.public_key, *(item.new_key for item in self.rotations)}:
+                    raise BadInputError(f"{self.path}: has been signed with this key before, must get a new one")
+                self._key = new_key
                 document = {"kind": "key-rotation", **rotation.model_dump()}
                 self._append("ROTATED", sha256(rotation.new_key.encode()), canonical_json(document).decode())
                 rotations = [item.model_dump() for item in [*self.rotations, rotation]]
                 self._stand("rotations", canonical_json(rotations).decode())
         except BaseException:
-            if self.current_key == rotation.old_key:  # otherwise only the witness could not be written
+            if self.current_key != rotation.new_key:  # it is in force where only the witness could not follow
                 self._key = old_key
             raise
         return rotation
@@ -165,14 +175,14 @@ class Store:
         row = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
         return bool(row == (head.hash,))
 
-    def check_witness(self) -> bool:
-        """Compare with the witness, if there is one; return whether it is behind.
+    def check_witness(self) -> None:
+        """Compare with the witness, if there is one.
 
         Raises:
             LedgerMismatchError: it is missing, ahead, or of another history.
         """
         if self._witness is None:
-            return False
+            return
         seen = self._witness.read()
         if seen is None:
             raise LedgerMismatchError(f"its witness {self._witness.path} is missing, so entries may have been lost")
@@ -182,7 +192,10 @@ class Store:
             )
         if not self.holds(seen):
             raise LedgerMismatchError("its witness has seen another history, so this is not the ledger it mirrors")
-        return seen.seq < self.head.seq
+
+    def _check_key(self, signed_with: str) -> None:
+        if signed_with != public_hex(self._key):
+            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
 
     def _check_place(self, machine: str | None) -> None:
         """Refuse a copy: a ledger of another machine, or one that its witness knows to be incomplete."""
@@ -198,23 +211,24 @@ class Store:
                 self.check_witness()
             except LedgerMismatchError as error:
                 raise BadInputError(f"{self.path}: {error}") from error
-            self._mirror()  # the last head may not have reached it before a crash
-
-    def _check_key(self, public_key: str) -> None:
-        if public_key != public_hex(self._key):
-            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
+            self._mirror()
 
     def _migrate(self) -> None:
         with transaction(self._db):
-            if format_version(self._db) == FORMAT_VERSION:
-                return  # another process did it since
+            found = format_version(self._db)
+            if found == FORMAT_VERSION:
+                return  # another process was faster
             self.genesis = read_genesis(self._db)
-            self._check_key(self.genesis.public_key)  # first: what another key signs could not be opened again
-            found = migrate(self._db, self._key)
-            head = SignedHead.sign(self._key, self.genesis.ledger_id, 0, self.genesis.hash)
+            Store._check_key(self, self.genesis.public_key)  # before anything is signed with it
+            migrate(self._db, lambda seq, head_hash: self._sign(seq, head_hash).signature)
+            head = self._sign(0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
             document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
             self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), canonical_json(document).decode())
+            check_whole(self._db, self.path)  # what was altered before stays version 1, and unvouched for
+
+    def _sign(self, seq: int, head_hash: str) -> SignedHead:
+        return SignedHead.sign(self._key, self.genesis.ledger_id, seq, head_hash)
 
     def _append(
         self,
@@ -256,7 +270,7 @@ class Store:
             time=utc_now(),
         )
         line = entry.line
-        head = SignedHead.sign(self._key, entry.ledger_id, entry.seq, sha256(line))
+        head = self._sign(entry.seq, sha256(line))
         self._db.execute(
             "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
             (entry.seq, line.decode(), head.hash, head.signature),
@@ -281,19 +295,19 @@ class Store:
         The witness follows before anything else happens: whoever acts on the change cannot lose it to an older copy.
         """
         with transaction(self._db):
-            before = self._last()[0]
-            behind = self.check_witness()  # where it could not be written the last time
+            if self.current_key != public_hex(self._key):  # replaced by another process
+                raise LedgerMismatchError("signs with another key by now, so this one must not sign anything more")
+            self.check_witness()
             yield
-            behind |= self._last()[0] != before
-        if behind:
-            self._mirror()
+        self._mirror()
 
     def _erase_log(self) -> None:
         # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _mirror(self) -> None:
-        if self._witness is not None:
+        # Also where nothing was appended: the head may not have reached it before a crash, or on a full disk.
+        if self._witness is not None and self._witness.read() != self.head:
             self._witness.mirror(lambda: self.head)
 
 
@@ -308,10 +322,11 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
+        db.execute("COMMIT")
     except BaseException:
-        db.execute("ROLLBACK")
+        if db.in_transaction:
+            db.execute("ROLLBACK")
         raise
-    db.execute("COMMIT")
 
 
 def read_genesis(db: sqlite3.Connection) -> Genesis:
@@ -336,18 +351,32 @@ def read_rotations(db: sqlite3.Connection) -> list[KeyRotation]:
     return [] if row is None else [KeyRotation.model_validate(item) for item in json.loads(row[0])]
 
 
-def check_head(db: sqlite3.Connection, path: Path, public_key: str) -> None:
-    """Check the last entry against its hash and the head's signature; the audit checks them all.
+def check_whole(db: sqlite3.Connection, path: Path) -> str:
+    """Check an open file against the signature at its head; return the public key that signed it.
+
+    Every entry is bound by the chain, so none can be altered, and what derives from entries is put right. A few
+    microseconds an entry: states and prices are the audit's questions.
 
     Raises:
-        BadInputError: they do not hold.
+        BadInputError: something was altered.
     """
+    if not is_ours(db):
+        raise BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
     genesis = read_genesis(db)
-    try:
-        head = read_head(db, genesis)
-    except ValueError as error:
-        raise BadInputError(f"{path}: its last head cannot be read, must be signed") from error
-    row = db.execute("SELECT body FROM entries WHERE seq = ?", (head.seq,)).fetchone()
-    content = genesis.line if row is None else row[0].encode()
-    if sha256(content) != head.hash or not head.signed_by(public_key):
-        raise BadInputError(f"{path}: its last entry was altered, must be as it was signed")
+    derived = Derived()
+    last, prev_hash = 0, genesis.hash
+    for seq, body, entry_hash in db.execute("SELECT seq, body, hash FROM entries ORDER BY seq"):
+        last += 1
+        # A string inside the entry cannot spell this: its quotes would be escaped.
+        follows = seq == last and f'"prev_hash":"{prev_hash}"' in body
+        if not follows or sha256(body.encode()) != entry_hash:
+            raise BadInputError(f"{path}: entry {last} was altered, must be as it was signed")
+        derived.take(body)
+        prev_hash = entry_hash
+    key = current_key(genesis.ledger_id, genesis.public_key, derived.rotations)
+    head = read_head(db, genesis)
+    named = genesis.ledger_id == ledger_id_of(genesis.public_key)
+    if key is None or not named or (head.seq, head.hash) != (last, prev_hash) or not head.signed_by(key):
+        raise BadInputError(f"{path}: its last head does not hold, must be signed with its key")
+    derived.store(db)
+    return key

@@ -12,21 +12,29 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
+from operator import itemgetter
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from model.errors import BadInputError
 from privacy.accountants import accountant_report
 from privacy.accounting import UNITS_PER_NAT, budget_units, epsilon_of, rdp_at
-from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
+from privacy.ledger.entry import ENTRY_TYPES, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead
 from privacy.ledger.mechanism_text import parse
 from privacy.ledger.reading import History
 from privacy.mechanisms import Mechanism
 
-_FIELDS = frozenset(ENTRY_FIELDS)
 _MOST_FINDINGS = 50
+_LARGEST_EPSILON = 100.0
+_LAST_DIGITS = 1000  # RDP units: another machine's logarithm is no violation
+
+_FIELDS = sorted(ENTRY_TYPES)  # the order in which canonical JSON spells them
+_TYPES = [ENTRY_TYPES[name] for name in _FIELDS]
+
+_content = itemgetter("mechanism", "run_id", "round", "plan_hash", "model_in_hash", "releases", "rng")
+"""What a charge's entries have in common."""
 
 
 @dataclass
@@ -36,8 +44,9 @@ class LedgerAudit:
     entries: lines after the genesis. charges, committed, abandoned: of those charges. pending: reserved, and neither
         committed nor abandoned: work in progress, or lost in a crash, and spent either way.
     epsilon: the enforced value recomputed from the mechanisms, ``inf`` if any charge was without privacy.
-    accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy. Right for charges that
-        were fixed in advance; none of them enforces. grid: how many kinds of charges were rounded upward for them.
+    accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy, above ε = 100 and where
+        something was found, for they take minutes or fail on absurd charges. Right for charges that were fixed in
+        advance; none of them enforces. grid: how many kinds of charges were rounded upward for them.
     restored: how often it was started from a copy. unproven: whether one of these times the rest of the budget was
         charged for what the copy may have lacked.
     witnessed: whether a witness was compared. receipts: how many receipts were.
@@ -131,19 +140,17 @@ class _Audit:
 
     def _budget(self) -> int:
         genesis = self.genesis
-        try:
-            budget = budget_units(float(genesis.epsilon), self.delta, self.order)
-        except (ValueError, ZeroDivisionError):
-            budget = 0
-            self.say("genesis: its epsilon, delta or order is no number that a budget can have")
-        if int(genesis.rdp_budget) > budget:
-            self.say(f"genesis: RDP budget {genesis.rdp_budget}, must be at most {budget} for the stated epsilon")
+        budget, stated = budget_units(float(genesis.epsilon), self.delta, self.order), int(genesis.rdp_budget)
+        if stated > budget + _LAST_DIGITS:
+            self.say(f"genesis: RDP budget {stated}, must be at most {budget} for the stated epsilon")
+        else:
+            budget = stated
         try:
             named = ledger_id_of(genesis.public_key)
         except ValueError:
             named = "of a key in hexadecimal"
         if genesis.ledger_id != named:
-            self.say(f"genesis: ledger id {genesis.ledger_id}, must be {named}, which belongs to its key")
+            self.say(f"genesis: ledger id {_shown(genesis.ledger_id)}, must be {named}, which belongs to its key")
         return budget
 
     def take(self, line: bytes) -> None:
@@ -155,19 +162,17 @@ class _Audit:
         if position in self.wanted:
             self.hashes[position] = digest
         try:
-            entry = json.loads(line)
-            if entry.keys() != _FIELDS:
-                raise ValueError
+            entry = _read(line)
             if entry["prev_hash"] != self.prev_hash:
                 self.say(f"entry {position}: the hash chain does not hold, so the one before it was altered")
             if entry["seq"] != position:
-                self.say(f"entry {position}: numbered {entry['seq']}, must be {position}: one is missing or moved")
+                self.say(f"entry {position}: numbered {entry['seq']:d}, must be {position}: one is missing or moved")
             if entry["ledger_id"] != found.ledger_id or entry["rdp_budget"] != self.genesis.rdp_budget:
                 self.say(f"entry {position}: names another ledger or budget, must be that of the genesis")
             if not 1 <= entry["version"] <= FORMAT_VERSION:
-                self.say(f"entry {position}: format version {entry['version']}, must be 1 to {FORMAT_VERSION}")
+                self.say(f"entry {position}: format version {entry['version']:d}, must be 1 to {FORMAT_VERSION}")
             self._add(position, entry, self._price(position, entry))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.say(f"entry {position}: cannot be read, must be one JSON object with an entry's fields")
         self.prev_hash = digest
 
@@ -183,7 +188,8 @@ class _Audit:
                 self.say(f"entry {position}: state {state} cannot follow {after}")
             elif before != _content(entry):
                 self.say(
-                    f"entry {position}: ends a charge with another mechanism, run, plan or model than it began with"
+                    f"entry {position}: ends a charge with another mechanism, run, plan, model, release or "
+                    "randomness than it began with"
                 )
             self.ended.add(charge_id)
             if state == "COMMITTED":
@@ -194,6 +200,8 @@ class _Audit:
             self._admitted(position, entry)
         elif state == "CLOSED":
             plan = (entry["run_id"], entry["plan_hash"])
+            if plan not in self.plans:
+                self.say(f"entry {position}: closes a plan that is not open")
             self.set_aside -= self.plans.pop(plan, 0)
             self.closed.add(plan)
         elif state == "ROTATED":
@@ -201,7 +209,7 @@ class _Audit:
         elif state == "RESTORED":
             return self._restored(position, entry)
         elif state != "MIGRATED":
-            self.say(f"entry {position}: state {state}, which no entry can have")
+            self.say(f"entry {position}: state {_shown(state)}, which no entry can have")
         return 0
 
     def _reserved(self, position: int, entry: dict[str, Any]) -> int:
@@ -226,7 +234,7 @@ class _Audit:
             if self.genesis.mode != "simulation":
                 self.say(f"entry {position}: a charge without privacy, must not exist outside simulation")
             if entry["rdp_charge"] != INFINITE:
-                self.say(f"entry {position}: charged {entry['rdp_charge']}, must be {INFINITE} without privacy")
+                self.say(f"entry {position}: charged an amount, must be {INFINITE} without privacy")
         else:
             plan = (entry["run_id"], entry["plan_hash"])
             if plan in self.plans:
@@ -249,6 +257,8 @@ class _Audit:
         plan = (entry["run_id"], entry["plan_hash"])
         document = json.loads(entry["mechanism"])
         units, charges = int(document["units"]), int(document["charges"])
+        if units < 0 or charges < 0:
+            raise ValueError("less than nothing")
         if plan in self.plans or plan in self.closed:
             self.say(f"entry {position}: admits a plan for the second time")
         try:
@@ -258,8 +268,10 @@ class _Audit:
             price = 0
         if units < price * charges:
             self.say(f"entry {position}: sets {units} aside, must be at least {price * charges} for its charges")
+        self.set_aside += units - self.plans.get(plan, 0)
         self.plans[plan] = units
-        self.set_aside += units
+        if self.total + self.set_aside > self.budget:
+            self.say(f"entry {position}: sets more aside than the budget of {self.genesis.epsilon} has left")
 
     def _rotated(self, position: int, entry: dict[str, Any]) -> None:
         document = json.loads(entry["mechanism"])
@@ -276,6 +288,7 @@ class _Audit:
 
     def _restored(self, position: int, entry: dict[str, Any]) -> int:
         self.found.restored += 1
+        self.closed.update(self.plans)
         self.plans.clear()
         self.set_aside = 0
         if json.loads(entry["mechanism"])["proven"] is True:
@@ -292,12 +305,14 @@ class _Audit:
                 self.say(f"entry {position}: charged {INFINITE}, must be an amount where there is privacy")
         else:
             units = int(charge)
+            if str(units) != charge:
+                raise ValueError("not spelled as a ledger does")
             if units < price:
                 self.say(f"entry {position}: charged {charge}, must be at least {price} for its mechanism")
             self.total += max(units, price)
         expected = INFINITE if self.without_privacy else str(self.total)
         if total != expected:
-            self.say(f"entry {position}: total {total}, must be {expected}")
+            self.say(f"entry {position}: total {_shown(total)}, must be {expected}")
         if price and not self.without_privacy and self.total + self.set_aside > self.budget:
             self.say(f"entry {position}: spends more than the budget of {self.genesis.epsilon}, must stay within it")
 
@@ -313,14 +328,18 @@ class _Audit:
         if self.without_privacy:
             found.epsilon = float("inf")
             return found
-        found.epsilon = epsilon_of(self.total, self.order, self.delta)
+        try:
+            found.epsilon = epsilon_of(self.total, self.order, self.delta)
+        except OverflowError:  # charges that no float can count
+            found.epsilon = float("inf")
         counts: Counter[Mechanism] = Counter()
         for text, count in self.mechanisms.items():
             mechanism = self.parsed[text][1]
             if mechanism is not None:
                 counts[mechanism] += count
-        report = accountant_report(counts, self.delta)
-        found.accountants, found.grid = report.epsilon, report.grid
+        if not found.findings and found.epsilon <= _LARGEST_EPSILON:
+            report = accountant_report(counts, self.delta)
+            found.accountants, found.grid = report.epsilon, report.grid
         return found
 
     def _check_head(self, head: SignedHead) -> None:
@@ -340,10 +359,10 @@ class _Audit:
             if not seen.signed_by(self._key_at(seen.seq)):
                 self.say(f"the {what} of entry {seen.seq} is not signed with the ledger's key")
             return
-        if any(position <= seen.seq for position in self.restored_at):
-            return  # of the history that a restore lost; the rest of the budget was charged for it
         if not any(seen.signed_by(key) for _, key in self.keys):
             self.say(f"a {what} of entry {seen.seq} is not signed with the ledger's key, so it proves nothing")
+        elif any(position <= seen.seq for position in self.restored_at):
+            return  # of the history that a restore lost; the rest of the budget was charged for it
         elif seen.seq > self.found.entries:
             self.say(f"ends at entry {self.found.entries}, but a {what} proves entry {seen.seq}: entries are missing")
         else:
@@ -353,12 +372,25 @@ class _Audit:
         return next(key for since, key in reversed(self.keys) if since <= seq)
 
 
-def _content(entry: dict[str, Any]) -> tuple[object, ...]:
-    """What a charge's entries have in common."""
-    return (
-        entry["mechanism"], entry["run_id"], entry["round"], entry["plan_hash"], entry["model_in_hash"],
-        entry["releases"],
-    )  # fmt: skip
+def _read(line: bytes) -> dict[str, Any]:
+    """Read an entry: its fields in canonical order and of the right types, and nothing after them."""
+    text = line.decode()
+    entry, end = _DECODER.raw_decode(text)
+    if end != len(text) or list(entry) != _FIELDS or list(map(type, entry.values())) != _TYPES:
+        raise ValueError("not an entry")
+    return entry  # type: ignore[no-any-return]
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is a number that no entry has")
+
+
+_DECODER = json.JSONDecoder(parse_float=_refuse, parse_constant=_refuse)
+
+
+def _shown(text: str) -> str:
+    """Quote what someone else wrote, safe and short enough for a terminal."""
+    return ascii(text if len(text) <= 40 else f"{text[:40]}…")
 
 
 def _units(text: str) -> int:

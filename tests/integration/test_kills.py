@@ -48,9 +48,10 @@ from clients.protocol import ProtocolError
 from privacy.accounting import charge_units
 from privacy.canonical import sha256
 from privacy.ledger import Ledger
+from privacy.ledger.mechanism_text import parse
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.store import Store
-from privacy.ledger.verification import LedgerAudit, audit_history, parse_mechanism
+from privacy.ledger.verification import LedgerAudit, audit_history
 
 KILLS, SOAK_KILLS = 20, 200
 IN_TRAINING = Kill(1, entering(clients.trainer.train.__code__))
@@ -140,7 +141,7 @@ class Trial:
             assert (left.secret, self.trained, self.replies) == (None, [], [])
             return
         reserved = left.entry(self.charge_id, "RESERVED")
-        price = charge_units(parse_mechanism(reserved.mechanism), float(self.genesis.order))
+        price = charge_units(parse(reserved.mechanism), float(self.genesis.order))
         assert int(reserved.rdp_charge) == price > 0
         assert int(left.entries[-1].rdp_total) == price * self.round
         assert set(self.trained) <= {self.first_secret.hex()}

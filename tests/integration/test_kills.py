@@ -7,9 +7,11 @@ at any call below it. What it left is examined on a copy, then the message is de
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -50,7 +52,7 @@ from privacy.canonical import sha256
 from privacy.ledger import Ledger
 from privacy.ledger.mechanism_text import parse
 from privacy.ledger.reading import LedgerFile
-from privacy.ledger.store import Store
+from privacy.ledger.store import Store, transaction
 from privacy.ledger.verification import LedgerAudit, audit_history
 
 KILLS, SOAK_KILLS = 20, 200
@@ -230,34 +232,43 @@ def test_the_same_at_many_more_moments(tmp_path, steps, seed):
     kill_at_random(tmp_path, steps, seed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("earlier", EARLIER)
-def test_a_node_may_die_before_every_line(tmp_path, steps, earlier):
-    """Not a sample: each line of the watched files that an answer runs, at one of its turns."""
-    trial = Trial(tmp_path / "trial")
-    for kill in EARLIER[earlier]:
-        assert trial.deliver(kill).killed
+def kill_before_each(trial: Trial, folder: Path, chosen: Callable[[Step], bool]) -> set[Step]:
+    """Not a sample: kill before each chosen line that delivering the message runs, at one of its turns."""
     turns: dict[Step, list[int]] = {}
     for turn, step in enumerate(trace(lines, trial), start=1):
-        turns.setdefault(step, []).append(turn)
+        if chosen(step):
+            turns.setdefault(step, []).append(turn)
     generator = random.Random(1)
-    died = set()
     for step, numbers in turns.items():
-        mortal = trial.copied(tmp_path / "copy")
+        mortal = trial.copied(folder)
         try:
             life = mortal.deliver(Kill(generator.choice(numbers)))
+            assert life.told["died"] == [list(step)]
             mortal.finish()
         except BaseException as error:
             error.add_note(f"killed before {step}")
             raise
-        (where,) = life.told["died"]
-        died.add(tuple(where))
-        shutil.rmtree(mortal.folder)
-    assert died == set(turns)
-    print(f"{earlier}: killed before {len(died)} lines of {len(turns)}")
+        shutil.rmtree(folder)
+    return set(turns)
+
+
+def test_a_node_may_die_before_every_line_of_reserving_and_committing(tmp_path, steps):
+    bodies = [inspect.unwrap(function).__code__ for function in (Ledger.reserve, Ledger.commit, transaction)]
+    decisive = {(code.co_filename, line) for code in bodies for _, _, line in code.co_lines() if line is not None}
+    assert len(kill_before_each(Trial(tmp_path / "trial"), tmp_path / "copy", decisive.__contains__)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("earlier", EARLIER)
+def test_a_node_may_die_before_every_line(tmp_path, steps, earlier):
+    trial = Trial(tmp_path / "trial")
+    for kill in EARLIER[earlier]:
+        assert trial.deliver(kill).killed
+    died = kill_before_each(trial, tmp_path / "copy", lambda step: True)
+    print(f"{earlier}: killed before {len(died)} lines")
     files = {Path(name).name for name, _ in died}
     assert {"ledger.py", "store.py", "witness.py", "heads.py", "entry.py", "node.py", "app.py"} <= files
-    assert len(died) > 150
+    assert len(died) > 200
 
 
 @pytest.mark.parametrize("deaths", [1, 2, 3])

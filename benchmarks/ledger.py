@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import resource
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -205,6 +206,33 @@ def verify(path: Path) -> dict[str, object]:
     }
 
 
+def open_in_bulk(folder: Path, entries: int) -> dict[str, object]:
+    """Open a ledger file with a long history, as a node does when it starts, then audit it."""
+    path = folder / "bulk.db"
+    Ledger.create(path, genesis("simulation"), KEY).close()
+    head = open_history(path).genesis
+    *lines, last = lines_in_bulk(head, entries)
+    signature = SignedHead.model_validate_json(last).signature
+    db = sqlite3.connect(path)
+    db.executemany(
+        "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
+        (
+            (seq, line.decode(), hashlib.sha256(line).hexdigest(), signature if seq == entries else "")
+            for seq, line in enumerate(lines, start=1)
+        ),
+    )
+    db.commit()
+    db.close()
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        Ledger(path, KEY).close()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds)
+    return {"what": "open", "mode": "simulation", "entries": entries, "seconds": round(median, 4),
+            "us_an_entry": round(1e6 * median / entries, 2)}  # fmt: skip
+
+
 def verify_alone(path: Path) -> dict[str, object]:
     """Audit one export in this process, accountants included: its time, its memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -236,6 +264,10 @@ def measure(folder: Path, charges: int, entries: int) -> Iterable[dict[str, obje
     yield measure_fsync(folder, charges)
     for mode in ("simulation", "deployment"):
         yield from measure_append(folder, mode, charges)
+    shorter = min(entries, 100_000)
+    yield open_in_bulk(folder, shorter)
+    epsilon_by_accountant([mechanism_for(shorter // 2)] * (shorter // 2), DELTA)
+    yield verify(folder / "bulk.db")
     started = time.perf_counter()
     write_in_bulk(folder / "bulk.jsonl", entries)
     yield {"what": "write in bulk", "entries": entries, "seconds": round(time.perf_counter() - started, 1)}

@@ -7,9 +7,10 @@ import sqlite3
 from dataclasses import dataclass, field
 
 from privacy.canonical import canonical_json
-from privacy.ledger.entry import INFINITE, Entry
+from privacy.ledger.entry import INFINITE
 from privacy.ledger.heads import KeyRotation
 
+_RESERVED = '"state":"RESERVED"'
 _NOTHING_DERIVES_FROM = ('"state":"COMMITTED"', '"state":"ABANDONED"', '"state":"MIGRATED"')
 
 
@@ -28,27 +29,28 @@ class Derived:
         """Follow one entry.
 
         Raises:
-            ValueError, KeyError, TypeError, BadInputError: no ledger writes such an entry.
+            ValueError, KeyError, TypeError: no ledger writes such an entry.
         """
         # An entry's own text cannot spell this: within a string, quotes are escaped.
-        if any(state in body for state in _NOTHING_DERIVES_FROM):
+        if any(state in body for state in _NOTHING_DERIVES_FROM) or (not self.plans and _RESERVED in body):
             return
-        entry = Entry.parse(body)
-        plan = (entry.run_id, entry.plan_hash)
-        if entry.state == "ADMITTED":
-            self.plans[plan] = (int(json.loads(entry.mechanism)["units"]), 0, True)
-        elif entry.state == "RESERVED" and entry.rdp_charge != INFINITE and plan in self.plans and self.plans[plan][2]:
-            set_aside, drawn, _ = self.plans[plan]
-            self.plans[plan] = (set_aside, drawn + int(entry.rdp_charge), True)
-        elif entry.state == "CLOSED":
+        entry = json.loads(body)
+        state, plan = entry["state"], (entry["run_id"], entry["plan_hash"])
+        if state == "RESERVED":
+            set_aside, drawn, is_open = self.plans.get(plan, (0, 0, False))
+            if is_open and entry["rdp_charge"] != INFINITE:
+                self.plans[plan] = (set_aside, drawn + int(entry["rdp_charge"]), True)
+        elif state == "ADMITTED":
+            self.plans[plan] = (int(json.loads(entry["mechanism"])["units"]), 0, True)
+        elif state == "CLOSED":
             self.plans[plan] = (*self.plans[plan][:2], False)
-        elif entry.state == "ROTATED":
-            document = json.loads(entry.mechanism)
+        elif state == "ROTATED":
+            document = json.loads(entry["mechanism"])
             self.rotations.append(
                 KeyRotation.model_validate({name: value for name, value in document.items() if name != "kind"})
             )
-        elif entry.state == "RESTORED":
-            self.machine = str(json.loads(entry.mechanism)["machine"])
+        elif state == "RESTORED":
+            self.machine = str(json.loads(entry["mechanism"])["machine"])
             self.plans = {name: (*value[:2], False) for name, value in self.plans.items()}
 
     def store(self, db: sqlite3.Connection) -> None:

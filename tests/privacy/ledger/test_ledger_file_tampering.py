@@ -125,10 +125,10 @@ def test_random_rows_exchanged_or_doubled_are_found_and_refused(original, tmp_pa
 @pytest.mark.parametrize(
     "statement",
     [
-        "UPDATE entries SET hash = replace(hash, 'a', 'b') WHERE seq = 20",
+        "UPDATE entries SET hash = substr(hash, 2) || substr(hash, 1, 1) WHERE seq = 20",
         "UPDATE entries SET hash = 7 WHERE seq = 20",
         "UPDATE entries SET body = CAST(body AS BLOB) WHERE seq = 20",
-        "UPDATE entries SET signature = replace(signature, 'a', 'b') WHERE seq = 100",
+        "UPDATE entries SET signature = substr(signature, 2) || substr(signature, 1, 1) WHERE seq = 100",
         "UPDATE entries SET signature = '' WHERE seq = 100",
         "UPDATE entries SET body = '{}' WHERE seq = 20",
         "DELETE FROM genesis",

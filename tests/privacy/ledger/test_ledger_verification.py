@@ -480,8 +480,11 @@ def test_a_total_that_does_not_add_up_is_found():
 # What cannot be read.
 
 
+FIRST = genesis()
+
+
 def _line(**changes):
-    return json.dumps(asdict(Forger().charge(CHEAP).entries[0]) | changes, sort_keys=True, separators=(",", ":"))
+    return json.dumps(asdict(Forger(FIRST).charge(CHEAP).entries[0]) | changes, sort_keys=True, separators=(",", ":"))
 
 
 MALFORMED = {
@@ -510,15 +513,24 @@ MALFORMED = {
             "an object": {}, "a deep list": json.loads("[" * 500 + "]" * 500), "a lone surrogate": "\ud800",
             "a huge number": 10**4000, "a negative number": -1,
         }.items()
-        if not (name == "round" and value == -1)  # a number like any other
+        # A number or a text like any other, in fields that only say what was asked for.
+        if (name, text) not in {
+            ("round", "a huge number"), ("round", "a negative number"), ("charge_id", "a lone surrogate"),
+            ("run_id", "a lone surrogate"),
+        }
     },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_line_is_a_finding_even_where_the_owner_signed_it(name):
-    forger = Forger()
-    assert audit_history(sealed(forger.genesis, [MALFORMED[name]])).findings, name
+    assert audit_history(sealed(FIRST, [MALFORMED[name]])).findings, name
+
+
+def test_a_well_formed_line_that_the_owner_signed_is_none():
+    assert audit_history(sealed(FIRST, [_line().encode()])).findings == []
+    for changes in ({"round": -1}, {"round": 10**4000}, {"run_id": "\ud800"}):
+        assert audit_history(sealed(FIRST, [_line(**changes).encode()])).findings == []
 
 
 @pytest.mark.parametrize("state", ["ADMITTED", "CLOSED", "ROTATED", "RESTORED", "MIGRATED", "RESERVED", "COMMITTED"])

@@ -27,13 +27,16 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy.accounting import SampledGaussian, calibrate_noise, charge_units, epsilon_by_accountant
+from privacy.accountants import epsilon_by_accountant
+from privacy.accounting import charge_units
+from privacy.calibration import calibrate_noise
 from privacy.canonical import canonical_json
 from privacy.ledger import ChargeRequest, Genesis, Ledger, Reservation, SignedHead
 from privacy.ledger.heads import public_hex
 from privacy.ledger.reading import LedgerExport, open_history, write_export
 from privacy.ledger.verification import audit_history
 from privacy.ledger.witness import Witness
+from privacy.mechanisms import SampledGaussian
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 EPSILON, DELTA, RATE = 8.0, 1e-5, 0.01

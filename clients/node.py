@@ -29,7 +29,6 @@ from clients.trainer import train
 from data.schema import Schema
 from data.sources import GROUP, Records
 from model import BadInputError, HeldExperts, parameters
-from privacy.accounting import SampledGaussian
 from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
@@ -44,6 +43,7 @@ from privacy.ledger import (
     SignedHead,
     StoredReply,
 )
+from privacy.mechanisms import SampledGaussian
 from privacy.release import release
 from privacy.repeatability import repeat_key
 

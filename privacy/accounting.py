@@ -19,9 +19,7 @@ from absl import logging as absl_logging
 from dp_accounting import rdp
 
 from model.errors import BadInputError
-from privacy.accountants import epsilon_by_accountant as epsilon_by_accountant
 from privacy.mechanisms import NEIGHBORS, SMALLEST_NOISE, ExponentialChoice, Mechanism
-from privacy.mechanisms import SampledGaussian as SampledGaussian
 
 UNITS_PER_NAT = 10**12
 _RELATIVE_SLACK = 1e-9  # covers the floating-point error of one RDP evaluation, on the private side

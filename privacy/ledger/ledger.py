@@ -306,12 +306,13 @@ class Ledger(Store):
 
     def _prune(self) -> None:
         """Forget replies beyond the latest; they have been sent, so nothing need be overwritten."""
-        self._db.execute("PRAGMA secure_delete = OFF")
-        self._db.execute(
-            "DELETE FROM replies WHERE seq <= (SELECT seq FROM replies ORDER BY seq DESC LIMIT 1 OFFSET ?)",
-            (KEPT_REPLIES,),
-        )
-        self._db.execute("PRAGMA secure_delete = ON")
+        with self._one_thread:
+            self._db.execute("PRAGMA secure_delete = OFF")
+            self._db.execute(
+                "DELETE FROM replies WHERE seq <= (SELECT seq FROM replies ORDER BY seq DESC LIMIT 1 OFFSET ?)",
+                (KEPT_REPLIES,),
+            )
+            self._db.execute("PRAGMA secure_delete = ON")
 
 
 def _plan_id(ledger_id: str, run_id: str, plan_hash: str) -> str:

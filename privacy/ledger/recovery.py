@@ -113,5 +113,5 @@ class _Copy(Store):
             self._db.execute("UPDATE plans SET open = 0")
             # Another machine, or an unknown history: no pending work could be repeated exactly.
             self._db.execute("DELETE FROM secrets")
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._erase_log()
         return charge

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,7 @@ class Store:
         self.path = path
         self._key = key
         self._witness = witness
+        self._one_thread = threading.RLock()  # a connection has one transaction at a time
         self._db = connect(path)
         try:
             self._open(machine)
@@ -95,7 +97,9 @@ class Store:
         """
         if genesis.public_key != public_hex(key) or genesis.ledger_id != ledger_id_of(genesis.public_key):
             raise BadInputError(f"{path}: the genesis names another key, must name the one it is signed with")
-        if witness is not None and witness.read() is not None:
+        seen = None if witness is None else witness.read()
+        # An attempt that was interrupted may have left one, of the same key and before any entry.
+        if witness is not None and seen is not None and (seen.ledger_id, seen.seq) != (genesis.ledger_id, 0):
             raise BadInputError(f"{witness.path}: is the witness of a ledger already, must be a new file")
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.draft-{os.getpid()}")  # a crash leaves no half-made ledger behind
@@ -294,16 +298,18 @@ class Store:
 
         The witness follows before anything else happens: whoever acts on the change cannot lose it to an older copy.
         """
-        with transaction(self._db):
-            if self.current_key != public_hex(self._key):  # replaced by another process
-                raise LedgerMismatchError("signs with another key by now, so this one must not sign anything more")
-            self.check_witness()
-            yield
-        self._mirror()
+        with self._one_thread:
+            with transaction(self._db):
+                if self.current_key != public_hex(self._key):  # replaced by another process
+                    raise LedgerMismatchError("signs with another key by now, so this one must not sign anything more")
+                self.check_witness()
+                yield
+            self._mirror()
 
     def _erase_log(self) -> None:
         # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        with self._one_thread:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _mirror(self) -> None:
         # Also where nothing was appended: the head may not have reached it before a crash, or on a full disk.

@@ -144,6 +144,10 @@ def test_an_interrupted_creation_can_be_repeated(make, tmp_path, monkeypatch):
         patch.setattr(clients.node_directory.Ledger, "create", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make()
+    with monkeypatch.context() as patch:  # the witness was written, the ledger not
+        patch.setattr("os.link", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make()
     spend(make())
 
 

@@ -36,9 +36,10 @@ import clients.node
 from clients.protocol import AdmitRequest, ProtocolError, pack, unpack
 from clients.trainer import train
 from model import parameters
-from privacy.accounting import SampledGaussian, charge_units
+from privacy.accounting import charge_units
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.verification import audit_history
+from privacy.mechanisms import SampledGaussian
 
 WORKERS = 8
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy.accounting import SampledGaussian
 from privacy.ledger import ChargeRequest, Entry, Genesis, Ledger, Reservation, SignedHead
 from privacy.ledger.heads import public_hex
 from privacy.ledger.reading import open_history
+from privacy.mechanisms import SampledGaussian
 
 DELTA = 1e-5
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import sqlite3
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from ledger_samples import KEY, genesis, new_ledger, open_ledger, request, spend
 
 from model.errors import BadInputError
-from privacy.accounting import SampledGaussian, charge_units
+from privacy.accounting import charge_units
 from privacy.canonical import canonical_json, decimal, sha256
 from privacy.ledger import (
     BudgetExhaustedError,
@@ -20,7 +21,10 @@ from privacy.ledger import (
     Reservation,
     StoredReply,
 )
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.verification import audit_history
 from privacy.ledger.witness import Witness
+from privacy.mechanisms import SampledGaussian
 
 
 def test_a_charge_is_on_disk_before_its_output_exists(tmp_path):
@@ -199,3 +203,20 @@ def test_canonical_json_refuses_floats_and_sorts_keys():
     assert [decimal(v) for v in (8.0, 1e-5, 0.1, 1.958348, 1e22)] == [
         "8", "0.00001", "0.1", "1.958348", "10000000000000000000000",
     ]  # fmt: skip
+
+
+def test_threads_may_share_an_open_ledger(tmp_path):
+    witness = Witness(tmp_path / "witness")
+    ledger = new_ledger(tmp_path, epsilon=200.0, witness=witness)
+
+    def work(number):
+        for turn in range(5):
+            reservation = ledger.reserve(request(1 + number * 5 + turn), bytes([number]) * 32)
+            assert ledger.commit(reservation, bytes([number, turn])).body == bytes([number, turn])
+            assert witness.read().seq <= ledger.head.seq
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    ledger.close()
+    audit = audit_history(LedgerFile(tmp_path / "ledger.db"), witness=witness.read())
+    assert (audit.findings, audit.committed) == ([], 40)

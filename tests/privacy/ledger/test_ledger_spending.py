@@ -8,12 +8,13 @@ import pytest
 from ledger_samples import KEY, MACHINE, new_ledger, open_ledger, request, spend
 from ledger_tampering import Forger
 
-from privacy.accounting import SampledGaussian, charge_units
+from privacy.accounting import charge_units
 from privacy.ledger import BudgetExhaustedError
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.recovery import recover
 from privacy.ledger.spending import budget_of, forecast
 from privacy.ledger.witness import Witness
+from privacy.mechanisms import SampledGaussian
 
 ORDER, DELTA = 3.4, 1e-5
 CONVERSION = math.log(1 - 1 / ORDER) - (math.log(DELTA) + math.log(ORDER)) / (ORDER - 1)

@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from privacy.audit.subject import Finding
-    from privacy.ledger_audit import LedgerAudit
-    from server.plan_estimate import PlanEstimate
     from server.scenario import Scenario
-    from simulations.simulate import Summary
 
 EXIT_VIOLATION = 1
 EXIT_BAD_INPUT = 2
@@ -32,6 +28,8 @@ app = typer.Typer(
 )
 audit_app = typer.Typer(help="Check what was spent, and whether the claim holds.", no_args_is_help=True)
 app.add_typer(audit_app, name="audit")
+node_app = typer.Typer(help="Keep a node: its ledger, its budget, its keys.", no_args_is_help=True)
+app.add_typer(node_app, name="node")
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
@@ -70,6 +68,7 @@ def simulate(
     from server.run_directory import RunDirectory
     from simulations.report import write_report
     from simulations.simulate import simulate as run_simulation
+    from simulations.tables import print_summary
 
     kind = _engine(engine)
     if resume is None:
@@ -82,7 +81,7 @@ def simulate(
     with _progress(resolved.federation.rounds) as advance:
         summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
     report_path = write_report(run)
-    _print_summary(resolved, summary, report_path)
+    print_summary(resolved, summary, report_path)
     if as_json:
         result = {name: value for name, value in asdict(summary).items() if value is not None}
         _print_json({**result, "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
@@ -96,11 +95,29 @@ def plan(
 ) -> None:
     """Show what a scenario will cost before anything runs: noise, epsilon, bytes, steps, expected time."""
     from simulations.plan import plan as work_out
+    from simulations.tables import print_plan
 
     estimate = work_out(_scenario(scenario, overrides or [], None))
-    _print_plan(estimate)
+    print_plan(estimate)
     if as_json:
         _print_json({**asdict(estimate), "epsilon": _finite(estimate.epsilon)})
+
+
+@app.command()
+def model(
+    scenario: Annotated[str, typer.Argument(help="A shipped scenario's name, or a .toml file.")],
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw who holds which experts to this .svg file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a scenario's model: parameters, active ones and operations for a token, traffic, who holds what."""
+    from simulations.model_card import model_card
+    from simulations.tables import print_model_card
+
+    card = model_card(_scenario(scenario, overrides or [], None), plot)
+    print_model_card(card)
+    if as_json:
+        _print_json(card)
 
 
 @app.command()
@@ -161,10 +178,11 @@ def audit_model(
 ) -> None:
     """Attack a model's private training: isolation, sensitivity, sampling, noise and more; exit 1 on violation."""
     from simulations.audit_model import audit_own, audit_scenario
+    from simulations.tables import print_findings
 
     is_path = ":" in subject and not Path(subject).exists()
     findings = audit_own(subject) if is_path else audit_scenario(_scenario(subject, overrides or [], None))
-    _print_findings(findings)
+    print_findings(findings)
     violated = any(finding.violation for finding in findings)
     if as_json:
         verdict = "VIOLATED" if violated else "NOT_REFUTED"
@@ -175,25 +193,178 @@ def audit_model(
 
 @audit_app.command("ledger")
 def audit_ledger(
-    ledgers: Annotated[list[Path], typer.Argument(help="Ledger files, or folders that hold them.")],
+    ledgers: Annotated[list[Path], typer.Argument(help="Ledgers, their exports (.jsonl), or folders with ledgers.")],
+    witness: Annotated[
+        Path | None, typer.Option(help="The owner's witness of the one ledger: the ledger must reach it.")
+    ] = None,
+    receipts: Annotated[
+        Path | None, typer.Option(help="A run's receipts.jsonl: every receipt of these ledgers must be on its chain.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Recompute what ledgers spent from their entries; exit 1 if a chain, a price or a budget does not hold."""
-    from privacy.ledger import Ledger
-    from privacy.ledger_audit import audit_entries
+    from simulations.audit_ledger import audit_ledgers
+    from simulations.tables import print_ledger_audits
 
-    results: dict[str, LedgerAudit] = {}
-    for path in _ledger_files(ledgers):
-        ledger = Ledger(path)
-        results[str(path)] = audit_entries(ledger.genesis, ledger.entries())
-        ledger.close()
-    _print_audit(results)
-    violated = any(result.findings for result in results.values())
+    audit = audit_ledgers(ledgers, witness=witness, receipts=receipts)
+    print_ledger_audits(audit)
     if as_json:
-        rows = {path: {**asdict(result), "epsilon": _finite(result.epsilon)} for path, result in results.items()}
-        _print_json({"verdict": "VIOLATED" if violated else "NOT_REFUTED", "ledgers": rows})
-    if violated:
+        _print_json(audit)
+    if audit.verdict == "VIOLATED":
         raise typer.Exit(EXIT_VIOLATION)
+
+
+@audit_app.command("run")
+def audit_run(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    ledgers: Annotated[
+        list[Path] | None, typer.Option("--ledger", help="A node's ledger or export; a simulation has its own.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a run's receipts with the ledgers and the plan; exit 1 if they tell different stories."""
+    from server.run_audit import audit_run as compare
+    from server.run_directory import RunDirectory
+    from simulations.tables import print_run_audit
+
+    audit = compare(RunDirectory.open(run), ledgers or ())
+    print_run_audit(audit)
+    if as_json:
+        _print_json(audit)
+    if audit.verdict == "VIOLATED":
+        raise typer.Exit(EXIT_VIOLATION)
+
+
+NodeFolder = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder, which holds node.toml.")]
+
+
+@node_app.command("init")
+def node_init(
+    node: Annotated[Path, typer.Argument(metavar="NODE", help="The node's new folder.")],
+    dataset: Annotated[str, typer.Option(help="Your name for the data; one ledger and one budget belong to it.")],
+    data: Annotated[Path, typer.Option(help="Where the data lie.")],
+    declared_size: Annotated[int, typer.Option(min=1, help="Public: how many units the node says it has.")],
+    epsilon: Annotated[float, typer.Option(help="The budget for everything that ever leaves.")],
+    delta: Annotated[float, typer.Option(help="The budget's delta, well below 1 / units.")],
+    witness: Annotated[Path, typer.Option(help="A file outside the node's disk that keeps the ledger's last head.")],
+    unit: Annotated[str, typer.Option(help="Whose participation is protected: record, or group.")] = "record",
+    machine: Annotated[str | None, typer.Option(help="A name in place of the system's machine id.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Create a node's folder: node.toml, signing key and ledger. The budget cannot be changed afterwards."""
+    from clients.node_directory import create_node
+
+    created = create_node(
+        node,
+        dataset={"id": dataset, "data": str(data.absolute()), "unit": unit, "declared_size": declared_size},
+        budget={"epsilon": epsilon, "delta": delta},
+        storage={"witness": str(witness.absolute())} | ({} if machine is None else {"machine": machine}),
+    )
+    ledger = created.open_ledger()
+    typer.echo(f"{node / 'node.toml'}: budget epsilon {epsilon:g} at delta {delta:g}, per {unit}; edit its policy")
+    typer.echo(f"ledger {ledger.genesis.ledger_id}, key {ledger.current_key}")
+    if as_json:
+        _print_json({"node": str(node), "ledger_id": ledger.genesis.ledger_id, "public_key": ledger.current_key})
+    ledger.close()
+
+
+@node_app.command("budget")
+def node_budget(
+    source: Annotated[Path, typer.Argument(metavar="NODE", help="A node's folder, a ledger, or a ledger's export.")],
+    planned: Annotated[
+        str | None, typer.Option("--plan", metavar="SCENARIO", help="Say what this scenario would add.")
+    ] = None,
+    overrides: Overrides = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart of the spending to this .svg file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a ledger's budget: spent, set aside, left, what each run took, and what a planned run would add."""
+    from simulations.budget import budget_report
+    from simulations.tables import print_budget
+
+    scenario = None if planned is None else _scenario(planned, overrides or [], None)
+    report = budget_report(source, scenario, plot)
+    print_budget(report)
+    if as_json:
+        _print_json(report)
+
+
+@node_app.command("export")
+def node_export(
+    source: Annotated[Path, typer.Argument(metavar="NODE", help="A node's folder, or a ledger.")],
+    out: Annotated[Path, typer.Argument(help="The file to write, one JSON object a line; must be new.")],
+    as_json: Json = False,
+) -> None:
+    """Export a ledger: anyone can audit the file, and it helps to recover a lost ledger."""
+    from simulations.budget import export_ledger
+
+    entries = export_ledger(source, out)
+    typer.echo(f"{out}: {entries} entries")
+    if as_json:
+        _print_json({"export": str(out), "entries": entries})
+
+
+@node_app.command("rotate-key")
+def node_rotate_key(node: NodeFolder, as_json: Json = False) -> None:
+    """Replace the ledger's signing key; the old and the new key both sign the change."""
+    from clients.node_directory import NodeDirectory
+
+    public_key = NodeDirectory(node).rotate_key()
+    typer.echo(f"the ledger is signed with {public_key} from now on")
+    if as_json:
+        _print_json({"public_key": public_key})
+
+
+@node_app.command("restore")
+def node_restore(
+    node: NodeFolder,
+    export: Annotated[Path | None, typer.Option(help="A later export of the same ledger.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on from a restored or moved ledger. What may be missing is charged: all that is left, unless disproved."""
+    from clients.node_directory import NodeDirectory
+
+    recovery = NodeDirectory(node).restore(export)
+    if recovery.regained:
+        typer.echo(f"{recovery.regained} entries were taken over from {export}")
+    if recovery.proven:
+        typer.echo("the witness proves that nothing is missing; nothing was charged")
+    else:
+        typer.echo("nothing proves that no entry is missing, so the rest of the budget counts as spent")
+    if as_json:
+        _print_json(recovery)
+
+
+@node_app.command("close")
+def node_close(
+    node: NodeFolder, run_id: Annotated[str, typer.Argument(help="The run, as in node budget.")], as_json: Json = False
+) -> None:
+    """Give back what is set aside for a run that will not go on; it is not admitted again."""
+    from clients.node_directory import NodeDirectory
+
+    ledger = NodeDirectory(node).open_ledger()
+    closed = ledger.close_plans(run_id)
+    ledger.close()
+    typer.echo(f"run {run_id}: {closed} open plan(s) closed")
+    if as_json:
+        _print_json({"run_id": run_id, "closed": closed})
+
+
+@app.command()
+def schema(
+    name: Annotated[str | None, typer.Argument(help="Which document; without it, all names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print the JSON Schema of a document that Conclave writes."""
+    from simulations.schemas import SCHEMAS, schema_of
+
+    if name is not None:
+        typer.echo(json.dumps(schema_of(name), indent=None if as_json else 2))
+        return
+    for known in SCHEMAS:
+        typer.echo(known)
+    if as_json:
+        _print_json({"schemas": list(SCHEMAS)})
 
 
 def _engine(name: str) -> Literal["inline", "ray"]:
@@ -225,18 +396,6 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
     return read_scenario(find(name), changes)
 
 
-def _ledger_files(given: list[Path]) -> list[Path]:
-    from model.errors import BadInputError
-
-    files: list[Path] = []
-    for path in given:
-        found = sorted(path.rglob("*.db")) if path.is_dir() else [path]
-        if not found:
-            raise BadInputError(f"{path}: holds no ledger (*.db), must be a ledger or a folder with ledgers")
-        files += found
-    return files
-
-
 class _progress:  # noqa: N801  (used like a function)
     """A progress bar over rounds, shown on a terminal only."""
 
@@ -256,107 +415,17 @@ class _progress:  # noqa: N801  (used like a function)
         self._bar.__exit__(*error)  # type: ignore[arg-type]
 
 
-def _print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    if summary.accuracy is not None:
-        table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
-    if summary.bits_per_byte is not None:
-        table.add_row(
-            "bits per byte",
-            f"{summary.bits_per_byte:.4f} on {scenario.data.test_records} public test windows "
-            f"(order-0 entropy of the same bytes: {summary.order0_bits_per_byte:.4f})",
-        )
-    if scenario.privacy.mechanism == "none":
-        table.add_row("privacy", "NONE (epsilon = infinity)")
-    else:
-        budget = f"budget {scenario.privacy.epsilon:g}, per {scenario.privacy.unit} and node"
-        table.add_row("epsilon", f"{summary.epsilon:.4f} at delta {summary.delta:g} ({budget})")
-    share = summary.bytes_per_node / summary.bytes_full_model
-    table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
-    table.add_row("rounds", str(summary.rounds))
-    table.add_row("run", str(summary.run))
-    table.add_row("report", str(report_path))
-    Console(soft_wrap=True).print(table)
-
-
-def _print_plan(estimate: PlanEstimate) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("rounds", f"{estimate.rounds}, {estimate.steps} local steps on a node that takes part in each")
-    if estimate.noise_multiplier is None:
-        table.add_row("privacy", "NONE (epsilon = infinity)")
-    else:
-        table.add_row("noise", f"sigma {estimate.noise_multiplier:g}")
-        table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
-        others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
-        table.add_row("", f"for comparison: {others}")
-    share = estimate.parameters_per_node / estimate.parameters_total
-    table.add_row(
-        "parameters",
-        f"{estimate.parameters_total:,} in all, {estimate.parameters_per_node:,} ({share:.0%}) on a node",
-    )
-    table.add_row("traffic", f"{estimate.bytes_down:,} bytes to a node and {estimate.bytes_up:,} back, every round")
-    table.add_row(
-        "", f"{(estimate.bytes_down + estimate.bytes_up) / estimate.bytes_full_model:.0%} of the whole model's"
-    )
-    table.add_row(
-        "time",
-        f"{estimate.seconds_total:.1f} s of local training in all, "
-        f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
-    )
-    Console(soft_wrap=True).print(table)
-
-
-def _print_findings(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("check", "looked at", "verdict")
-    for finding in findings:
-        verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]" if finding.violation else "not refuted"
-        table.add_row(finding.check, escape(finding.looked_at), verdict)
-    Console().print(table)
-
-
-def _print_audit(results: dict[str, LedgerAudit]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("ledger", "charges", "epsilon", "budget", "delta", "RDP", "PLD", "PRV", "verdict", box=None)
-    for path, result in results.items():
-        accountants = [
-            f"{result.accountants[name]:.4f}" if name in result.accountants else "-" for name in ("rdp", "pld", "prv")
-        ]
-        table.add_row(
-            Path(path).name,
-            str(result.charges),
-            f"{result.epsilon:.4f}",
-            f"{result.budget:g}",
-            f"{result.delta:g}",
-            *accountants,
-            "VIOLATED" if result.findings else "holds",
-        )
-    console = Console(soft_wrap=True)
-    console.print(table)
-    for path, result in results.items():
-        for finding in result.findings:
-            console.print(f"{path}: {finding}", markup=False, highlight=False)
-        if result.seeded:
-            console.print(f"{path}: seeded randomness, a simulation", markup=False, highlight=False)
-
-
 def _finite(value: float) -> float | str:
     """Spell infinity as the ledger does; JSON has no number for it."""
     return value if value != float("inf") else "inf"
 
 
-def _print_json(document: object) -> None:
+def _print_json(document: Any) -> None:
+    """Print one JSON object on a line of its own: a mapping, or a document that has a published schema."""
+    if not isinstance(document, dict):
+        from simulations.schemas import to_json
+
+        document = to_json(document)
     typer.echo(json.dumps(document, allow_nan=False))
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from clients.protocol import TRAIN, TrainReply, decode, encode, tensors_of
 from server.aggregation import Averager, Contribution, ServerOptimizer
 from server.config import ServerOptimizerConfig
+from server.receipts import EMPTY_RECEIPT
 from simulations.inline_engine import InlineGrid
 from simulations.worker_pool import WorkerPool
 
@@ -126,7 +127,7 @@ def client_app(name: str) -> ClientApp:
         tensors = {n.removeprefix("shared/"): t for n, t in received.items()}
         delta = train(name, int(context.node_config["partition-id"]), tensors)
         wire = {f"shared/{n}": t for n, t in delta.items()}
-        return Message(encode(TrainReply(charge_id="0"), wire), reply_to=message)
+        return Message(encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), wire), reply_to=message)
 
     return app
 
@@ -135,7 +136,7 @@ def federated_round(name: str, grid: InlineGrid, optimizer: ServerOptimizer, rou
     """One round through messages, validation, aggregation and the server optimizer."""
     tensors = optimizer.snapshot()
     shapes = {n: t.shape for n, t in tensors.items()}
-    content = encode(TrainReply(charge_id="0"), tensors)  # one broadcast for all
+    content = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), tensors)  # one broadcast for all
     ids = list(grid.get_node_ids())
     requests = [Message(content, ids[node], TRAIN, group_id=str(round_number)) for node in cohort(name, round_number)]
     averager = Averager([str(request.metadata.dst_node_id) for request in requests])

@@ -10,6 +10,8 @@ from flwr.clientapp import ClientApp
 
 from clients.node import Node
 from clients.protocol import (
+    AdmitRequest,
+    CloseRequest,
     ProtocolError,
     Refusal,
     TrainRequest,
@@ -29,6 +31,18 @@ app = ClientApp()
 def describe(message: Message, context: Context) -> Message:
     """Answer what is public about this node."""
     return _answer(message, lambda: encode(open_node(context).describe()))
+
+
+@app.query("admit")
+def admit(message: Message, context: Context) -> Message:
+    """Say whether a plan may run, and set its budget aside."""
+    return _answer(message, lambda: encode(open_node(context).admit(decode(message.content, AdmitRequest))))
+
+
+@app.query("close")
+def close(message: Message, context: Context) -> Message:
+    """Give back what is set aside for a run that is over."""
+    return _answer(message, lambda: encode(open_node(context).close(decode(message.content, CloseRequest))))
 
 
 @app.train()

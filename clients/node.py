@@ -1,15 +1,21 @@
-"""A node: private records, the owner's policy and the ledger, behind two plain functions."""
+"""A node: private records, the owner's policy and the ledger, behind a few plain functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from flwr.app import RecordDict
 
 from clients.policy import Policy
 from clients.protocol import (
+    Admission,
+    AdmitRequest,
+    Closed,
+    CloseRequest,
     Description,
     Plan,
     ProtocolError,
@@ -22,19 +28,24 @@ from clients.protocol import (
 from clients.trainer import train
 from data.schema import Schema
 from data.sources import GROUP, Records
-from model import HeldExperts, parameters
-from privacy.accounting import SampledGaussian
+from model import BadInputError, HeldExperts, parameters
 from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
     BudgetExhaustedError,
     ChargeAbandonedError,
+    ChargeConflictError,
+    ChargeRequest,
     Ledger,
+    LedgerMismatchError,
+    PlanClosedError,
     ReplyExpiredError,
+    SignedHead,
     StoredReply,
 )
-from privacy.ledger_entry import ChargeRequest
+from privacy.mechanisms import SampledGaussian
 from privacy.release import release
+from privacy.repeatability import repeat_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,55 +66,122 @@ class Node:
         """Say what is public about this node."""
         return Description(
             public_key=self.ledger.genesis.public_key,
+            rotations=tuple(self.ledger.rotations),
             declared_size=self.declared_size,
             expert_capacity=self.policy.expert_capacity,
         )
+
+    def admit(self, request: AdmitRequest) -> Admission:
+        """Check a plan and set the budget for all its rounds aside, before the first of them.
+
+        Raises:
+            ProtocolError: with the code that the server may see.
+        """
+        self._check_plan(request.plan, request.scenario)
+        self._set_aside(request.plan, request.run_id)
+        return Admission(plan_hash=request.plan.hash)
+
+    def close(self, request: CloseRequest) -> Closed:
+        """Give back what is set aside for a run."""
+        with _as_codes():
+            self.ledger.close_plans(request.run_id)
+        return Closed(run_id=request.run_id)
 
     def train(self, request: TrainRequest, content: RecordDict) -> RecordDict:
         """Check, charge, train, commit; return the content of the reply.
 
         The charge is durable before a record is touched. A request that was answered before gets the stored
-        bytes again and costs nothing.
+        bytes again and costs nothing; one that is being answered waits.
 
         Raises:
             ProtocolError: with the code that the server may see.
         """
         plan = request.plan
-        self.policy.admit(plan)
+        self._check_plan(plan, request.scenario)
+        if request.round > plan.rounds:
+            raise ProtocolError("bad-request", "the round lies outside the plan")
+        check_held(request.held, plan, self.policy.expert_capacity)
+        expected = parameters.shapes(plan.model, request.held)
+        if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
+            raise ProtocolError("not-allowed", "the model is larger than this node allows")
+        self._check_receipt(request.receipt)
+        tensors = tensors_of(content, expected)
+        charge = _charge_for(request, body_of(content), seeded=self.policy.simulation)
+        charge_id = charge.charge_id(self.ledger.genesis.ledger_id)
+        if not self.ledger.knows(charge_id) and not self.ledger.is_open(request.run_id, plan.hash):
+            self._set_aside(plan, request.run_id)
+        with self.ledger.lease():
+            clip_name = f"{request.run_id}/{plan.hash}/clip"
+            start = self.ledger.local_state(clip_name)
+            secret = self.new_secret(charge_id)
+            with _as_codes():
+                reservation = self.ledger.reserve(charge, secret, repeat_key=repeat_key(torch.device("cpu"), start))
+            if isinstance(reservation, StoredReply):
+                return _reply(reservation)
+            trained = train(
+                plan,
+                request.held,
+                tensors,
+                self.records,
+                self.declared_size,
+                reservation.secret,
+                clip=None if start is None else float(start),
+            )
+            # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
+            state = {} if trained.clip is None else {clip_name: repr(trained.clip).encode()}
+            with _as_codes():
+                return _reply(release(self.ledger, reservation, trained.delta, expected, state))
+
+    def _check_plan(self, plan: Plan, scenario: str) -> None:
+        self.policy.check(plan, scenario)
         if plan.privacy.unit != self.ledger.genesis.unit:
             raise ProtocolError("not-allowed", f"this node's budget protects a {self.ledger.genesis.unit}")
         if plan.privacy.unit == "group" and GROUP not in self.records:
             raise ProtocolError("schema-mismatch", "the records have no groups")
-        self._check_assignment(plan, request)
-        expected = parameters.shapes(plan.model, request.held)
-        if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
-            raise ProtocolError("not-allowed", "the model is larger than this node allows")
-        tensors = tensors_of(content, expected)
-        charge = _charge_for(request, body_of(content), seeded=self.policy.simulation)
-        try:
-            secret = self.new_secret(charge.charge_id(self.ledger.genesis.ledger_id))
-            reservation = self.ledger.reserve(charge, secret)
-        except BudgetExhaustedError as error:
-            raise ProtocolError("budget-exhausted") from error
-        except ChargeAbandonedError as error:
-            raise ProtocolError("charge-abandoned") from error
-        except ReplyExpiredError as error:
-            raise ProtocolError("reply-expired") from error
-        if isinstance(reservation, StoredReply):
-            return encode(TrainReply(charge_id=reservation.charge_id), reservation.body)
-        delta = train(plan, request.held, tensors, self.records, self.declared_size, reservation.secret)
-        # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
-        body = release(self.ledger, reservation, delta, expected)
-        return encode(TrainReply(charge_id=reservation.charge_id), body)
-
-    def _check_assignment(self, plan: Plan, request: TrainRequest) -> None:
-        config = plan.model
-        mismatch = self.schema.mismatch(config)
+        mismatch = self.schema.mismatch(plan.model)
         if mismatch is not None:
             raise ProtocolError("schema-mismatch", mismatch)
-        if request.round > plan.rounds:
-            raise ProtocolError("bad-request", "the round lies outside the plan")
-        check_held(request.held, plan, self.policy.expert_capacity)
+
+    def _set_aside(self, plan: Plan, run_id: str) -> None:
+        charge = _charge(plan, run_id, seeded=self.policy.simulation)
+        with _as_codes():
+            self.ledger.admit(charge, plan.rounds)
+
+    def _check_receipt(self, receipt: SignedHead | None) -> None:
+        """Compare with what the server has of this ledger: it must not have seen more than is here."""
+        if receipt is None or self.ledger.holds(receipt):
+            return
+        keys = (self.ledger.genesis.public_key, *(rotation.new_key for rotation in self.ledger.rotations))
+        if receipt.ledger_id != self.ledger.genesis.ledger_id or not any(map(receipt.signed_by, keys)):
+            raise ProtocolError("bad-request", "the receipt is not of this ledger")
+        raise ProtocolError(
+            "ledger-mismatch", f"the server has a receipt of entry {receipt.seq}, which this ledger does not hold"
+        )
+
+
+@contextmanager
+def _as_codes() -> Iterator[None]:
+    """Turn the ledger's answers into the codes that the server may see."""
+    try:
+        yield
+    except BudgetExhaustedError as error:
+        raise ProtocolError("budget-exhausted") from error
+    except ChargeAbandonedError as error:
+        raise ProtocolError("charge-abandoned") from error
+    except ChargeConflictError as error:
+        raise ProtocolError("bad-request", "the charge was made before with other content") from error
+    except ReplyExpiredError as error:
+        raise ProtocolError("reply-expired") from error
+    except PlanClosedError as error:
+        raise ProtocolError("not-allowed", "the plan was closed") from error
+    except LedgerMismatchError as error:
+        raise ProtocolError("ledger-mismatch", str(error)) from error
+    except BadInputError as error:
+        raise ProtocolError("not-allowed", str(error)) from error
+
+
+def _reply(stored: StoredReply) -> RecordDict:
+    return encode(TrainReply(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
 
 
 def check_held(held: HeldExperts, plan: Plan, capacity: int) -> None:
@@ -131,25 +209,37 @@ def _numeric_level(plan: Plan) -> Literal["strict", "fast", "uncertified"]:
 
 
 def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRequest:
-    plan = request.plan
-    mechanism = None
-    if plan.noise_multiplier is not None:
-        mechanism = SampledGaussian(
-            sampling_rate=plan.privacy.sampling_rate,
-            noise_multiplier=plan.noise_multiplier,
-            steps=plan.training.steps,
-        )
-    return ChargeRequest(
-        kind="train",
-        run_id=request.run_id,
+    return replace(
+        _charge(request.plan, request.run_id, seeded=seeded),
         round=request.round,
-        plan_hash=plan.hash,
         # What is trained on: the weights and which experts they are for.
         model_in_hash=sha256(request.model_dump_json(include={"held"}).encode() + body),
+    )
+
+
+def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
+    """Return what every charge of a plan has in common."""
+    return ChargeRequest(
+        kind="train",
+        run_id=run_id,
+        round=0,
+        plan_hash=plan.hash,
+        model_in_hash="",
         code_hash=code_hash(),
-        mechanism=mechanism,
+        mechanism=charged_mechanism(plan),
         clip=plan.privacy.clip,
-        releases=("delta",),
+        releases=tuple(plan.releases),
         numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
+    )
+
+
+def charged_mechanism(plan: Plan) -> SampledGaussian | None:
+    """Return what one round of a plan is charged as; None without privacy."""
+    if plan.noise_multiplier is None:
+        return None
+    return SampledGaussian(
+        sampling_rate=plan.privacy.sampling_rate,
+        noise_multiplier=plan.noise_multiplier,
+        steps=plan.training.steps,
     )

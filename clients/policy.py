@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from clients.protocol import Plan, ProtocolError
 from model.config import Frozen
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Policy(Frozen):
@@ -13,6 +17,12 @@ class Policy(Frozen):
 
     simulation: this node holds no private data. Only then are training without privacy and seeded randomness
         allowed. The owner's side decides it, never a message.
+    max_steps: local steps of one round. max_rounds: rounds of one plan.
+    expert_capacity: experts of one layer that this node can hold.
+    certified_only: refuse gradient modes without a certified clip bound.
+    releases: what may leave, each with the largest share of a plan's budget it may take.
+    scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
+        is the server's word, a plan's hash binds.
     """
 
     simulation: bool = False
@@ -22,9 +32,10 @@ class Policy(Frozen):
     max_parameters: int = Field(default=500_000_000, ge=1)
     expert_capacity: int = Field(default=4096, ge=1)
     certified_only: bool = True
-    releases: tuple[str, ...] = ("delta",)
+    releases: dict[str, Share] = Field(default_factory=lambda: {"delta": 1.0})
+    scenarios: tuple[str, ...] | None = None
 
-    def admit(self, plan: Plan) -> None:
+    def check(self, plan: Plan, scenario: str) -> None:
         """Check a plan against the policy, before anything is charged.
 
         Raises:
@@ -33,9 +44,12 @@ class Policy(Frozen):
         private = plan.privacy.mechanism != "none"
         if private == (plan.noise_multiplier is None):
             raise ProtocolError("bad-request", "the plan's mechanism and noise multiplier contradict each other")
+        if self.scenarios is not None and not {scenario, f"plan:{plan.hash}"} & set(self.scenarios):
+            raise ProtocolError("not-allowed", f"scenario {scenario!r} is not among those that policy.scenarios allows")
         if not self.simulation:
             if plan.noise_multiplier is None or plan.noise_multiplier < self.min_noise_multiplier:
-                raise ProtocolError("not-allowed", f"noise is below {self.min_noise_multiplier}")
+                noise = "none" if plan.noise_multiplier is None else f"{plan.noise_multiplier:g}"
+                raise ProtocolError("not-allowed", f"noise is {noise}, must be at least {self.min_noise_multiplier:g}")
             if self.certified_only and plan.privacy.gradients == "ghost" and plan.privacy.numeric != "strict":
                 raise ProtocolError("not-allowed", "this gradient mode has no certified clip bound")
         for name, value, most in (
@@ -44,5 +58,9 @@ class Policy(Frozen):
         ):
             if value > most:
                 raise ProtocolError("not-allowed", f"{name} is {value}, must be at most {most}")
-        if "delta" not in self.releases:
-            raise ProtocolError("not-allowed", "model deltas may not be released")
+        for name, share in plan.releases.items():
+            allowed = self.releases.get(name, 0.0)
+            if share > allowed:
+                raise ProtocolError(
+                    "not-allowed", f"{name} takes {share:g} of the budget, policy.releases allows {allowed:g}"
+                )

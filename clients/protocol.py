@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Self, TypeVar, get_args
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Size, Tensor
@@ -22,10 +22,14 @@ from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
+from privacy.ledger.entry import ledger_id_of
+from privacy.ledger.heads import KeyRotation, SignedHead, current_key
 from privacy.local_optimizers import OptimizerConfig, SgdConfig
 
-PROTOCOL_VERSION: Literal[1] = 1
+PROTOCOL_VERSION: Literal[2] = 2
 QUERY_DESCRIBE = "query.describe"
+QUERY_ADMIT = "query.admit"
+QUERY_CLOSE = "query.close"
 TRAIN = "train"
 
 Code = Literal[
@@ -37,6 +41,7 @@ Code = Literal[
     "budget-exhausted",
     "charge-abandoned",
     "reply-expired",
+    "ledger-mismatch",
     "internal-error",
 ]
 """Why a node refused. A code never depends on record values or counts, and no other text leaves a node."""
@@ -80,31 +85,99 @@ class Plan(Frozen):
         """SHA-256 of the plan's JSON, which names every field in a fixed order."""
         return sha256(self.model_dump_json().encode())
 
+    @property
+    def releases(self) -> dict[str, float]:
+        """What leaves a node under this plan, and each one's share of the plan's budget."""
+        return {"delta": 1.0}
+
+
+class AdmitRequest(Frozen):
+    """Ask before round one whether a plan may run, and whether there is budget for all its rounds.
+
+    scenario: its name, which the owner may have allowed or not. Only the plan itself binds.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
+    run_id: str = Field(max_length=128)
+    scenario: str = Field(max_length=64)
+    plan: Plan
+
+
+class Admission(Frozen):
+    """The plan may run; the budget for all its rounds is set aside."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    plan_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class CloseRequest(Frozen):
+    """The run is over: what is still set aside for it is free again."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    run_id: str = Field(max_length=128)
+
+
+class Closed(Frozen):
+    """Nothing is set aside for the run any more."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    run_id: str = Field(max_length=128)
+
 
 class TrainRequest(Frozen):
-    """Train one round. The tensors for exactly ``held`` travel beside it."""
+    """Train one round. The tensors for exactly ``held`` travel beside it.
 
-    version: Literal[1] = PROTOCOL_VERSION
+    receipt: the last one that the server has of this node. A ledger that does not have it is an older copy.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
     run_id: str = Field(max_length=128)
+    scenario: str = Field(max_length=64)
     round: int = Field(ge=1)
     plan: Plan
     held: HeldExperts
+    receipt: SignedHead | None = None
 
 
 class TrainReply(Frozen):
-    """A committed release. The delta for exactly what was sent travels beside it."""
+    """A committed release. The delta for exactly what was sent travels beside it.
 
-    version: Literal[1] = PROTOCOL_VERSION
-    charge_id: str = Field(max_length=64)
+    receipt: the ledger's head when the release was committed; the server keeps it.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
+    charge_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    receipt: SignedHead
 
 
 class Description(Frozen):
-    """What a node says about itself: public by assumption, never computed from record values."""
+    """What a node says about itself: public by assumption, never computed from record values.
 
-    version: Literal[1] = PROTOCOL_VERSION
+    public_key: the first key of its ledger, which is its identity for good.
+    rotations: how it came to the key it signs with now.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
     public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
+    rotations: tuple[KeyRotation, ...] = Field(default=(), max_length=64)
     declared_size: int = Field(ge=1)
     expert_capacity: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _keys_hold(self) -> Self:
+        if current_key(self.ledger_id, self.public_key, self.rotations) is None:
+            raise ValueError("rotations: a change of keys that both keys did not sign")
+        return self
+
+    @property
+    def ledger_id(self) -> str:
+        """The identity of the node's ledger."""
+        return ledger_id_of(self.public_key)
+
+    @property
+    def signing_key(self) -> str:
+        """The key that its receipts are signed with."""
+        return self.rotations[-1].new_key if self.rotations else self.public_key
 
     @property
     def fingerprint(self) -> str:
@@ -115,7 +188,7 @@ class Description(Frozen):
 class Refusal(Frozen):
     """The node refused, and this code is all it says."""
 
-    version: Literal[1] = PROTOCOL_VERSION
+    version: Literal[2] = PROTOCOL_VERSION
     code: Code
 
 
@@ -127,16 +200,16 @@ def fingerprint(public_key: str) -> str:
     return sha256(bytes.fromhex(public_key))[:16]
 
 
-def encode(document: Frozen, tensors: bytes | Mapping[str, Tensor] | None = None) -> RecordDict:
+def encode(document: Frozen, tensors: bytes | Mapping[str, Tensor] | ArrayRecord | None = None) -> RecordDict:
     """Build the content of a Flower message.
 
     Args:
         tensors: packed bytes, or tensors that are packed only if the message leaves this process; in that case
-            neither side may change them in place.
+            neither side may change them in place. Several messages may share what :func:`encode_tensors` made.
     """
     content = RecordDict({"document": ConfigRecord({"json": document.model_dump_json()})})
     if tensors is not None:
-        content["tensors"] = encode_tensors(tensors)
+        content["tensors"] = tensors if isinstance(tensors, ArrayRecord) else encode_tensors(tensors)
     return content
 
 
@@ -279,7 +352,8 @@ def norms(tensors: Mapping[str, Tensor]) -> list[float]:
 CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
-    "CODES", "PROTOCOL_VERSION", "QUERY_DESCRIBE", "TRAIN", "Code", "Description", "Plan", "ProtocolError", "Refusal",
-    "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors",
-    "fingerprint", "lengths", "norms", "pack", "tensors_of", "unpack",
+    "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN", "Admission", "AdmitRequest",
+    "CloseRequest", "Closed", "Code", "Description", "Plan", "ProtocolError", "Refusal", "TrainReply", "TrainRequest",
+    "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors", "fingerprint", "lengths", "norms",
+    "pack", "tensors_of", "unpack",
 ]  # fmt: skip

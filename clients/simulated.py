@@ -18,11 +18,9 @@ from data.config import DataConfig, PartitionConfig
 from data.partition import partition
 from data.sources import GROUP, DataSet, declared_size, load
 from model.config import Frozen
-from privacy.accounting import budget_units, fixed_order
-from privacy.canonical import decimal, sha256
 from privacy.config import PrivacyConfig
-from privacy.ledger import Ledger, utc_now
-from privacy.ledger_entry import FORMAT_VERSION, Genesis
+from privacy.ledger import Genesis, Ledger
+from privacy.ledger.heads import public_hex
 from privacy.randomness import derive
 
 
@@ -66,7 +64,8 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
             raise ProtocolError("schema-mismatch", "the records have no groups")
         units = len(records[GROUP].unique())
     path = ledger_path(Path(run_dir), number)
-    ledger = Ledger(path) if path.exists() else Ledger.create(path, _genesis(sections, root, number))
+    key = Ed25519PrivateKey.from_private_bytes(derive(root, "ledger key"))
+    ledger = Ledger(path, key) if path.exists() else Ledger.create(path, _genesis(sections, root, number, key), key)
     return Node(
         records=records,
         schema=dataset.schema,
@@ -89,24 +88,14 @@ def deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
     return sections, dataset, partition(dataset.train, sections.partition, sections.seed)
 
 
-def _genesis(sections: SimulatedData, root: bytes, number: int) -> Genesis:
-    privacy = sections.privacy
-    order = fixed_order(privacy.epsilon, privacy.delta)
-    public_key = Ed25519PrivateKey.from_private_bytes(derive(root, "ledger key")).public_key()
-    key_hex = public_key.public_bytes_raw().hex()
-    return Genesis(
-        version=FORMAT_VERSION,
-        ledger_id=sha256(bytes.fromhex(key_hex))[:32],
+def _genesis(sections: SimulatedData, root: bytes, number: int, key: Ed25519PrivateKey) -> Genesis:
+    return Genesis.new(
+        public_key=public_hex(key),
         dataset_id=f"{sections.data.source}/node-{number}",
         split_key=derive(root, "split").hex(),
-        unit=privacy.unit,
-        adjacency="add-or-remove-one",
-        epsilon=decimal(privacy.epsilon),
-        delta=decimal(privacy.delta),
-        order=decimal(order),
-        rdp_budget=str(budget_units(privacy.epsilon, privacy.delta, order)),
+        unit=sections.privacy.unit,
+        epsilon=sections.privacy.epsilon,
+        delta=sections.privacy.delta,
         mode="simulation",
         machine_id="simulation",
-        public_key=key_hex,
-        time=utc_now(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,18 @@ from data.sources import GROUP
 from model import HeldExperts, ModelConfig, Network, parameters
 from privacy.dpsgd import DpSgd, train_privately
 from privacy.gradient_modes import Records
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a round of training made.
+
+    delta: wire name → difference, to be released. clip: the bound that an adaptive rule arrived at, which the node
+    keeps for the next round; None where the bound is fixed.
+    """
+
+    delta: dict[str, Tensor]
+    clip: float | None
 
 
 def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
@@ -53,28 +66,35 @@ def train(
     records: Records,
     declared_size: int,
     secret: bytes,
-) -> dict[str, Tensor]:
-    """Train the held experts, their router rows and the shared weights; return after minus before.
+    *,
+    clip: float | None = None,
+) -> Trained:
+    """Train the held experts, their router rows and the shared weights; the delta is after minus before.
 
     Args:
         tensors: wire name → float32, exactly what a holder of ``held`` receives; not modified.
         records: the node's private records.
         secret: seeds everything random in this round.
+        clip: where an adaptive clip bound stands after earlier rounds of the run; the plan's value if not given.
 
     Returns:
-        Wire name → delta, for the same names: also for experts that no token reached.
+        The delta holds the same names: also experts that no token reached.
     """
     state = {name: tensor.clone() for name, tensor in parameters.join(tensors, held).items()}
     network = _skeleton(plan.model, tuple(len(held[layer]) for layer in sorted(held)))
     network.load_state_dict(state, assign=True)
-    train_privately(
+    mechanism = mechanism_of(plan, declared_size)
+    if clip is not None:
+        mechanism = replace(mechanism, clip=clip)
+    clip_after = train_privately(
         network,
         network.loss,
         {name: tensor for name, tensor in records.items() if name != GROUP},
-        mechanism_of(plan, declared_size),
+        mechanism,
         secret,
         group_B=records[GROUP] if plan.privacy.unit == "group" else None,
         scales=_scales(plan, network, held),
     )
     after = parameters.split(network.state_dict(), held)  # names by this round's experts
-    return {name: after[name] - tensor for name, tensor in tensors.items()}
+    delta = {name: after[name] - tensor for name, tensor in tensors.items()}
+    return Trained(delta, clip_after if mechanism.clipping == "adaptive" else None)

@@ -18,11 +18,15 @@ from model.errors import BadInputError
 from model.network import Network, from_state
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old or the new content and never a mixture."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader, or a crash, sees the old or the new content and never a mixture.
+
+    mode: who may read it, before the umask.
+    """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.unlink(missing_ok=True)
     try:
-        with partial.open("wb") as stream:
+        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

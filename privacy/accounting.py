@@ -1,4 +1,4 @@
-"""What releases cost: charges, the filter that enforces a budget, σ from a plan, ε by several accountants.
+"""What charges cost, and the filter that enforces a budget.
 
 The canonical form of a mechanism is a ``dp_accounting.DpEvent``. A budget (ε, δ) is enforced with Rényi
 differential privacy at ONE order α, fixed when the ledger is created: the sum of the charges' RDP at α may
@@ -11,44 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import dp_accounting as dpa
 from absl import logging as absl_logging
-from dp_accounting import pld, rdp
-from opacus.accountants import PRVAccountant
+from dp_accounting import rdp
 
 from model.errors import BadInputError
+from privacy.mechanisms import NEIGHBORS, SMALLEST_NOISE, ExponentialChoice, Mechanism
 
 UNITS_PER_NAT = 10**12
 _RELATIVE_SLACK = 1e-9  # covers the floating-point error of one RDP evaluation, on the private side
-_LARGEST_NOISE = 1e6
-_SMALLEST_NOISE = 1e-2  # below it the RDP overflows, and no real budget could pay
-
-NEIGHBORS = dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampledGaussian:
-    """The cost-relevant parameters of one charge: ``steps`` Poisson-subsampled Gaussian releases.
-
-    noise_multiplier: σ relative to the sensitivity of everything released from one sample together.
-    """
-
-    sampling_rate: float
-    noise_multiplier: float
-    steps: int
-
-    @property
-    def event(self) -> dpa.DpEvent:
-        """The mechanism as a dp-accounting event."""
-        gaussian = dpa.GaussianDpEvent(self.noise_multiplier)
-        sampled = dpa.PoissonSampledDpEvent(self.sampling_rate, gaussian)
-        return dpa.SelfComposedDpEvent(sampled if self.sampling_rate < 1.0 else gaussian, self.steps)
 
 
 def conversion(order: float, delta: float) -> float:
@@ -88,7 +62,7 @@ def epsilon_of(units: int, order: float, delta: float) -> float:
     return max(0.0, units / UNITS_PER_NAT + conversion(order, delta))
 
 
-def charge_units(mechanism: SampledGaussian, order: float) -> int:
+def charge_units(mechanism: Mechanism, order: float) -> int:
     """Return what a charge costs at ``order``: its RDP plus a margin for rounding, rounded up.
 
     Raises:
@@ -98,14 +72,16 @@ def charge_units(mechanism: SampledGaussian, order: float) -> int:
 
 
 @lru_cache(maxsize=65_536)
-def rdp_at(mechanism: SampledGaussian, order: float) -> float:
-    """Return the RDP of a charge at ``order`` in nats, as dp-accounting computes it.
+def rdp_at(mechanism: Mechanism, order: float) -> float:
+    """Return the RDP of a charge at ``order`` in nats, for Gaussians as dp-accounting computes it.
 
     Raises:
         BadInputError: see :func:`charge_units`.
     """
-    value = _rdp(mechanism.event, order) if mechanism.noise_multiplier >= _SMALLEST_NOISE else math.inf
-    if not math.isfinite(value) and mechanism.noise_multiplier >= _SMALLEST_NOISE:
+    if isinstance(mechanism, ExponentialChoice):
+        return mechanism.rdp(order)
+    value = _rdp(mechanism.event, order) if mechanism.noise_multiplier >= SMALLEST_NOISE else math.inf
+    if not math.isfinite(value) and mechanism.noise_multiplier >= SMALLEST_NOISE:
         # The series for a fractional order did not converge. RDP grows with the order.
         value = _rdp(mechanism.event, math.ceil(order))
     if not math.isfinite(value):
@@ -128,70 +104,3 @@ def _quiet_absl() -> Iterator[None]:
         yield
     finally:
         absl_logging.set_verbosity(before)
-
-
-@lru_cache(maxsize=256)
-def calibrate_noise(
-    *, epsilon: float, delta: float, sampling_rate: float, steps_per_charge: int, charges: int
-) -> float:
-    """Return the smallest σ (to 1e-6) for which all charges of a plan pass the filter of (ε, δ).
-
-    Raises:
-        BadInputError: even σ = 1e6 is not enough.
-    """
-    order = fixed_order(epsilon, delta)
-    budget = budget_units(epsilon, delta, order)
-
-    def fits(noise: float) -> bool:
-        mechanism = SampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise, steps=steps_per_charge)
-        try:
-            return charge_units(mechanism, order) * charges <= budget
-        except BadInputError:
-            return False
-
-    high = 1.0
-    while not fits(high):
-        high *= 2.0
-        if high > _LARGEST_NOISE:
-            raise BadInputError(
-                f"no noise multiplier up to {_LARGEST_NOISE:g} brings {charges} charges within "
-                f"epsilon {epsilon} at delta {delta}; ask for fewer rounds or a larger epsilon"
-            )
-    low = 0.0
-    while high - low > 1e-6:
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return math.ceil(high * 1e6) / 1e6
-
-
-def epsilon_by_accountant(charges: Iterable[SampledGaussian], delta: float) -> dict[str, float]:
-    """Return ε of a fixed sequence of charges by three accountants: ``rdp``, ``pld`` (dp-accounting), ``prv`` (Opacus).
-
-    For reading and comparing, and valid only for a sequence fixed in advance: the enforced value is
-    :func:`epsilon_of` the ledger's total.
-    """
-    steps: dict[tuple[float, float], int] = {}
-    for charge in charges:
-        key = (charge.sampling_rate, charge.noise_multiplier)
-        steps[key] = steps.get(key, 0) + charge.steps
-    return dict(_epsilon_by_accountant(tuple(sorted(steps.items())), delta))
-
-
-@lru_cache(maxsize=256)
-def _epsilon_by_accountant(
-    steps: tuple[tuple[tuple[float, float], int], ...], delta: float
-) -> tuple[tuple[str, float], ...]:
-    if not steps:
-        return (("rdp", 0.0), ("pld", 0.0), ("prv", 0.0))
-    event = dpa.ComposedDpEvent(
-        [SampledGaussian(sampling_rate=q, noise_multiplier=s, steps=n).event for (q, s), n in steps]
-    )
-    with _quiet_absl():
-        by_rdp = float(rdp.RdpAccountant(neighboring_relation=NEIGHBORS).compose(event).get_epsilon(delta))
-        by_pld = float(pld.PLDAccountant(neighboring_relation=NEIGHBORS).compose(event).get_epsilon(delta))
-    prv: Any = PRVAccountant()
-    prv.history = [(s, q, n) for (q, s), n in steps]
-    with warnings.catch_warnings():  # Opacus brackets ε with a coarse RDP grid and log(0) first, and says so
-        warnings.simplefilter("ignore")
-        by_prv = float(prv.get_epsilon(delta=delta))
-    return (("rdp", by_rdp), ("pld", by_pld), ("prv", by_prv))

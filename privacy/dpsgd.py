@@ -336,8 +336,8 @@ def train_privately(
     *,
     group_B: Tensor | None = None,
     scales: dict[str, float] | None = None,
-) -> None:
-    """Run ``mechanism.steps`` steps of DP-SGD on ``module`` in place.
+) -> float:
+    """Run ``mechanism.steps`` steps of DP-SGD on ``module`` in place; return the clip bound afterwards.
 
     Args:
         module: its parameters are all trained. The forward pass must keep units independent and state unchanged.
@@ -348,8 +348,8 @@ def train_privately(
         group_B: int64, the group of each record, where groups are the unit; None where each record is one.
         scales: parameter name → factor on the learning rate; public.
 
-    Guarantee: the parameters afterwards are a release of ``steps`` composed Poisson-subsampled Gaussian
-    mechanisms with the given rate and σ; nothing else leaves this function.
+    Guarantee: the parameters and the clip bound afterwards are a release of ``steps`` composed Poisson-subsampled
+    Gaussian mechanisms with the given rate and σ; nothing else leaves this function.
 
     Raises:
         BadInputError: the module holds a layer that cannot be made private.
@@ -358,10 +358,11 @@ def train_privately(
     index = UnitIndex(len(next(iter(records.values()))), group_B, mechanism.records_per_unit)
     if mechanism.noise_multiplier is None:
         _train_without_privacy(module, optimizer, example_loss, records, index, mechanism, secret)
-        return
+        return mechanism.clip
     with PrivateTraining(module, optimizer, example_loss, mechanism, secret) as training:
         for _ in range(mechanism.steps):
             training.step(records, index)
+        return training.clip
 
 
 def _train_without_privacy(

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from model.errors import BadInputError
-from privacy.accounting import SampledGaussian, epsilon_by_accountant
+from privacy.accountants import epsilon_by_accountant
 from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.gradient_modes import ExampleLoss
+from privacy.mechanisms import SampledGaussian
 from privacy.randomness import SECRET_BYTES, fresh_secret
 
 

@@ -8,12 +8,16 @@ import torch
 from safetensors.torch import save
 from torch import Size, Tensor
 
-from privacy.ledger import Ledger, Reservation
+from privacy.ledger import Ledger, Reservation, StoredReply
 
 
 def release(
-    ledger: Ledger, reservation: Reservation, output: Mapping[str, Tensor], expected: Mapping[str, Size]
-) -> bytes:
+    ledger: Ledger,
+    reservation: Reservation,
+    output: Mapping[str, Tensor],
+    expected: Mapping[str, Size],
+    local_state: Mapping[str, bytes] | None = None,
+) -> StoredReply:
     """Commit an output against its charge and return the bytes that may be sent.
 
     Args:
@@ -21,9 +25,11 @@ def release(
         output: what the charged mechanism produced.
         expected: name → shape of exactly what was charged. It is an allow-list and a must-list: a missing
             tensor would tell what the data touched, an extra one was not paid for.
+        local_state: what the same work leaves on the node, committed together with the output. It never leaves.
 
     Returns:
-        The stored bytes (safetensors). After a race these are the winner's, not this output's.
+        The stored bytes (safetensors) and the receipt for them. After a race these are the winner's, not this
+        output's.
 
     Raises:
         ValueError: the output is not exactly what was charged, or no reservation pays for it.
@@ -34,4 +40,4 @@ def release(
         if tensor.shape != expected[name] or tensor.dtype != torch.float32:
             raise ValueError("an output tensor does not have the shape and type that were charged")
     ordered = {name: output[name].detach().cpu().contiguous() for name in sorted(output)}
-    return ledger.commit(reservation, save(ordered))
+    return ledger.commit(reservation, save(ordered), local_state)

@@ -75,12 +75,12 @@ class Averager:
                 self._total[name] = delta * contribution.weight
 
 
-def norm_bound(plan: Plan, parameters: int, declared_size: int) -> float:
-    """Return the largest plausible L2 norm of an honest delta; infinite without privacy.
+def norm_bound(plan: Plan, parameters: int, declared_size: int, round_number: int) -> float:
+    """Return the largest plausible L2 norm of an honest delta of a round; infinite without privacy.
 
     ``3·lr·steps·(C + σC√d/(q·size))``: the clipped gradient and the noise on d parameters. Noise is by far
     the larger part, so the bound must allow for it. Momentum m makes steps up to 1/(1 − m) times as long, Adam up to
-    1/floor times, and an adaptive bound may grow from step to step.
+    1/floor times, and an adaptive bound may have grown with every step since round one.
     """
     if plan.noise_multiplier is None:
         return math.inf
@@ -89,7 +89,7 @@ def norm_bound(plan: Plan, parameters: int, declared_size: int) -> float:
     if plan.privacy.clipping == "adaptive":
         rule = AdaptiveClip()
         multiplier = rule.gradient_noise_multiplier(multiplier, rate * declared_size)
-        clip *= math.exp(rule.rate * rule.quantile * (plan.training.steps - 1))
+        clip *= math.exp(min(rule.rate * rule.quantile * (round_number * plan.training.steps - 1), 100.0))
     noise = multiplier * clip * math.sqrt(parameters) / (rate * declared_size)
     longer = 1.0 / optimizer.floor if isinstance(optimizer, AdamConfig) else 1.0 / (1.0 - optimizer.momentum)
     return 3.0 * longer * plan.training.learning_rate * plan.training.steps * (clip + noise)

@@ -5,20 +5,35 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from clients.protocol import QUERY_DESCRIBE, Description, ProtocolError, decode
+from clients.protocol import (
+    QUERY_ADMIT,
+    QUERY_CLOSE,
+    QUERY_DESCRIBE,
+    Admission,
+    AdmitRequest,
+    Closed,
+    CloseRequest,
+    Description,
+    Plan,
+    ProtocolError,
+    decode,
+    encode,
+)
 from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
 from data.sources import load
 from model import BadInputError, build, parameters
+from model.config import Frozen
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.evaluation import Evaluation, evaluate
+from server.receipts import ReceiptBook
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
 from server.strategy import ExpertStrategy
@@ -53,17 +68,22 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     plan = scenario.plan()
     test = load(scenario.data).test
     network = build(scenario.model, scenario.seed)
+    nodes = describe_nodes(grid, scenario)
     strategy = ExpertStrategy(
         plan=plan,
         config=scenario.federation,
         seed=scenario.seed,
         run_id=run_id,
-        nodes=describe_nodes(grid, scenario),
+        nodes=nodes,
         tensors=parameters.split(network.state_dict(), network.held),
+        scenario=scenario.name,
+        receipts=ReceiptBook(run.receipts),
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
     done = _restore(strategy, run, plan.hash)
+    if done < scenario.federation.rounds:
+        strategy.keep_only(admitted(grid, scenario, plan, run_id, nodes))
     for round_number in range(done + 1, scenario.federation.rounds + 1):
         started = time.perf_counter()
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
@@ -78,6 +98,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         write_checkpoint(run.checkpoint, checkpoint)
         log.info("round %d: loss %.4f", round_number, evaluation.loss)
     run.save_model(scenario.model, strategy.optimizer.snapshot())
+    close_run(grid, scenario, nodes, run_id)
 
 
 def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int:
@@ -113,6 +134,53 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
             hint = f"; a simulation of this scenario needs {scenario.partition.nodes} nodes"
         raise BadInputError(f"no node can take part ({why}), must be at least one{hint}")
     return described
+
+
+def admitted(grid: Grid, scenario: Scenario, plan: Plan, run_id: str, nodes: Mapping[int, Description]) -> set[int]:
+    """Ask every node to admit the plan before round one; return those that set their budget aside for it.
+
+    Raises:
+        BadInputError: none did.
+    """
+    request = AdmitRequest(run_id=run_id, scenario=scenario.name, plan=plan)
+    refused: Counter[str] = Counter()
+    agreed = set()
+    for node, reply in _ask_all(grid, scenario, nodes, QUERY_ADMIT, request):
+        try:
+            if decode(reply, Admission).plan_hash != plan.hash:
+                raise ProtocolError("bad-request", "another plan than was asked for")
+        except ProtocolError as error:
+            log.warning("node %s does not admit the plan: %s", nodes[node].fingerprint, error.code)
+            refused[error.code] += 1
+        else:
+            agreed.add(node)
+    if not agreed:
+        why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
+        raise BadInputError(f"no node admits the plan ({why}), must be at least one; its owner's log says why")
+    return agreed
+
+
+def close_run(grid: Grid, scenario: Scenario, nodes: Mapping[int, Description], run_id: str) -> None:
+    """Tell the nodes that the run is over, so that they give back what it did not use."""
+    for node, reply in _ask_all(grid, scenario, nodes, QUERY_CLOSE, CloseRequest(run_id=run_id)):
+        try:
+            decode(reply, Closed)
+        except ProtocolError as error:
+            log.warning("node %s did not close the run: %s", nodes[node].fingerprint, error.code)
+
+
+def _ask_all(
+    grid: Grid, scenario: Scenario, nodes: Mapping[int, Description], message_type: str, document: Frozen
+) -> Iterator[tuple[int, RecordDict]]:
+    """Send every node the same document; yield the replies in the order of nodes. Who fails to answer is logged."""
+    requests = [Message(content=encode(document), dst_node_id=node, message_type=message_type) for node in nodes]
+    replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
+    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        if node in nodes and reply.has_content():
+            yield node, reply.content
+        else:
+            log.warning("node %d failed to answer", node)
 
 
 def _connected(grid: Grid, expected: int) -> list[int]:

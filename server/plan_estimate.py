@@ -9,9 +9,12 @@ import torch
 
 from clients.protocol import Plan, TrainReply, TrainRequest, encode
 from model import HeldExperts, build, from_state, parameters
-from privacy.accounting import SampledGaussian, charge_units, epsilon_by_accountant, epsilon_of, fixed_order
+from privacy.accountants import epsilon_by_accountant
+from privacy.accounting import charge_units, epsilon_of, fixed_order
 from privacy.dpsgd import DpSgd, train_privately
+from privacy.mechanisms import SampledGaussian
 from privacy.randomness import derive
+from server.receipts import EMPTY_RECEIPT
 from server.scenario import Scenario
 from server.traffic import wire_bytes
 
@@ -22,11 +25,13 @@ _MOST_TIMED_RECORDS = 4096
 class PlanEstimate:
     """The arithmetic of a run. ε values are for a node that takes part in every round.
 
+    plan_hash: names the plan; an owner may allow it by this hash.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
 
+    plan_hash: str
     rounds: int
     steps: int
     noise_multiplier: float | None
@@ -61,12 +66,13 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
             sampling_rate=privacy.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.training.steps
         )
         epsilon = epsilon_of(rounds * charge_units(charge, order), order, privacy.delta)
-        accountants = epsilon_by_accountant([charge] * rounds, privacy.delta)
+        accountants = epsilon_by_accountant({charge: rounds}, privacy.delta)
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
-    down, up = _bytes(plan, held)
+    down, up, full = exchange_bytes_of(scenario)
     seconds = _seconds(scenario, plan, held, units_per_node)
     return PlanEstimate(
+        plan_hash=plan.hash,
         rounds=rounds,
         steps=rounds * plan.training.steps,
         noise_multiplier=plan.noise_multiplier,
@@ -78,22 +84,36 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         parameters_per_node=_count(plan, held),
         bytes_down=down,
         bytes_up=up,
-        bytes_full_model=sum(_bytes(plan, everything)),
+        bytes_full_model=full,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
     )
+
+
+def exchange_bytes_of(scenario: Scenario) -> tuple[int, int, int]:
+    """Return bytes to a node and back in one round, and of an exchange both ways with the whole model.
+
+    Raises:
+        BadInputError: no noise multiplier satisfies (ε, δ).
+    """
+    plan = scenario.plan()
+    everything = scenario.model.all_experts
+    held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
+    down, up = _bytes(plan, held, scenario.name)
+    return down, up, sum(_bytes(plan, everything, scenario.name))
 
 
 def _count(plan: Plan, held: HeldExperts) -> int:
     return sum(shape.numel() for shape in parameters.shapes(plan.model, held).values())
 
 
-def _bytes(plan: Plan, held: HeldExperts) -> tuple[int, int]:
+def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
     tensors = {name: torch.zeros(shape) for name, shape in parameters.shapes(plan.model, held).items()}
     for number, tensor in enumerate(tensors.values()):
         tensor += number  # equal chunks would be counted once
-    request = TrainRequest(run_id="0" * 16, round=1, plan=plan, held=held)
-    return wire_bytes(encode(request, tensors)), wire_bytes(encode(TrainReply(charge_id="0" * 64), tensors))
+    request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)
+    reply = TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT)
+    return wire_bytes(encode(request, tensors)), wire_bytes(encode(reply, tensors))
 
 
 def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> float:

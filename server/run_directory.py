@@ -80,6 +80,11 @@ class RunDirectory:
         return self.path / "checkpoint" / "round.safetensors"
 
     @property
+    def receipts(self) -> Path:
+        """The signed ledger heads that came with the replies."""
+        return self.path / "receipts.jsonl"
+
+    @property
     def report(self) -> Path:
         """The report, a self-contained HTML file."""
         return self.path / "report.html"

@@ -15,10 +15,10 @@ from data.config import DataConfig, PartitionConfig
 from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
-from privacy.accounting import calibrate_noise
+from model.explain import explain, keys_of
+from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
 from server.config import FederationConfig
-from server.explain import explain, keys_of
 
 Overrides = Mapping[str, Any]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -23,17 +23,22 @@ from clients.protocol import (
     ProtocolError,
     TrainReply,
     TrainRequest,
+    body_of,
     decode,
     encode,
+    encode_tensors,
     norms,
     pack,
     tensors_of,
 )
 from model import HeldExperts, parameters
+from privacy.canonical import sha256
+from privacy.ledger import SignedHead
 from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
 from server.assignment import assign
 from server.cohort import choose_cohort
 from server.config import FederationConfig
+from server.receipts import EMPTY_RECEIPT, KeptReceipt, ReceiptBook
 from server.traffic import exchange_bytes
 
 log = logging.getLogger("conclave.server")
@@ -73,10 +78,14 @@ class ExpertStrategy(Strategy):
         run_id: str,
         nodes: Mapping[int, Description],
         tensors: Mapping[str, Tensor],
+        scenario: str,
+        receipts: ReceiptBook | None = None,
     ) -> None:
         """Set up a run.
 
         Args:
+            scenario: its name, which nodes may allow or not.
+            receipts: what is kept of the nodes' ledgers, in memory only if not given.
             nodes: Flower node id → what the node said about itself; fingerprints are distinct.
             tensors: wire name → float32, the initial global model.
         """
@@ -84,6 +93,8 @@ class ExpertStrategy(Strategy):
         self.config = config
         self.seed = seed
         self.run_id = run_id
+        self.scenario = scenario
+        self.receipts = receipts or ReceiptBook()
         self.nodes = {description.fingerprint: (node, description) for node, description in nodes.items()}
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
         self.tally = RoundTally()
@@ -97,6 +108,10 @@ class ExpertStrategy(Strategy):
             self.config.assignment,
             self.config.weights,
         )
+
+    def keep_only(self, nodes: Collection[int]) -> None:
+        """Go on with these nodes (Flower ids) only."""
+        self.nodes = {name: entry for name, entry in self.nodes.items() if entry[0] in nodes}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -114,12 +129,13 @@ class ExpertStrategy(Strategy):
             round_number=server_round,
         )
         self._asked = {self.nodes[name][0]: (name, assignment[name]) for name in cohort}
-        contents: dict[str, RecordDict] = {}  # nodes with equal assignments get the same object, encoded once
+        tensors: dict[str, ArrayRecord] = {}  # nodes with equal assignments share the tensors, encoded once
         messages = []
-        for node, (_, held) in self._asked.items():
-            if str(held) not in contents:
-                contents[str(held)] = self._content(server_round, held)
-            messages.append(Message(contents[str(held)], node, TRAIN, group_id=str(server_round)))
+        for node, (name, held) in self._asked.items():
+            if str(held) not in tensors:
+                tensors[str(held)] = self._tensors(held)
+            content = encode(self._request(server_round, held, self.receipts.latest(name)), tensors[str(held)])
+            messages.append(Message(content, node, TRAIN, group_id=str(server_round)))
         self.tally.asked = len(messages)
         self.tally.bytes_down = sum(exchange_bytes(message.content) for message in messages)
         return messages
@@ -139,9 +155,10 @@ class ExpertStrategy(Strategy):
                 self.tally.dropped += 1
                 continue
             name, held = asked
-            contribution = self._validated(reply, name, held)
+            contribution = self._validated(reply, name, held, server_round)
             self.tally.accepted += contribution is not None
             averager.add(name, contribution)
+        self.receipts.save()  # before anything is done with the replies
         self.tally.missing = len(self._asked)  # who answered has been struck off
         if not self.tally.accepted:
             return None, None
@@ -163,16 +180,20 @@ class ExpertStrategy(Strategy):
     def full_model_bytes(self) -> int:
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
-        reply = encode(TrainReply(charge_id="0" * 64), pack(self.optimizer.snapshot()))
-        return exchange_bytes(self._content(1, held)) + exchange_bytes(reply)
+        request = encode(self._request(1, held, EMPTY_RECEIPT), self._tensors(held))
+        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), pack(self.optimizer.snapshot()))
+        return exchange_bytes(request) + exchange_bytes(reply)
 
-    def _content(self, server_round: int, held: HeldExperts) -> RecordDict:
-        request = TrainRequest(run_id=self.run_id, round=server_round, plan=self.plan, held=held)
+    def _request(self, server_round: int, held: HeldExperts, receipt: SignedHead | None) -> TrainRequest:
+        return TrainRequest(
+            run_id=self.run_id, scenario=self.scenario, round=server_round, plan=self.plan, held=held, receipt=receipt
+        )
+
+    def _tensors(self, held: HeldExperts) -> ArrayRecord:
         snapshot = self.optimizer.snapshot()
-        tensors = {name: snapshot[name] for name in parameters.select(snapshot, held)}
-        return encode(request, tensors)
+        return encode_tensors({name: snapshot[name] for name in parameters.select(snapshot, held)})
 
-    def _validated(self, reply: Message, name: str, held: HeldExperts) -> Contribution | None:
+    def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
         if not reply.has_content():
             self.tally.dropped += 1
             log.warning("node %s failed to answer", name)
@@ -180,15 +201,34 @@ class ExpertStrategy(Strategy):
         self.tally.bytes_up += exchange_bytes(reply.content)
         expected = parameters.shapes(self.plan.model, held)
         try:
-            decode(reply.content, TrainReply)
+            answer = decode(reply.content, TrainReply)
             delta = tensors_of(reply.content, expected)
         except ProtocolError as error:
             self._count_refusal(name, error)
             return None
-        size = self.nodes[name][1].declared_size
+        description = self.nodes[name][1]
+        wrong = self.receipts.why_refused(description, answer.receipt)
+        if wrong is not None:
+            self.tally.dropped += 1
+            log.warning("node %s: its receipt was refused: %s; dropped", name, wrong)
+            return None
+        # Kept whatever becomes of the delta: the node was charged for it.
+        self.receipts.keep(
+            KeptReceipt(
+                round=server_round,
+                node=name,
+                run_id=self.run_id,
+                plan_hash=self.plan.hash,
+                charge_id=answer.charge_id,
+                output_hash=sha256(body_of(reply.content)),
+                signing_key=description.signing_key,
+                receipt=answer.receipt,
+            )
+        )
+        size = description.declared_size
         count = sum(shape.numel() for shape in expected.values())
         norm = math.hypot(*norms(delta))
-        if norm > norm_bound(self.plan, count, size):
+        if norm > norm_bound(self.plan, count, size, server_round):
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)
             return None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+
+from model import HeldExperts
+from privacy.ledger.spending import Budget
 
 _INK, _MUTED, _ACCENT, _SECOND, _WARN = "#1f2933", "#9aa5b1", "#2563a8", "#c98a1b", "#b3261e"
 _STYLE = {
@@ -62,6 +66,40 @@ def epsilon(names: Sequence[str], spent: Sequence[float], budget: float) -> str:
         _name_ticks(axes, names)
         axes.set_ylim(0, budget * 1.25)
         axes.legend(frameon=False, loc="upper right")
+        return _svg(figure)
+
+
+def budget(found: Budget) -> str:
+    """ε after each charge of a ledger, what open plans may still draw, and the budget."""
+    spent = [0.0, *(value for _, value in found.curve if value != float("inf"))]
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("charge", f"ε spent at δ = {found.delta:g}")
+        axes.step(range(len(spent)), spent, where="post", color=_ACCENT, linewidth=2, label="spent")
+        if spent[-1] < found.committed_to < float("inf"):
+            axes.axhspan(spent[-1], found.committed_to, color=_SECOND, alpha=0.25, label="set aside for open plans")
+        axes.axhline(found.epsilon, color=_WARN, linewidth=1.2, linestyle="--", label=f"budget ε = {found.epsilon:g}")
+        axes.set_ylim(0, found.epsilon * 1.25)
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
+        return _svg(figure)
+
+
+def experts_held(held: Mapping[str, HeldExperts], experts: int) -> str:
+    """Which node holds which experts: one panel a layer, a row for each node, a filled cell for each expert held."""
+    nodes, layers = list(held), len(next(iter(held.values())))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.2 + layers * (0.6 + experts * 0.17), 0.9 + len(nodes) * 0.17), layout="constrained")
+        panels = figure.subplots(1, layers, squeeze=False, sharey=True)[0]
+        for layer, axes in enumerate(panels):
+            cells = [[float(expert in held[node][layer]) for expert in range(experts)] for node in nodes]
+            axes.pcolormesh(cells, cmap=ListedColormap(["#eef1f4", _ACCENT]), vmin=0, vmax=1, edgecolor="white")
+            axes.set_title(f"layer {layer}", fontsize=9)
+            axes.set_xlabel("expert")
+            axes.invert_yaxis()
+            every = max(1, experts // 8)
+            axes.set_xticks([e + 0.5 for e in range(0, experts, every)], [str(e) for e in range(0, experts, every)])
+        every = max(1, len(nodes) // 20)
+        panels[0].set_yticks([n + 0.5 for n in range(0, len(nodes), every)], nodes[::every])
         return _svg(figure)
 
 

@@ -10,8 +10,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from model.store import write_atomically
-from privacy.ledger import Ledger
-from privacy.ledger_audit import LedgerAudit, audit_entries
+from privacy.ledger.verification import LedgerAudit
+from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from simulations import charts
 
@@ -34,7 +34,8 @@ def write_report(run: RunDirectory) -> Path:
         BadInputError: the run has no finished round, or a file of it is damaged.
     """
     scenario, metrics = run.scenario, run.metrics()
-    nodes = [_node_row(path) for path in run.ledgers]
+    audit = audit_run(run)
+    nodes = [_node_row(Path(path), ledger) for path, ledger in audit.ledgers.items()]
     last = metrics[-1]
     rounds = [line["round"] for line in metrics]
     private = scenario.privacy.mechanism != "none"
@@ -65,6 +66,7 @@ def write_report(run: RunDirectory) -> Path:
         rounds=len(metrics),
         private=private,
         nodes=nodes,
+        audit=audit,
         figures={name: Markup(svg) for name, svg in figures.items()},  # noqa: S704  (our own SVG)
         layers=[Markup(svg) for svg in layers],  # noqa: S704
         traffic_share=exchanged / last["bytes_full_model"],
@@ -87,10 +89,5 @@ def _quality(rounds: list[int], metrics: list[dict[str, Any]]) -> str:
     return charts.bits_per_byte(rounds, with_experts, without, metrics[-1]["order0_bits_per_byte"])
 
 
-def _node_row(path: Path) -> NodeRow:
-    ledger = Ledger(path)
-    try:
-        audit = audit_entries(ledger.genesis, ledger.entries())
-    finally:
-        ledger.close()
-    return NodeRow(path.stem.removeprefix("node-").lstrip("0") or "0", ledger.genesis.ledger_id[:16], audit)
+def _node_row(path: Path, audit: LedgerAudit) -> NodeRow:
+    return NodeRow(path.stem.removeprefix("node-").lstrip("0") or "0", audit.ledger_id[:16], audit)

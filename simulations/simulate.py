@@ -15,7 +15,8 @@ from flwr.app import Message
 import clients.app
 import server.app
 from clients.simulated import deal, open_simulated
-from privacy.ledger import Ledger
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.spending import budget_of
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
 from simulations.inline_engine import run_inline
@@ -120,7 +121,7 @@ def summarize(run: RunDirectory) -> Summary:
         accuracy=metrics[-1].get("accuracy"),
         bits_per_byte=metrics[-1].get("bits_per_byte"),
         order0_bits_per_byte=metrics[-1].get("order0_bits_per_byte"),
-        epsilon=max((Ledger(path).epsilon_spent for path in run.ledgers), default=0.0),
+        epsilon=max((budget_of(LedgerFile(path)).spent for path in run.ledgers), default=0.0),
         delta=scenario.privacy.delta,
         rounds=len(metrics),
         bytes_per_node=round(sum(exchanged) / len(exchanged)),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clients.protocol import TrainReply
 from model import Batch, ModelConfig
+from server.receipts import EMPTY_RECEIPT
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,11 @@ def make_text_config(**changes) -> ModelConfig:
 def make_text(examples: int, window: int = 12, seed: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     return {"text": torch.randint(256, (examples, window), generator=generator, dtype=torch.uint8)}
+
+
+def make_reply(number: int = 0) -> TrainReply:
+    """A reply whose receipt proves nothing."""
+    return TrainReply(charge_id=f"{number:064x}", receipt=EMPTY_RECEIPT)
 
 
 @pytest.fixture

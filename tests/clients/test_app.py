@@ -21,7 +21,7 @@ from clients.protocol import (
 )
 from clients.simulated import ledger_path, open_simulated
 from data.shipped_scenarios import find
-from privacy.ledger import Ledger
+from privacy.ledger.reading import LedgerFile
 from server.scenario import read_scenario
 
 
@@ -93,7 +93,7 @@ def test_simulated_nodes_are_distinct_seeded_and_say_so(context, tmp_path):
     nodes = [open_simulated(scenario, run_dir, number, 10) for number in range(10)]
     assert len({node.describe().fingerprint for node in nodes}) == 10
     assert sum(len(node.records["label"]) for node in nodes) == 1437
-    genesis = Ledger(ledger_path(tmp_path, 3)).genesis
+    genesis = LedgerFile(ledger_path(tmp_path, 3)).genesis
     assert (genesis.mode, genesis.epsilon, genesis.delta) == ("simulation", "8", "0.00001")
     assert nodes[0].new_secret("a") == nodes[0].new_secret("a") != nodes[1].new_secret("a")
     assert encode(nodes[0].describe())

@@ -7,16 +7,30 @@ import json
 import pytest
 import torch
 from conftest import make_batch, make_config
-from ledger_samples import new_ledger
+from ledger_samples import KEY, new_ledger
 from safetensors.torch import load
 from test_protocol import plan, request
 
 import clients.node
-from clients.node import Node
+from clients import trainer
+from clients.node import Node, charged_mechanism
 from clients.policy import Policy
-from clients.protocol import ProtocolError, TrainReply, body_of, decode, encode, pack, unpack
+from clients.protocol import (
+    AdmitRequest,
+    CloseRequest,
+    ProtocolError,
+    TrainReply,
+    body_of,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
 from data.schema import ImageSchema
 from model import build, parameters
+from privacy.accounting import charge_units
+from privacy.ledger import SignedHead
+from privacy.ledger.witness import Witness
 from privacy.randomness import derive
 
 HELD = {0: (1, 3, 4)}
@@ -29,14 +43,14 @@ def node(tmp_path):
     return make_node(tmp_path)
 
 
-def make_node(folder, epsilon=8.0, **policy) -> Node:
+def make_node(folder, epsilon=8.0, witness=None, **policy) -> Node:
     policy = {"simulation": True} | policy
     return Node(
         records=make_batch(40),
         schema=ImageSchema(image=(1, 8, 8), classes=5),
         declared_size=40,
         policy=Policy(**policy),
-        ledger=new_ledger(folder, epsilon=epsilon),
+        ledger=new_ledger(folder, epsilon=epsilon, witness=witness),
         new_secret=lambda charge_id: derive(bytes(32), charge_id),
     )
 
@@ -66,8 +80,10 @@ def test_a_round_is_charged_and_answers_exactly_what_was_sent(node):
     delta = unpack(sent, expected)
     assert delta.keys() == expected.keys()
     assert all((tensor != 0).all() for tensor in delta.values())  # every assigned parameter is noised
-    reserved, committed = node.ledger.entries()
-    assert (reserved.state, committed.state) == ("RESERVED", "COMMITTED")
+    admitted, reserved, committed = node.ledger.entries()
+    assert [e.state for e in (admitted, reserved, committed)] == ["ADMITTED", "RESERVED", "COMMITTED"]
+    assert reply.receipt.hash == committed.hash
+    assert reply.receipt.signed_by(node.describe().signing_key)
     assert reply.charge_id == reserved.charge_id
     assert reserved.releases == '["delta"]'
 
@@ -85,12 +101,12 @@ def test_a_redelivery_gets_the_same_bytes_and_costs_nothing(node):
     spent = node.ledger.epsilon_spent
     assert train(node, request(held=HELD), body()) == first
     assert node.ledger.epsilon_spent == spent
-    assert len(node.ledger.entries()) == 2
+    assert len(node.ledger.entries()) == 3
 
 
 def test_the_charge_is_durable_before_training_and_a_crash_replays_the_same_bytes(node, tmp_path, monkeypatch):
-    def crash(*args):
-        assert [entry.state for entry in node.ledger.entries()] == ["RESERVED"]
+    def crash(*args, **options):
+        assert [entry.state for entry in node.ledger.entries()] == ["ADMITTED", "RESERVED"]
         raise MemoryError("in the middle of a batch")
 
     with monkeypatch.context() as patch:
@@ -108,7 +124,7 @@ def test_other_weights_or_experts_are_another_charge(node):
     train(node, request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)}))
     changed = unpack(body(), parameters.shapes(make_config(), HELD))
     train(node, request(held=HELD), pack({name: tensor + 1 for name, tensor in changed.items()}))
-    assert len({entry.charge_id for entry in node.ledger.entries()}) == 3
+    assert len({entry.charge_id for entry in node.ledger.entries() if entry.state == "RESERVED"}) == 3
 
 
 def test_an_exhausted_budget_is_an_orderly_answer(tmp_path):
@@ -160,7 +176,9 @@ def test_crafted_non_finite_weights_are_refused(node):
         ({"max_steps": 2}, {"training": {"learning_rate": 1.0, "steps": 3}}),
         ({"max_parameters": 100}, {}),
         ({"expert_capacity": 2}, {}),
-        ({"releases": ()}, {}),
+        ({"releases": {}}, {}),
+        ({"releases": {"delta": 0.9}}, {}),
+        ({"scenarios": ("other", "plan:" + "0" * 64)}, {}),
         ({"simulation": False}, {"privacy": PRIVACY | {"mechanism": "none"}, "noise_multiplier": None}),
         ({"simulation": False}, {"privacy": PRIVACY | {"gradients": "ghost"}}),
         ({}, {"privacy": PRIVACY | {"unit": "group", "records_per_unit": 4}}),  # the budget is a record's
@@ -202,7 +220,7 @@ def test_experts_learn_slower_where_few_are_held(tmp_path):
 
 def test_what_a_node_says_about_itself_is_public(node):
     described = node.describe()
-    assert set(described.model_dump()) == {"version", "public_key", "declared_size", "expert_capacity"}
+    assert set(described.model_dump()) == {"version", "public_key", "rotations", "declared_size", "expert_capacity"}
     assert described.declared_size == 40
 
 
@@ -228,3 +246,104 @@ def test_shared_tensors_are_checked_and_left_alone(node):
     tensors.pop("shared/head.score.weight")
     with pytest.raises(ProtocolError):
         node.train(asked, encode(asked, tensors))
+
+
+def admit(node: Node, **changes) -> None:
+    node.admit(AdmitRequest(**({"run_id": "1", "scenario": "test", "plan": plan()} | changes)))
+
+
+def test_admission_sets_the_budget_of_all_rounds_aside_before_round_one(tmp_path):
+    node = make_node(tmp_path)
+    price = charge_units(charged_mechanism(plan()), 3.4)
+    assert node.admit(AdmitRequest(run_id="1", scenario="test", plan=plan())).plan_hash == plan().hash
+    assert node.ledger.units_set_aside == 10 * price
+    admit(node)  # asked again: nothing more
+    assert node.ledger.units_set_aside == 10 * price
+    train(node, request(held=HELD), body())
+    assert node.ledger.units_set_aside == 9 * price
+    assert [entry.state for entry in node.ledger.entries()] == ["ADMITTED", "RESERVED", "COMMITTED"]
+    node.close(CloseRequest(run_id="1"))
+    assert node.ledger.units_set_aside == 0
+    assert code_of(node, request(held=HELD, round=2), body()) == "not-allowed"  # over is over
+    assert train(node, request(held=HELD), body())[1]  # but what was answered is answered again
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_spent(tmp_path):
+    node = make_node(tmp_path, epsilon=3.0)
+    with pytest.raises(ProtocolError) as caught:
+        admit(node, plan=plan(rounds=40))
+    assert caught.value.code == "budget-exhausted"
+    assert node.ledger.entries() == []
+    admit(node, plan=plan(rounds=3))
+    with pytest.raises(ProtocolError):  # each would fit alone
+        admit(node, run_id="2", plan=plan(rounds=4))
+    assert len(node.ledger.entries()) == 1
+
+
+def test_what_the_policy_forbids_is_not_admitted_either(tmp_path):
+    node = make_node(tmp_path, max_rounds=9)
+    with pytest.raises(ProtocolError) as caught:
+        admit(node)
+    assert (caught.value.code, str(caught.value)) == ("not-allowed", "rounds is 10, must be at most 9")
+    assert node.ledger.entries() == []
+
+
+def test_allowed_scenarios_by_name_and_by_plan(tmp_path):
+    for number, allowed in enumerate((("test",), (f"plan:{plan().hash}",), None)):
+        (tmp_path / str(number)).mkdir()
+        admit(make_node(tmp_path / str(number), scenarios=allowed))
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ProtocolError, match="'test' is not among those"):
+        admit(make_node(tmp_path / "other", scenarios=("digits",)))
+
+
+def test_a_server_that_has_seen_more_than_the_ledger_holds_is_refused(tmp_path):
+    node = make_node(tmp_path)
+    first, _ = train(node, request(held=HELD), body())
+    train(node, request(held=HELD, round=2, receipt=first.receipt), body())
+    ahead = SignedHead.sign(KEY, node.ledger.genesis.ledger_id, 90, "a" * 64)
+    other = SignedHead.sign(KEY, node.ledger.genesis.ledger_id, first.receipt.seq, "a" * 64)
+    for receipt in (ahead, other):
+        assert code_of(node, request(held=HELD, round=3, receipt=receipt), body()) == "ledger-mismatch"
+    forged = ahead.model_copy(update={"signature": "0" * 128})
+    stranger = SignedHead.sign(KEY, "b" * 32, 90, "a" * 64)
+    for receipt in (forged, stranger):  # a server cannot make one up
+        assert code_of(node, request(held=HELD, round=3, receipt=receipt), body()) == "bad-request"
+
+
+def test_an_older_copy_of_the_ledger_stops_a_running_node(tmp_path):
+    witness = Witness(tmp_path / "witness")
+    (tmp_path / "disk").mkdir()
+    node = make_node(tmp_path / "disk", witness=witness)
+    train(node, request(held=HELD), body())
+    ahead = SignedHead.sign(KEY, node.ledger.genesis.ledger_id, 90, "a" * 64)
+    witness.mirror(lambda: ahead)
+    assert code_of(node, request(held=HELD, round=2), body()) == "ledger-mismatch"
+    witness.path.unlink()
+    assert code_of(node, request(held=HELD, round=2), body()) == "ledger-mismatch"
+
+
+def test_an_adaptive_clip_goes_on_where_the_last_round_left_it(tmp_path):
+    """It is committed with the reply it belongs to, and starts anew in another run."""
+    adaptive = plan(privacy=PRIVACY | {"clipping": "adaptive"}, training={"learning_rate": 0.5, "steps": 3})
+    node = make_node(tmp_path, epsilon=100.0)
+    starts = []
+
+    def spy(*args, clip=None, **options):
+        starts.append(clip)
+        return trainer.train(*args, clip=clip, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clients.node, "train", spy)
+        for number in (1, 2, 3):
+            train(node, request(held=HELD, plan=adaptive, round=number), body())
+        train(node, request(held=HELD, plan=adaptive, round=3), body())  # a stored reply moves nothing
+        train(node, request(held=HELD, plan=adaptive, round=4), body())
+        train(node, request(held=HELD, plan=adaptive, run_id="other"), body())
+    assert starts[0] is starts[-1] is None
+    assert len(set(starts[1:-1])) == 3
+    (tmp_path / "again").mkdir()
+    again = make_node(tmp_path / "again", epsilon=100.0)
+    for number, start in zip((1, 2, 3), (starts[1], starts[2], starts[3]), strict=True):
+        train(again, request(held=HELD, plan=adaptive, round=number), body())
+        assert float(again.ledger.local_state(f"1/{adaptive.hash}/clip")) == start  # the same noise, the same bound

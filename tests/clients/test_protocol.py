@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, make_reply
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -46,7 +46,9 @@ def plan(**changes) -> Plan:
 
 
 def request(**changes) -> TrainRequest:
-    return TrainRequest(**({"run_id": "1", "round": 1, "plan": plan(), "held": {0: (1, 3)}} | changes))
+    return TrainRequest(
+        **({"run_id": "1", "scenario": "test", "round": 1, "plan": plan(), "held": {0: (1, 3)}} | changes)
+    )
 
 
 def test_documents_and_tensors_survive_the_wire():
@@ -91,9 +93,9 @@ def document(text) -> RecordDict:
         document(""),
         document("[]"),
         document("{"),
-        document('{"version": 1}'),
-        document('{"version": 1, "charge_id": "x", "loss": 0.3}'),  # an extra field is not declared
-        document('{"version": 1, "code": "the record of Mr Smith"}'),  # free text is no code
+        document('{"version": 2}'),
+        document(json.dumps(make_reply().model_dump() | {"loss": 0.3})),  # an extra field is not declared
+        document('{"version": 2, "code": "the record of Mr Smith"}'),  # free text is no code
         document("[" * 100_000),
     ],
 )
@@ -104,7 +106,7 @@ def test_what_is_no_reply_is_a_bad_request(content):
 
 
 def test_another_version_is_named_as_such():
-    for text in ({"version": 2, "novelty": True}, {"version": 99, "charge_id": "x"}):
+    for text in ({"version": 3, "novelty": True}, {"version": 99, "charge_id": "x"}):
         with pytest.raises(ProtocolError) as caught:
             decode(document(json.dumps(text)), TrainReply)
         assert caught.value.code == "version-mismatch"
@@ -139,13 +141,13 @@ def test_tensors_that_are_not_exactly_as_expected_are_refused(body):
 
 
 def test_a_pickled_or_numpy_array_is_not_even_looked_at():
-    content = encode(TrainReply(charge_id="x"))
+    content = encode(make_reply())
     for array in (Array(np.ones(3)), Array(dtype="uint8", shape=(1,), stype="pickle", data=b"x")):
         content["tensors"] = ArrayRecord({"body": array})
         with pytest.raises(ProtocolError):
             body_of(content)
     with pytest.raises(ProtocolError):
-        body_of(encode(TrainReply(charge_id="x")))
+        body_of(encode(make_reply()))
 
 
 def test_equal_tensors_give_equal_bytes_in_any_order():

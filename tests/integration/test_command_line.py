@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
+import jsonschema
 import pytest
 
 import conclave
@@ -60,7 +64,7 @@ def test_audit_passes_a_true_ledger_and_exits_1_on_a_forged_one(run, capsys, tmp
     with sqlite3.connect(folder / "ledgers" / "node-0001.db") as source, sqlite3.connect(forged) as copy:
         source.backup(copy)
         copy.execute("DROP TRIGGER entries_never_change")
-        copy.execute("UPDATE entries SET rdp_charge = '1' WHERE seq = 1")
+        copy.execute("UPDATE entries SET body = json_set(body, '$.rdp_charge', '1') WHERE seq = 2")
     status, out, _ = call(capsys, "audit", "ledger", forged, "--json")
     result = json.loads(out.splitlines()[-1])
     assert (status, result["verdict"]) == (1, "VIOLATED")
@@ -130,7 +134,7 @@ def test_an_exceeded_budget_is_a_violation(run, capsys, tmp_path):
         copy.execute("UPDATE genesis SET document = ?", (json.dumps(genesis),))
     status, out, _ = call(capsys, "audit", "ledger", poor)
     assert status == 1
-    assert "must be at most the budget of 4" in " ".join(out.split())
+    assert "spends more than the budget of 4" in " ".join(out.split())
 
 
 def test_report_predict_scenarios_and_version(run, capsys):
@@ -190,7 +194,7 @@ BAD = [
     (("plan", "digit"), "did you mean digits"),
     (("report", "nowhere"), "must be a run directory"),
     (("predict", "nowhere", "digits:0"), "must be a folder that holds a saved model"),
-    (("audit", "ledger", "nowhere.db"), "nowhere.db: no such file"),
+    (("audit", "ledger", "nowhere.db"), "nowhere.db: cannot be read"),
     (("audit", "ledger", "."), "holds no ledger"),
 ]
 
@@ -220,3 +224,152 @@ def test_help_imports_no_heavy_library():
     code += "assert not {'torch', 'flwr', 'opacus', 'matplotlib', 'pydantic'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):
+    folder, _ = run
+    ledger, export = folder / "ledgers" / "node-0001.db", tmp_path / "one.jsonl"
+    assert call(capsys, "node", "export", ledger, export)[0] == 0
+    assert stat.S_IMODE(export.stat().st_mode) == 0o600
+    status, out, _ = call(capsys, "audit", "ledger", export, "--receipts", folder / "receipts.jsonl", "--json")
+    result = json.loads(out.splitlines()[-1])["ledgers"][str(export)]
+    assert (status, result["charges"], result["receipts"], result["findings"]) == (0, 2, 2, [])
+    witness = tmp_path / "witness"
+    head = json.loads(export.read_text().splitlines()[-1])
+    witness.write_text(json.dumps(head))
+    assert call(capsys, "audit", "ledger", export, "--witness", witness)[0] == 0
+    witness.write_text(json.dumps(head | {"seq": head["seq"] + 1}))
+    assert call(capsys, "audit", "ledger", export, "--witness", witness)[0] == 1
+    status, _, err = call(capsys, "audit", "ledger", folder, "--witness", witness)
+    assert (status, err.count("belongs to one ledger")) == (2, 1)
+    status, _, err = call(capsys, "node", "export", ledger, export)
+    assert (status, err.count("must be a new file")) == (2, 1)
+
+
+def test_the_model_of_a_scenario(capsys, tmp_path):
+    status, out, _ = call(capsys, "model", "stdlib-text", "--plot", tmp_path / "m.svg", "--json")
+    card = json.loads(out.splitlines()[-1])
+    assert (status, card["layers"], card["routed"], card["top_k"]) == (0, 1, 8, 2)
+    assert sum(card["costs"]["parameters"].values()) == card["costs"]["total"] > card["costs"]["active"]
+    assert all(len(ids["0"]) == 4 for ids in card["held"].values())
+    assert card["bytes_down"] + card["bytes_up"] < card["bytes_full_model"]
+    assert (tmp_path / "m.svg").read_text().startswith("<svg")
+    status, _, err = call(capsys, "model", "digits", "--plot", tmp_path / "no" / "m.svg")
+    assert (status, err.count("cannot be written")) == (2, 1)
+
+
+def test_audit_run(run, capsys, tmp_path):
+    folder, _ = run
+    status, out, _ = call(capsys, "audit", "run", folder, "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert (status, result["verdict"], result["receipts"], result["matched"]) == (0, "NOT_REFUTED", 6, 6)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "ledgers" / "node-0002.db").unlink()
+    status, out, _ = call(capsys, "audit", "run", copy, "--json")
+    assert (status, json.loads(out.splitlines()[-1])["verdict"]) == (0, "INCOMPLETE")
+    assert call(capsys, "audit", "run", copy, "--ledger", folder / "ledgers" / "node-0002.db")[0] == 0
+    receipts = copy / "receipts.jsonl"
+    receipts.write_text(receipts.read_text().replace('"round":1', '"round":2', 1))
+    assert call(capsys, "audit", "run", copy)[0] == 1
+
+
+def test_the_budget_of_a_ledger(run, capsys, tmp_path):
+    folder, _ = run
+    ledger = folder / "ledgers" / "node-0000.db"
+    status, out, _ = call(
+        capsys, "node", "budget", ledger, "--plan", "digits", "--plot", tmp_path / "b.svg", "--json"
+    )  # fmt: skip
+    report = json.loads(out.splitlines()[-1])
+    assert status == 0
+    budget, planned = report["budget"], report["planned"]
+    assert 7.9 < budget["spent"] <= budget["epsilon"] == 8.0
+    assert [item["charges"] for item in budget["runs"]] == [2]
+    assert len(budget["curve"]) == 2
+    assert planned["forecast"]["charges"] == 60
+    assert planned["refused"] == "the budget does not suffice"
+    assert "would be refused" in out
+    assert (tmp_path / "b.svg").read_text().startswith("<svg")
+    status, _, err = call(capsys, "node", "budget", ledger, "--plan", "digits-open")
+    assert (status, err.count("trains without privacy")) == (2, 1)
+
+
+def test_a_node_from_its_beginning(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    decisions = (
+        "--dataset", "ward-7", "--data", "data", "--declared-size", 1400, "--epsilon", 8, "--delta", 1e-5,
+        "--witness", "elsewhere/head", "--machine", "here",
+    )  # fmt: skip
+    status, out, _ = call(capsys, "node", "init", "node", *decisions, "--json")
+    first = json.loads(out.splitlines()[-1])
+    assert status == 0
+    status, out, _ = call(capsys, "node", "budget", "node", "--plan", "digits", "--json")
+    planned = json.loads(out.splitlines()[-1])["planned"]
+    assert (planned["refused"], planned["forecast"]["fits"]) == (None, True)
+    assert planned["forecast"]["epsilon_after"] == pytest.approx(8.0, abs=1e-3)
+    config = tmp_path / "node" / "node.toml"
+    config.write_text(config.read_text().replace("max_rounds = 10000", "max_rounds = 59"))
+    status, out, _ = call(capsys, "node", "budget", "node", "--plan", "digits")
+    assert "would be refused: rounds is 60, must be at most 59" in out
+    status, out, _ = call(capsys, "node", "rotate-key", "node", "--json")
+    assert json.loads(out.splitlines()[-1])["public_key"] != first["public_key"]
+    assert call(capsys, "node", "export", "node", "ledger.jsonl")[0] == 0
+    assert call(capsys, "audit", "ledger", "ledger.jsonl", "--witness", "elsewhere/head")[0] == 0
+    assert json.loads(call(capsys, "node", "restore", "node", "--json")[1].splitlines()[-1])["proven"] is True
+    assert json.loads(call(capsys, "node", "close", "node", "7", "--json")[1].splitlines()[-1])["closed"] == 0
+    (tmp_path / "elsewhere" / "head").unlink()
+    status, out, _ = call(capsys, "node", "restore", "node")
+    assert (status, out.count("the rest of the budget counts as spent")) == (0, 1)
+    for arguments, sentence in (
+        (("node", "init", "second", *decisions), "ward-7 has a ledger already"),
+        (("node", "init", "node", *decisions), "exists already"),
+        (("node", "init", "third", *decisions, "--unit", "family"), "unit is 'family'"),
+        (("node", "budget", "nowhere"), "cannot be read"),
+        (("node", "budget", "elsewhere"), "node.toml: cannot be read"),
+        (("node", "budget", "node", "--plot", "no/such/folder.svg"), "cannot be written"),
+        (("node", "rotate-key", "elsewhere"), "node.toml: cannot be read"),
+        (("node", "export", "node", "no/such/file"), "cannot be written"),
+        (("audit", "run", "node"), "must be a run directory"),
+        (("schema", "novel"), "must be one of audit-ledger"),
+    ):
+        status, _, err = call(capsys, *arguments)
+        assert (status, len(err.splitlines())) == (2, 1), arguments
+        assert sentence in err
+
+
+def test_json_documents_match_their_published_schemas(run, capsys, tmp_path):
+    folder, _ = run
+    ledger, export = folder / "ledgers" / "node-0001.db", tmp_path / "one.jsonl"
+    call(capsys, "node", "export", ledger, export)
+    genesis, entry, *_, head = export.read_text().splitlines()
+    documents = {
+        "audit-ledger": call(capsys, "audit", "ledger", ledger, "--json")[1].splitlines()[-1],
+        "audit-run": call(capsys, "audit", "run", folder, "--json")[1].splitlines()[-1],
+        "model": call(capsys, "model", "digits", "--json")[1].splitlines()[-1],
+        "node-budget": call(capsys, "node", "budget", ledger, "--plan", "digits", "--json")[1].splitlines()[-1],
+        "node-restore": '{"proven": true, "regained": 0, "charged": 0}',
+        "ledger-genesis": genesis,
+        "ledger-entry": entry,
+        "ledger-head": head,
+        "receipt": (folder / "receipts.jsonl").read_text().splitlines()[0],
+    }
+    names = call(capsys, "schema")[1].split()
+    assert set(names) == documents.keys()
+    for name, text in documents.items():
+        published = json.loads((Path(conclave.__file__).parent / "docs" / "schemas" / f"{name}.json").read_text())
+        assert json.loads(call(capsys, "schema", name)[1]) == published, "run: conclave schema NAME > docs/schemas/…"
+        jsonschema.Draft202012Validator(published).validate(json.loads(text))
+        broken = json.loads(text)
+        broken[next(iter(broken))] = {"no": "such thing"}
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft202012Validator(published).validate(broken)
+
+
+def test_infinity_has_a_spelling_in_json(capsys, tmp_path):
+    status, out, _ = call(capsys, "simulate", "digits-open", *FAST, "--out", tmp_path / "open", "--json")
+    assert (status, json.loads(out.splitlines()[-1])["epsilon"]) == (0, "inf")
+    schemas = Path(conclave.__file__).parent / "docs" / "schemas"
+    document = json.loads(call(capsys, "audit", "run", tmp_path / "open", "--json")[1].splitlines()[-1])
+    assert document["epsilon"] == "inf"
+    jsonschema.Draft202012Validator(json.loads((schemas / "audit-run.json").read_text())).validate(document)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from data.shipped_scenarios import find
-from privacy.ledger import Ledger
-from privacy.ledger_audit import audit_entries
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.verification import audit_history
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.simulate import simulate
@@ -23,7 +23,6 @@ def test_digits_learns_within_its_budget_and_its_experts_do_the_work(tmp_path):
     assert summary.accuracy - last["accuracy_without_experts"] >= 0.03
     assert summary.bytes_per_node < 0.6 * summary.bytes_full_model
     for path in run.ledgers:
-        ledger = Ledger(path)
-        result = audit_entries(ledger.genesis, ledger.entries())
+        result = audit_history(LedgerFile(path))
         assert result.findings == []
         assert 0 < result.epsilon <= 8.0

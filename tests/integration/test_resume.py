@@ -14,11 +14,12 @@ import sys
 from dataclasses import asdict
 
 import pytest
+from ledger_samples import entries_of
 
 from data.shipped_scenarios import find
 from model.errors import BadInputError
-from privacy.ledger import Ledger
-from privacy.ledger_audit import audit_entries
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.verification import audit_history
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.simulate import simulate
@@ -39,9 +40,9 @@ def scenario():
 
 def events(directory):
     """Ledger entries without clock, hashes and repetitions of a crash."""
-    clock = {"time", "prev_hash", "entry_hash"}
+    clock = {"time", "prev_hash"}
     return [
-        [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in Ledger(path).entries()]
+        [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in entries_of(path)]
         for path in directory.ledgers
     ]
 
@@ -106,8 +107,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(undisturbed, calls, tmp
     assert [line["loss"] for line in run.metrics()] == [line["loss"] for line in undisturbed.metrics()]
     assert events(run) == events(undisturbed)  # nothing lost, nothing doubled, nothing charged twice
     for path in run.ledgers:
-        ledger = Ledger(path)
-        audit = audit_entries(ledger.genesis, ledger.entries())
+        audit = audit_history(LedgerFile(path))
         assert audit.findings == []
         assert audit.epsilon == summary.epsilon <= 8.0
 

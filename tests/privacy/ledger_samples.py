@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from privacy.accounting import SampledGaussian, budget_units, fixed_order
-from privacy.canonical import decimal
-from privacy.ledger import Ledger, Reservation, utc_now
-from privacy.ledger_entry import FORMAT_VERSION, ChargeRequest, Genesis
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privacy.ledger import ChargeRequest, Entry, Genesis, Ledger, Reservation, SignedHead
+from privacy.ledger.heads import public_hex
+from privacy.ledger.reading import open_history
+from privacy.mechanisms import SampledGaussian
 
 DELTA = 1e-5
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+MACHINE = "test"
 
 
-def genesis(epsilon: float = 8.0, mode: str = "simulation", ledger_id: str = "a" * 32) -> Genesis:
-    order = fixed_order(epsilon, DELTA)
-    return Genesis(
-        version=FORMAT_VERSION,
-        ledger_id=ledger_id,
+def genesis(epsilon: float = 8.0, mode: str = "simulation", key: Ed25519PrivateKey = KEY) -> Genesis:
+    return Genesis.new(
+        public_key=public_hex(key),
         dataset_id="test",
         split_key="00",
         unit="record",
-        adjacency="add-or-remove-one",
-        epsilon=decimal(epsilon),
-        delta=decimal(DELTA),
-        order=decimal(order),
-        rdp_budget=str(budget_units(epsilon, DELTA, order)),
+        epsilon=epsilon,
+        delta=DELTA,
         mode=mode,
-        machine_id="test",
-        public_key="00" * 32,
-        time=utc_now(),
+        machine_id=MACHINE,
     )
 
 
-def new_ledger(folder: Path, **options) -> Ledger:
-    return Ledger.create(folder / "ledger.db", genesis(**options))
+def new_ledger(folder: Path, *, witness=None, **options) -> Ledger:
+    return Ledger.create(folder / "ledger.db", genesis(**options), KEY, witness=witness)
+
+
+def open_ledger(folder: Path, **options) -> Ledger:
+    return Ledger(folder / "ledger.db", KEY, **options)
+
+
+def entries_of(path: Path) -> list[Entry]:
+    return [Entry.parse(line) for line in open_history(path).lines()]
+
+
+@dataclass
+class Lines:
+    """A history in memory, for audits of what was altered."""
+
+    genesis: Genesis
+    entries: list[Entry]
+    key: Ed25519PrivateKey | None = KEY  # None: the head is what it was before the alterations
+    head: SignedHead | None = None
+
+    def __post_init__(self):
+        if self.head is None or self.key is not None:
+            last = self.entries[-1].hash if self.entries else self.genesis.hash
+            self.head = SignedHead.sign(self.key, self.genesis.ledger_id, len(self.entries), last)
+
+    def lines(self):
+        return iter([entry.line for entry in self.entries])
 
 
 def request(round_number: int = 1, sigma: float | None = 2.0, rng: str = "os-entropy", **changes) -> ChargeRequest:
@@ -54,7 +78,7 @@ def request(round_number: int = 1, sigma: float | None = 2.0, rng: str = "os-ent
 
 
 def spend(ledger: Ledger, rounds: int, body: bytes = b"reply", **options) -> None:
-    start = len({entry.charge_id for entry in ledger.entries()})
+    start = sum(entry.state == "RESERVED" for entry in ledger.entries())
     for round_number in range(start + 1, start + rounds + 1):
         reservation = ledger.reserve(request(round_number, **options), bytes(32))
         assert isinstance(reservation, Reservation)

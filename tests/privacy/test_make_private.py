@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from model.errors import BadInputError
-from privacy.accounting import SampledGaussian, epsilon_by_accountant
+from privacy.accountants import epsilon_by_accountant
 from privacy.local_optimizers import AdamConfig, NoiseCorrectedAdam, SgdConfig, make_optimizer
 from privacy.make_private import make_private
+from privacy.mechanisms import SampledGaussian
 
 GOOD = {"noise_multiplier": 1.0, "sampling_rate": 0.05, "clip": 1.0, "declared_size": 2000}
 

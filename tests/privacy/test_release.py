@@ -20,7 +20,7 @@ def output():
 def test_what_was_charged_leaves_and_is_stored(tmp_path):
     ledger = new_ledger(tmp_path)
     reservation, tensors = ledger.reserve(request(), bytes(32)), output()
-    body = release(ledger, reservation, tensors, EXPECTED)
+    body = release(ledger, reservation, tensors, EXPECTED).body
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load(body).items())
     assert ledger.reserve(request(), bytes(32)).body == body
 
@@ -57,5 +57,5 @@ def test_equal_outputs_give_equal_bytes(tmp_path):
         ledger = new_ledger(tmp_path / folder)
         tensors = {name: torch.ones(shape) for name, shape in EXPECTED.items()}
         ordered = tensors if folder == "a" else dict(reversed(tensors.items()))
-        bodies.append(release(ledger, ledger.reserve(request(), bytes(32)), ordered, EXPECTED))
+        bodies.append(release(ledger, ledger.reserve(request(), bytes(32)), ordered, EXPECTED).body)
     assert bodies[0] == bodies[1]

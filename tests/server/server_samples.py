@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from conftest import make_config
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from clients.protocol import Description, Plan, TrainReply, TrainRequest, body_of, decode, encode, pack, unpack
 from model import build, parameters
+from privacy.ledger import SignedHead
+from privacy.ledger.heads import public_hex
 from server.aggregation import Averager, Contribution
 from server.config import FederationConfig
 from server.strategy import ExpertStrategy
@@ -37,9 +40,12 @@ def make_plan(**changes) -> Plan:
     return Plan.model_validate(document | changes)
 
 
+def key_of(number: int) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+
+
 def describe(number: int, **changes) -> Description:
-    key = bytes([number]) * 32
-    document = {"public_key": key.hex(), "declared_size": 100 * number, "expert_capacity": 6}
+    document = {"public_key": public_hex(key_of(number)), "declared_size": 100 * number, "expert_capacity": 6}
     return Description.model_validate(document | changes)
 
 
@@ -54,6 +60,7 @@ def make_strategy(nodes: int = 4, plan: Plan | None = None, seed: int = 1, **fed
         run_id="1",
         nodes={10 + number: describe(number) for number in range(1, nodes + 1)},
         tensors=parameters.split(network.state_dict(), network.held),
+        scenario="test",
     )
 
 
@@ -84,12 +91,20 @@ def reply_with(request: Message, content) -> Message:
     return reply
 
 
-def train_reply(request: Message, delta: Mapping[str, Tensor]) -> Message:
-    return reply_with(request, encode(TrainReply(charge_id="0" * 64), pack(delta)))
+def receipt_for(request: Message) -> SignedHead:
+    """A receipt of the node that a request goes to, further than any before."""
+    number = request.metadata.dst_node_id - 10
+    seq = next(_ids) + 1
+    return SignedHead.sign(key_of(number), describe(number).ledger_id, seq, f"{seq:064x}")
+
+
+def train_reply(request: Message, delta: Mapping[str, Tensor], receipt: SignedHead | None = None) -> Message:
+    reply = TrainReply(charge_id="0" * 64, receipt=receipt or receipt_for(request))
+    return reply_with(request, encode(reply, pack(delta)))
 
 
 def document(text: str, body: bytes | None = None) -> RecordDict:
-    content = encode(TrainReply(charge_id="0"), body)
+    content = encode(describe(1), body)
     content["document"] = ConfigRecord({"json": text})
     return content
 

@@ -78,7 +78,7 @@ def test_norm_bound_is_the_documented_formula(noise, clip, rate, lr, steps, para
         training={"learning_rate": lr, "steps": steps},
     )
     expected = 3 * lr * steps * (clip + noise * clip * math.sqrt(parameters) / (rate * size))
-    assert norm_bound(plan, parameters, size) == pytest.approx(expected, rel=1e-12)
+    assert norm_bound(plan, parameters, size, 1) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_an_honest_delta_is_within_the_norm_bound(training, privacy):
     network = build(changed.model, seed=1)
     wire = parameters.split(network.state_dict(), network.held)
     sent = {name: wire[name].clone() for name in parameters.select(wire, held)}
-    delta = train(changed, held, sent, network.synthetic_batch(40), 40, bytes(32))
+    delta = train(changed, held, sent, network.synthetic_batch(40), 40, bytes(32)).delta
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in delta.values()))
-    assert 0.01 < norm < norm_bound(changed, sum(t.numel() for t in delta.values()), 40)
+    assert 0.01 < norm < norm_bound(changed, sum(t.numel() for t in delta.values()), 40, 1)
 
 
 def test_without_privacy_there_is_no_norm_bound():
@@ -114,7 +114,7 @@ def test_without_privacy_there_is_no_norm_bound():
         noise_multiplier=None,
         privacy={"mechanism": "none", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
     )
-    assert norm_bound(plan, 10, 10) == math.inf
+    assert norm_bound(plan, 10, 10, 1) == math.inf
 
 
 def tensors():

@@ -11,7 +11,8 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.rdp import RdpAccountant
 
 from model import BadInputError
-from privacy.accounting import SampledGaussian, budget_units, charge_units, fixed_order
+from privacy.accounting import budget_units, charge_units, fixed_order
+from privacy.mechanisms import SampledGaussian
 from server.scenario import Scenario, parse_override, parse_scenario, read_scenario
 
 GOOD = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 
 import pytest
 import torch
-from conftest import make_config
+from conftest import make_config, make_reply
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from safetensors.torch import save
 from server_samples import (
@@ -24,7 +25,7 @@ from server_samples import (
     train_reply,
 )
 
-from clients.protocol import CODES, TRAIN, Refusal, TrainReply, TrainRequest, decode, encode, pack
+from clients.protocol import CODES, TRAIN, Refusal, TrainRequest, decode, encode, pack
 from model import parameters
 
 NO_PRIVACY = make_plan(
@@ -52,19 +53,20 @@ def no_json(request, delta):
 
 
 def an_extra_field(request, delta):
-    return reply_with(request, document('{"version": 1, "charge_id": "0", "loss": 0.25}', pack(delta)))
+    text = json.dumps(make_reply().model_dump() | {"loss": 0.25})
+    return reply_with(request, document(text, pack(delta)))
 
 
 def no_tensors(request, delta):
-    return reply_with(request, encode(TrainReply(charge_id="0")))
+    return reply_with(request, encode(make_reply()))
 
 
 def garbage_tensors(request, delta):
-    return reply_with(request, encode(TrainReply(charge_id="0"), b"\x08" + b"\x00" * 40))
+    return reply_with(request, encode(make_reply(), b"\x08" + b"\x00" * 40))
 
 
 def a_pickle(request, delta):
-    content = encode(TrainReply(charge_id="0"), pack(delta))
+    content = encode(make_reply(), pack(delta))
     content["tensors"]["body"].stype = "pickle"
     return reply_with(request, content)
 
@@ -83,7 +85,7 @@ def flat_shape(request, delta):
 
 def wrong_type(request, delta):
     body = save(with_tensor(delta, "shared/", lambda t: t.double()))
-    return reply_with(request, encode(TrainReply(charge_id="0"), body))
+    return reply_with(request, encode(make_reply(), body))
 
 
 def a_nan(request, delta):
@@ -222,7 +224,7 @@ def test_a_reply_from_a_node_that_was_not_asked_is_dropped():
     before = values(strategy)
     (request,) = ask(strategy)
     absent = next(11 + n for n in range(3) if 11 + n != request.metadata.dst_node_id)
-    for stranger in (absent, 999):
+    for stranger in (absent, 99):
         forged = Message(request.content, dst_node_id=stranger, message_type=TRAIN)
         forged.metadata.__dict__["_message_id"] = "forged"
         strategy.aggregate_train(1, [train_reply(forged, delta_for(request, strategy, 5.0))])

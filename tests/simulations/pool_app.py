@@ -7,6 +7,7 @@ from flwr.clientapp import ClientApp
 
 from clients.protocol import TrainReply, encode, pack
 from clients.protocol import array_of as tensor_array
+from server.receipts import EMPTY_RECEIPT
 
 app = ClientApp()
 
@@ -16,9 +17,8 @@ def add(message: Message, context: Context) -> Message:
     number = int(context.node_config["partition-id"])
     tensors = {name: tensor + number for name, tensor in tensor_array(message.content).tensors.items()}
     # Some nodes answer with packed tensors, as a ledger stores them.
-    return Message(
-        encode(TrainReply(charge_id=str(number)), pack(tensors) if number % 7 == 3 else tensors), reply_to=message
-    )
+    reply = TrainReply(charge_id=f"{number:064x}", receipt=EMPTY_RECEIPT)
+    return Message(encode(reply, pack(tensors) if number % 7 == 3 else tensors), reply_to=message)
 
 
 @app.query("other")

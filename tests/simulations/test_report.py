@@ -56,6 +56,18 @@ def test_it_shows_every_chart_and_every_node(page, directory):
         assert text in page
 
 
+def test_it_says_whether_the_receipts_match_the_ledgers(page, directory, tmp_path):
+    rounds = len(directory.metrics())
+    assert f"Of {3 * rounds} receipts that nodes sent with their replies, {3 * rounds} match" in page
+    copy = tmp_path / "copy"
+    shutil.copytree(directory.path, copy)
+    receipts = copy / "receipts.jsonl"
+    receipts.write_text(receipts.read_text().replace('"round":1', '"round":2', 1))
+    text = write_report(RunDirectory(copy)).read_text()
+    assert "contradict each other" in text
+    assert "the charge is of round 1" in text
+
+
 def test_it_states_the_claim_and_its_limits(page):
     for text in (
         "δ = 1e-05", "add or remove one", "Poisson-sampled DP-SGD", "numeric level", "assumed public",

@@ -7,12 +7,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from ledger_samples import entries_of
 from safetensors.torch import load_file
 
 from data.shipped_scenarios import find
 from model import load, parameters
-from privacy.ledger import Ledger
-from privacy.ledger_audit import audit_entries
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.spending import budget_of
+from privacy.ledger.verification import audit_history
 from server.checkpoint import read_checkpoint
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
@@ -28,9 +30,9 @@ def run(folder, **overrides):
 
 def events(directory):
     """Ledger entries without what depends on the clock."""
-    clock = {"time", "prev_hash", "entry_hash"}
+    clock = {"time", "prev_hash"}
     return [
-        [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in Ledger(path).entries()]
+        [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in entries_of(path)]
         for path in directory.ledgers
     ]
 
@@ -62,14 +64,14 @@ def test_every_node_is_charged_once_a_round_and_stays_within_its_budget(finished
     summary, directory = finished
     assert len(directory.ledgers) == 4
     for path in directory.ledgers:
-        ledger = Ledger(path)
-        result = audit_entries(ledger.genesis, ledger.entries())
+        result = audit_history(LedgerFile(path))
         assert result.findings == []
         assert result.charges == 3
-        assert [entry.round for entry in ledger.entries() if entry.state == "COMMITTED"] == [1, 2, 3]
+        assert [entry.round for entry in entries_of(path) if entry.state == "COMMITTED"] == [1, 2, 3]
         assert 7.9 < result.epsilon <= 8.0  # σ uses the budget up, and no more
-        assert all(entry.rng == "seeded" for entry in ledger.entries())
-    assert summary.epsilon == max(Ledger(path).epsilon_spent for path in directory.ledgers)
+        assert all(entry.rng == "seeded" for entry in entries_of(path) if entry.state != "CLOSED")
+        assert [entry.state for entry in entries_of(path)] == ["ADMITTED", *["RESERVED", "COMMITTED"] * 3, "CLOSED"]
+    assert summary.epsilon == max(budget_of(LedgerFile(path)).spent for path in directory.ledgers)
 
 
 def test_the_run_directory_holds_the_whole_run(finished):
@@ -122,4 +124,4 @@ def test_a_round_that_finds_nobody_changes_nothing_and_costs_nothing(tmp_path):
     _, directory = run(tmp_path / "f", **{"federation.cohort": {"kind": "poisson", "rate": 1e-9}})
     assert all(line["asked"] == 0 for line in directory.metrics())
     assert len({line["loss"] for line in directory.metrics()}) == 1
-    assert not any(events(directory))
+    assert all([entry["state"] for entry in node] == ["ADMITTED", "CLOSED"] for node in events(directory))

@@ -9,7 +9,7 @@ import pytest
 
 from data.shipped_scenarios import find
 from model.errors import BadInputError
-from privacy.ledger import Ledger
+from privacy.ledger.reading import LedgerFile
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.predict import Continuation, predict
@@ -105,7 +105,7 @@ def test_groups_can_be_the_unit(tmp_path):
     run = RunDirectory.create(scenario, tmp_path / "run")
     summary = simulate(scenario, run)
     assert 0 < summary.epsilon <= 8.0
-    genesis = [Ledger(path).genesis for path in run.ledgers]
+    genesis = [LedgerFile(path).genesis for path in run.ledgers]
     assert {g.unit for g in genesis} == {"group"}
     from clients.simulated import open_simulated
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_reply
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from test_simulate import events
@@ -39,12 +40,12 @@ def start(monkeypatch):
 
 def broadcast(value: float) -> RecordDict:
     tensors = {name: torch.full(shape, value) for name, shape in SHAPES.items()}
-    return encode(TrainReply(charge_id="0"), tensors)
+    return encode(make_reply(), tensors)
 
 
 def check(reply: Message, first_node: int, value: float) -> None:
     number = reply.metadata.src_node_id - first_node
-    assert decode(reply.content, TrainReply).charge_id == str(number)
+    assert decode(reply.content, TrainReply).charge_id == f"{number:064x}"
     for tensor in tensors_of(reply.content, SHAPES).values():
         assert bool((tensor == value + number).all())
 

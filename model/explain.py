@@ -1,4 +1,4 @@
-"""Turn a validation error of a scenario into one sentence: key, value, what is allowed, nearest known key."""
+"""Turn a validation error of a configuration into one sentence: key, value, what is allowed, nearest known key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 _Schema = Mapping[str, Any]
 
@@ -69,10 +68,10 @@ def explain(error: ValidationError, config: type[BaseModel]) -> str:
     """Return one sentence about the error that says most: an unknown key explains a missing one."""
     errors = error.errors()
     worst = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
-    return _sentence(worst, keys_of(config))
+    return _sentence(dict(worst), keys_of(config))
 
 
-def _sentence(error: ErrorDetails, keys: Keys) -> str:
+def _sentence(error: Mapping[str, Any], keys: Keys) -> str:
     key, kind = keys.path(error["loc"]), error["type"]
     if kind == "extra_forbidden":
         return _unknown(key, keys)

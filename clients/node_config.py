@@ -1,0 +1,141 @@
+"""``node.toml``: what the owner of a node decided, read at every start."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from clients.policy import Policy
+from model.config import Frozen
+from model.errors import BadInputError
+from model.explain import explain
+
+
+class DatasetConfig(Frozen):
+    """The private data. ``declared_size`` is public: how many units the node says it has.
+
+    id: the owner's name for the data; there is one ledger for it, and one budget.
+    unit: whose participation is protected: each ``record``, or all records of a ``group``.
+    """
+
+    id: str = Field(min_length=1, max_length=200)
+    data: Path
+    unit: Literal["record", "group"] = "record"
+    declared_size: int = Field(ge=1)
+
+
+class BudgetConfig(Frozen):
+    """(ε, δ) for everything that ever leaves. Fixed when the ledger is created; a later change is refused."""
+
+    epsilon: float = Field(gt=0.0, le=1e6)
+    delta: float = Field(gt=0.0, lt=1.0)
+
+
+class StorageConfig(Frozen):
+    """Where things lie; paths are relative to the folder of ``node.toml``.
+
+    witness: a file that the ledger's last head is copied to. On another disk or machine than ``state``, or a restored
+        backup cannot be told from the ledger itself.
+    machine: stands for the operating system's machine id, where that is missing or shared (containers).
+    """
+
+    state: Path = Path("state")
+    witness: Path
+    machine: str | None = Field(default=None, min_length=1, max_length=200)
+
+
+class NodeConfig(Frozen):
+    """All of ``node.toml``."""
+
+    dataset: DatasetConfig
+    budget: BudgetConfig
+    storage: StorageConfig
+    policy: Policy = Policy()
+
+    @model_validator(mode="after")
+    def _is_no_simulation(self) -> Self:
+        if self.policy.simulation:
+            raise ValueError("policy.simulation is true, must not be set where there are private data")
+        return self
+
+
+def read_node_config(path: Path) -> NodeConfig:
+    """Read ``node.toml``.
+
+    Raises:
+        BadInputError: one sentence that names the file, the key, the value and what is allowed.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path}: cannot be read, must be a node's configuration in TOML") from error
+    except tomllib.TOMLDecodeError as error:
+        raise BadInputError(f"{path}: not TOML: {error}") from error
+    except RecursionError as error:
+        raise BadInputError(f"{path}: nested too deeply, must be a node's configuration in TOML") from error
+    return parse_node_config(document, where=str(path))
+
+
+def parse_node_config(document: Mapping[str, object], *, where: str) -> NodeConfig:
+    """Check a configuration; ``where`` names its origin in errors. Raises as :func:`read_node_config`."""
+    try:
+        # By way of JSON, where a string may be a path and a list a tuple; nothing else is converted.
+        return NodeConfig.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        raise BadInputError(f"{where}: {explain(error, NodeConfig)}") from error
+
+
+def default_text(dataset: DatasetConfig, budget: BudgetConfig, storage: StorageConfig) -> str:
+    """Return a commented ``node.toml``: the given decisions, and the policy's defaults."""
+    policy = Policy()
+    machine = "" if storage.machine is None else f"machine = {_toml(storage.machine)}\n"
+    return f"""# What this node's owner allows. The server may ask for less, never for more.
+
+[dataset]
+# There is one ledger, and one budget, for this name.
+id = {_toml(dataset.id)}
+data = {_toml(str(dataset.data))}
+# Whose participation is protected: each "record", or all records of a "group".
+unit = {_toml(dataset.unit)}
+# Public: how many units this node says it has.
+declared_size = {dataset.declared_size}
+
+[budget]
+# For everything that ever leaves. Fixed when the ledger was created.
+epsilon = {budget.epsilon!r}
+delta = {budget.delta!r}
+
+[storage]
+# Ledger and signing key, readable by their owner only. Paths are relative to this file.
+state = {_toml(str(storage.state))}
+# Keeps the ledger's last head. Put it on another disk or machine: it finds a restored backup out.
+witness = {_toml(str(storage.witness))}
+{machine}
+[policy]
+min_noise_multiplier = {policy.min_noise_multiplier!r}
+max_rounds = {policy.max_rounds}
+# Local steps of one round.
+max_steps = {policy.max_steps}
+max_parameters = {policy.max_parameters}
+# Experts of one layer that fit into this machine.
+expert_capacity = {policy.expert_capacity}
+# Refuse gradient modes whose clip bound is not certified.
+certified_only = true
+# Only these scenarios: by name, or by the hash of a plan, which "conclave plan" prints.
+# scenarios = ["digits", "plan:0123..."]
+
+[policy.releases]
+# What may leave, and the largest share of a plan's budget it may take.
+delta = 1.0
+"""
+
+
+def _toml(text: str) -> str:
+    """Spell a string for TOML."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'

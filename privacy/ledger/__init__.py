@@ -1,0 +1,21 @@
+"""The owner's ledger: charge before release, release once, and anyone can check it."""
+
+from privacy.ledger.entry import ChargeRequest, Entry, Genesis
+from privacy.ledger.heads import KeyRotation, SignedHead
+from privacy.ledger.ledger import (
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    ChargeConflictError,
+    Ledger,
+    PlanClosedError,
+    ReplyExpiredError,
+    Reservation,
+    StoredReply,
+)
+from privacy.ledger.store import LedgerMismatchError
+
+__all__ = [
+    "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest", "Entry", "Genesis",
+    "KeyRotation", "Ledger", "LedgerMismatchError", "PlanClosedError", "ReplyExpiredError", "Reservation", "SignedHead",
+    "StoredReply",
+]  # fmt: skip

@@ -1,0 +1,239 @@
+"""What a ledger records: its genesis, its entries, and how they are hashed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Literal, get_args
+
+from model.errors import BadInputError
+from privacy.accounting import budget_units, fixed_order
+from privacy.canonical import canonical_json, decimal, sha256
+from privacy.ledger.mechanism_text import spell
+from privacy.mechanisms import Mechanism
+
+FORMAT_VERSION = 2
+INFINITE = "inf"
+
+State = Literal["RESERVED", "COMMITTED", "ABANDONED", "ADMITTED", "CLOSED", "ROTATED", "RESTORED", "MIGRATED"]
+"""RESERVED → COMMITTED | ABANDONED is the life of a charge, ADMITTED → CLOSED of the budget set aside for a plan. The
+other three are about the ledger itself: a new key, a start from a restored copy, a newer format."""
+
+STATES: tuple[str, ...] = get_args(State)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Genesis:
+    """What never changes in a ledger. Numbers are exact decimal strings.
+
+    mode: ``simulation`` ledgers accept seeded randomness and ``mechanism = none``; ``deployment`` ones never.
+    order, rdp_budget: the filter that enforces (epsilon, delta); see :mod:`privacy.accounting`.
+    public_key: the first signing key; its hash is the ledger's identity, also after rotations.
+    """
+
+    version: int
+    ledger_id: str
+    dataset_id: str
+    split_key: str
+    unit: str
+    adjacency: str
+    epsilon: str
+    delta: str
+    order: str
+    rdp_budget: str
+    mode: Literal["simulation", "deployment"]
+    machine_id: str
+    public_key: str
+    time: str
+
+    @classmethod
+    def new(
+        cls,
+        *,
+        public_key: str,
+        dataset_id: str,
+        split_key: str,
+        unit: str,
+        epsilon: float,
+        delta: float,
+        mode: Literal["simulation", "deployment"],
+        machine_id: str,
+    ) -> Genesis:
+        """Begin a ledger with the budget (ε, δ), which is enforced at the order that suits it.
+
+        Raises:
+            BadInputError: the budget allows no release at all.
+        """
+        order = fixed_order(epsilon, delta)
+        return cls(
+            version=FORMAT_VERSION,
+            ledger_id=ledger_id_of(public_key),
+            dataset_id=dataset_id,
+            split_key=split_key,
+            unit=unit,
+            adjacency="add-or-remove-one",
+            epsilon=decimal(epsilon),
+            delta=decimal(delta),
+            order=decimal(order),
+            rdp_budget=str(budget_units(epsilon, delta, order)),
+            mode=mode,
+            machine_id=machine_id,
+            public_key=public_key,
+            time=utc_now(),
+        )
+
+    @property
+    def line(self) -> bytes:
+        """The canonical JSON."""
+        return canonical_json(asdict(self))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON: the ``prev_hash`` of the first entry."""
+        return sha256(self.line)
+
+    @classmethod
+    def parse(cls, line: bytes | str) -> Genesis:
+        """Read a genesis.
+
+        Raises:
+            BadInputError: it is none.
+        """
+        try:
+            genesis = cls(**json.loads(line))
+            genesis._check()
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise BadInputError(
+                "the genesis cannot be read, must be one JSON object with a ledger's constants"
+            ) from error
+        return genesis
+
+    def _check(self) -> None:
+        values = asdict(self)
+        if type(values.pop("version")) is not int or not all(type(value) is str for value in values.values()):
+            raise TypeError("other types than a genesis has")
+        epsilon, delta, order = float(self.epsilon), float(self.delta), float(self.order)
+        if not (1 <= self.version <= FORMAT_VERSION and int(self.rdp_budget) > 0):
+            raise ValueError("another format, or no budget")
+        if self.mode not in ("simulation", "deployment"):
+            raise ValueError("another mode")
+        if not (0.0 < epsilon < math.inf and 0.0 < delta < 1.0 and 1.0 < order < math.inf):
+            raise ValueError("numbers that no budget can have")
+        budget_units(epsilon, delta, order)
+        _ = self.line  # raises where a string has no UTF-8
+
+
+def utc_now() -> str:
+    """Return the current time as an ISO 8601 string in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def ledger_id_of(public_key: str) -> str:
+    """Return the identity of a ledger: 32 hexadecimal digits of the hash of its first public key."""
+    return sha256(bytes.fromhex(public_key))[:32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChargeRequest:
+    """What a node is about to spend, and on what. Nothing here derives from private data.
+
+    mechanism: None is training without privacy, charged ε = ∞ (simulation only).
+    parts: σ of each release by name, where several are made from one Poisson sample: they are one charge.
+    kind: what is released, for instance ``train``.
+    numeric: ``strict`` or ``fast``, where the clip bound holds for what was summed; ``uncertified`` otherwise.
+    rng: ``os-entropy``, or ``seeded`` in simulation.
+    """
+
+    kind: str
+    run_id: str
+    round: int
+    plan_hash: str
+    model_in_hash: str
+    code_hash: str
+    mechanism: Mechanism | None
+    clip: float
+    releases: tuple[str, ...]
+    numeric: Literal["strict", "fast", "uncertified"]
+    rng: Literal["os-entropy", "seeded"]
+    parts: tuple[tuple[str, float], ...] = ()
+
+    def charge_id(self, ledger_id: str) -> str:
+        """Identify the charge by its whole content, so other content is another charge."""
+        return sha256(
+            canonical_json([self.run_id, self.round, ledger_id, self.plan_hash, self.model_in_hash, self.kind])
+        )
+
+    def mechanism_json(self) -> str:
+        """Spell the mechanism as canonical JSON, enough to recompute its cost."""
+        return spell(self.mechanism, clip=self.clip, numeric=self.numeric, parts=dict(self.parts))
+
+    def releases_json(self) -> str:
+        """Spell the names of what is released as canonical JSON."""
+        return canonical_json(list(self.releases)).decode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the ledger. ``rdp_*`` are decimal integers in units of 1e-12, or ``inf``.
+
+    A later state of a charge is a new entry with the same ``charge_id`` and a charge of 0: entries never change.
+    Entries about the ledger itself leave empty what only a charge has, and say in ``mechanism`` what happened.
+    """
+
+    version: int
+    ledger_id: str
+    seq: int
+    prev_hash: str
+    charge_id: str
+    state: State
+    mechanism: str
+    rdp_charge: str
+    rdp_total: str
+    rdp_budget: str
+    run_id: str
+    round: int
+    plan_hash: str
+    code_hash: str
+    model_in_hash: str
+    output_hash: str
+    releases: str
+    rng: str
+    time: str
+
+    @property
+    def line(self) -> bytes:
+        """The canonical JSON: what is stored, exported and hashed."""
+        return canonical_json(asdict(self))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return sha256(self.line)
+
+    @classmethod
+    def parse(cls, line: bytes | str) -> Entry:
+        """Read an entry.
+
+        Raises:
+            BadInputError: it is none.
+        """
+        try:
+            entry = cls(**json.loads(line))
+            if any(type(getattr(entry, name)) is not kind for name, kind in ENTRY_TYPES.items()):
+                raise TypeError("other types than an entry has")
+            return entry
+        except (ValueError, TypeError, RecursionError) as error:
+            raise BadInputError("a line cannot be read, must be one JSON object with an entry's fields") from error
+
+
+ENTRY_FIELDS = tuple(field.name for field in fields(Entry))
+ENTRY_TYPES: dict[str, type] = {name: int if name in ("version", "seq", "round") else str for name in ENTRY_FIELDS}
+
+
+def add_units(total: str, charge: str) -> str:
+    """Add two RDP amounts; infinity absorbs."""
+    if INFINITE in (total, charge):
+        return INFINITE
+    return str(int(total) + int(charge))

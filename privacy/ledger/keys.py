@@ -1,0 +1,53 @@
+"""The ledger's signing key on disk: PEM, readable by its owner only, never part of a message or a log."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
+from model.errors import BadInputError
+
+
+def create_key(path: Path) -> Ed25519PrivateKey:
+    """Generate a key and write it to a new file with mode 0600.
+
+    Raises:
+        BadInputError: the file exists or cannot be written.
+    """
+    key = Ed25519PrivateKey.generate()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+            stream.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be created ({error.strerror}), must be a new file") from error
+    return key
+
+
+def load_key(path: Path) -> Ed25519PrivateKey:
+    """Read a key.
+
+    Raises:
+        BadInputError: it is missing, others may read it, or it is no Ed25519 key.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be read ({error.strerror}), must be the ledger's key") from error
+    if mode & 0o077:
+        raise BadInputError(f"{path}: has mode {mode:04o}, must be 0600: nobody else may read a key")
+    try:
+        key = load_pem_private_key(content, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise BadInputError(f"{path}: not a key, must be an Ed25519 private key in PEM")
+    return key

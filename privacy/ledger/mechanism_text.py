@@ -1,0 +1,94 @@
+"""How a ledger spells a mechanism: canonical JSON from which anyone can recompute its cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from model.errors import BadInputError
+from privacy.canonical import canonical_json, decimal
+from privacy.mechanisms import ExponentialChoice, Mechanism, SampledGaussian, joint_noise
+
+NUMERIC_LEVELS = ("strict", "fast", "uncertified")
+_SMALLEST_RATE, _LARGEST_NOISE, _MOST_STEPS = 1e-9, 1e9, 10**9  # beyond them accountants lose their footing
+
+
+def spell(mechanism: Mechanism | None, *, clip: float, numeric: str, parts: Mapping[str, float]) -> str:
+    """Return the JSON of a mechanism; None is training without privacy.
+
+    Args:
+        clip: the bound of one unit's contribution, where there is one.
+        numeric: the level at which the bound holds.
+        parts: σ of each release where several are made from one Poisson sample. They are one event, charged with the
+            σ of all together.
+
+    Raises:
+        BadInputError: the mechanism claims more noise than its parts have together.
+    """
+    if mechanism is None:
+        return '{"kind":"none"}'
+    if isinstance(mechanism, ExponentialChoice):
+        document: dict[str, object] = {
+            "kind": "exponential", "epsilon": decimal(mechanism.epsilon), "choices": mechanism.choices,
+        }  # fmt: skip
+        return canonical_json(document).decode()
+    document = {
+        "kind": "gaussian",
+        "sigma": decimal(mechanism.noise_multiplier),
+        "clip": decimal(clip),
+        "q": decimal(mechanism.sampling_rate),
+        "steps": mechanism.steps,
+        "sampler": "poisson",
+        "numeric": numeric,
+    }
+    if parts:
+        _check_parts(mechanism, parts)
+        document["parts"] = {name: decimal(noise) for name, noise in parts.items()}
+    return canonical_json(document).decode()
+
+
+def parse(text: str) -> Mechanism | None:
+    """Read a mechanism; None is a charge without privacy.
+
+    Raises:
+        BadInputError: not a mechanism that this Conclave knows, or one that claims more noise than its parts have.
+    """
+    try:
+        document = json.loads(text)
+        if document["kind"] == "none":
+            return None
+        if document["kind"] == "exponential":
+            choice = ExponentialChoice(epsilon=float(document["epsilon"]), choices=int(document["choices"]))
+            if choice.choices > _MOST_STEPS:
+                raise ValueError
+            return choice
+        if document["kind"] != "gaussian" or document["sampler"] != "poisson":
+            raise ValueError
+        if document["numeric"] not in NUMERIC_LEVELS:
+            raise ValueError
+        mechanism = SampledGaussian(
+            sampling_rate=float(document["q"]),
+            noise_multiplier=float(document["sigma"]),
+            steps=int(document["steps"]),
+        )
+        if mechanism.sampling_rate < _SMALLEST_RATE or mechanism.noise_multiplier > _LARGEST_NOISE:
+            raise ValueError
+        if mechanism.steps > _MOST_STEPS:
+            raise ValueError
+        parts = {str(name): float(noise) for name, noise in document.get("parts", {}).items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise BadInputError(
+            "its mechanism cannot be read, must be a Poisson-sampled gaussian, a choice, or none"
+        ) from error
+    if parts:
+        _check_parts(mechanism, parts)
+    return mechanism
+
+
+def _check_parts(mechanism: SampledGaussian, parts: Mapping[str, float]) -> None:
+    together = joint_noise(parts.values())
+    if mechanism.noise_multiplier > together:
+        raise BadInputError(
+            f"its sigma is {mechanism.noise_multiplier}, must be at most {together}: what is released from one sample "
+            "is one event"
+        )

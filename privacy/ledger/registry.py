@@ -1,0 +1,72 @@
+"""One ledger per dataset: which datasets of this user's machine have a ledger already.
+
+Two ledgers for one dataset would be two budgets for the same people.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from model.errors import BadInputError
+from privacy.canonical import canonical_json, sha256
+
+
+def default_registry() -> Path:
+    """Return the folder of claims: ``$XDG_STATE_HOME/conclave/datasets``, by default under ``~/.local/state``."""
+    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(state) / "conclave" / "datasets"
+
+
+def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> None:
+    """Claim a dataset, by its name and by where its data lie, for a ledger that is about to be created.
+
+    Claiming again for the same ledger file changes nothing.
+
+    Raises:
+        BadInputError: the name or the data are claimed for another ledger, or the claim cannot be written.
+    """
+    ledger = ledger.resolve()
+    claims = {
+        registry / f"{sha256(f'{what} {name}'.encode())}.json": (what, name)
+        for what, name in (("dataset", dataset_id), ("data", str(data.resolve())))
+    }
+    written: list[Path] = []
+    try:
+        for path, (what, name) in claims.items():
+            if _claim(path, what, name, ledger):
+                written.append(path)
+    except BadInputError:
+        for path in written:  # the name is still free where the data are not
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _claim(path: Path, what: str, name: str, ledger: Path) -> bool:
+    """Make one claim; return False where the same ledger made it before."""
+    document = canonical_json({what: name, "ledger": str(ledger)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+            stream.write(document)
+    except FileExistsError:
+        held = _ledger_of(path)
+        if held != str(ledger):
+            raise BadInputError(
+                f"the {what} {name} has a ledger already ({held}), must not get a second one: "
+                "two ledgers are two budgets for the same people"
+            ) from None
+        return False
+    except OSError as error:
+        raise BadInputError(
+            f"{path.parent}: cannot be written ({error.strerror}), must be a writable folder"
+        ) from error
+    return True
+
+
+def _ledger_of(path: Path) -> str:
+    try:
+        return str(json.loads(path.read_bytes())["ledger"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"unreadable claim {path}"

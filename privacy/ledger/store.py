@@ -1,0 +1,388 @@
+"""The ledger file: a signed hash chain in SQLite, one transaction per change, mirrored to the witness.
+
+What every change has in common. What may be charged, and when, is in :mod:`privacy.ledger.ledger`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from model.errors import BadInputError
+from privacy.canonical import canonical_json, sha256
+from privacy.ledger.derived import Derived
+from privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
+from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
+from privacy.ledger.schema import TABLES, format_version, is_ours, migrate, run_script
+from privacy.ledger.witness import Witness
+
+UNREADABLE = (sqlite3.Error, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError)
+"""What reading a damaged file raises."""
+
+
+class LedgerMismatchError(Exception):
+    """The ledger contradicts its witness or a receipt: it is an older copy, or was replaced. Nothing was written."""
+
+
+class Store:
+    """An open ledger file. Safe for several processes: every change is one immediate transaction."""
+
+    def __init__(
+        self, path: Path, key: Ed25519PrivateKey, *, witness: Witness | None = None, machine: str | None = None
+    ) -> None:
+        """Open an existing ledger, bringing an older format to this one.
+
+        Args:
+            key: the ledger's current signing key.
+            witness: where heads are mirrored. A ledger outside simulation does not open without one.
+            machine: this machine's id; compared where given. Required outside simulation.
+
+        Raises:
+            BadInputError: no such file, not a ledger, altered, a format this Conclave cannot read, another key or
+                machine, or a witness that is missing, ahead or of another history.
+        """
+        if not path.is_file():
+            raise BadInputError(f"{path}: no such file, must be a ledger")
+        self.path = path
+        self._key = key
+        self._witness = witness
+        self._one_thread = threading.RLock()  # a connection has one transaction at a time
+        self._db = connect(path)
+        try:
+            self._open(machine)
+        except BaseException as error:
+            self._db.close()
+            if isinstance(error, UNREADABLE) and not isinstance(error, BadInputError):
+                raise BadInputError(f"{path}: not a ledger") from error
+            raise
+
+    def _open(self, machine: str | None) -> None:
+        version = format_version(self._db)
+        if not 1 <= version <= FORMAT_VERSION:
+            raise BadInputError(f"{self.path}: ledger format version {version}, must be 1 to {FORMAT_VERSION}")
+        self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
+        if version < FORMAT_VERSION:
+            self._migrate()
+        self.genesis = read_genesis(self._db)
+        # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
+        synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
+        self._db.execute(f"PRAGMA synchronous = {synchronous}")
+        with transaction(self._db):
+            signed_with = check_whole(self._db, self.path)
+        self._check_key(signed_with)
+        self._check_place(machine)
+        self._erase_log()  # a process that was killed after erasing a secret did not come to it
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        genesis: Genesis,
+        key: Ed25519PrivateKey,
+        *,
+        witness: Witness | None = None,
+    ) -> Self:
+        """Create a ledger file, readable by its owner only.
+
+        Raises:
+            BadInputError: the file, or a witness of another ledger, exists; the key is not the genesis'.
+        """
+        if genesis.public_key != public_hex(key) or genesis.ledger_id != ledger_id_of(genesis.public_key):
+            raise BadInputError(f"{path}: the genesis names another key, must name the one it is signed with")
+        seen = None if witness is None else witness.read()
+        # An attempt that was interrupted may have left one, of the same key and before any entry.
+        if witness is not None and seen is not None and (seen.ledger_id, seen.seq) != (genesis.ledger_id, 0):
+            raise BadInputError(f"{witness.path}: is the witness of a ledger already, must be a new file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}.draft-{os.getpid()}")  # a crash leaves no half-made ledger behind
+        draft.unlink(missing_ok=True)
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        head = SignedHead.sign(key, genesis.ledger_id, 0, genesis.hash)
+        try:
+            db = connect(draft)
+            db.execute("PRAGMA synchronous = FULL")
+            with transaction(db):
+                run_script(db, TABLES)
+                db.execute("INSERT INTO genesis VALUES (?, ?)", (genesis.line.decode(), head.signature))
+            db.execute("PRAGMA journal_mode = WAL").fetchone()
+            db.close()
+            if witness is not None:
+                witness.mirror(lambda: head)
+            os.link(draft, path)  # fails where a ledger exists; a rename would replace it
+        except FileExistsError as error:
+            raise BadInputError(f"{path}: exists already, must be a new file") from error
+        finally:
+            draft.unlink(missing_ok=True)
+        return cls(path, key, witness=witness, machine=genesis.machine_id)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    @property
+    def head(self) -> SignedHead:
+        """The last entry's position and hash, signed."""
+        return read_head(self._db, self.genesis)
+
+    @property
+    def rotations(self) -> list[KeyRotation]:
+        """The changes of the signing key, oldest first."""
+        return read_rotations(self._db)
+
+    @property
+    def current_key(self) -> str:
+        """The public key that heads are signed with now, hexadecimal."""
+        rotations = self.rotations
+        return rotations[-1].new_key if rotations else self.genesis.public_key
+
+    def entries(self) -> list[Entry]:
+        """Return all entries in order."""
+        return [Entry.parse(body) for (body,) in self._db.execute("SELECT body FROM entries ORDER BY seq")]
+
+    def rotate_key(self, new_key: Ed25519PrivateKey) -> KeyRotation:
+        """Sign with another key from now on. The change is an entry that both keys signed.
+
+        Raises:
+            BadInputError: the ledger was signed with that key before.
+        """
+        old_key = self._key
+        rotation = KeyRotation.sign(self.genesis.ledger_id, old_key, new_key)
+        try:
+            with self._change():
+                if rotation.new_key in {self.genesis.public_key, *(item.new_key for item in self.rotations)}:
+                    raise BadInputError(f"{self.path}: has been signed with this key before, must get a new one")
+                self._key = new_key
+                document = {"kind": "key-rotation", **rotation.model_dump()}
+                self._append("ROTATED", sha256(rotation.new_key.encode()), canonical_json(document).decode())
+                rotations = [item.model_dump() for item in [*self.rotations, rotation]]
+                self._stand("rotations", canonical_json(rotations).decode())
+        except BaseException:
+            if self.current_key != rotation.new_key:  # it is in force where only the witness could not follow
+                self._key = old_key
+            raise
+        return rotation
+
+    def holds(self, head: SignedHead) -> bool:
+        """Whether a head lies on this ledger's chain."""
+        if head.ledger_id != self.genesis.ledger_id:
+            return False
+        if head.seq == 0:
+            return head.hash == self.genesis.hash
+        row = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
+        return bool(row == (head.hash,))
+
+    def check_witness(self) -> None:
+        """Compare with the witness, if there is one.
+
+        Raises:
+            LedgerMismatchError: it is missing, ahead, or of another history.
+        """
+        if self._witness is None:
+            return
+        seen = self._witness.read()
+        if seen is None:
+            raise LedgerMismatchError(f"its witness {self._witness.path} is missing, so entries may have been lost")
+        if seen.seq > self.head.seq:
+            raise LedgerMismatchError(
+                f"ends at entry {self.head.seq}, but its witness has seen entry {seen.seq}: this is an older copy"
+            )
+        if not self.holds(seen):
+            raise LedgerMismatchError("its witness has seen another history, so this is not the ledger it mirrors")
+
+    def _check_key(self, signed_with: str) -> None:
+        if signed_with != public_hex(self._key):
+            raise BadInputError(f"{self.path}: was signed with another key, must be opened with its own")
+
+    def _check_place(self, machine: str | None) -> None:
+        """Refuse a copy: a ledger of another machine, or one that its witness knows to be incomplete."""
+        row = self._db.execute("SELECT value FROM standing WHERE name = 'machine'").fetchone()
+        expected = self.genesis.machine_id if row is None else row[0]
+        deployed = self.genesis.mode == "deployment"
+        if (deployed or machine is not None) and machine != expected:
+            raise BadInputError(f"{self.path}: belongs to another machine, must be restored here before it is used")
+        if deployed and self._witness is None:
+            raise BadInputError(f"{self.path}: has no witness, must have one outside the database")
+        if self._witness is not None:
+            try:
+                self.check_witness()
+            except LedgerMismatchError as error:
+                raise BadInputError(f"{self.path}: {error}") from error
+            self._mirror()
+
+    def _migrate(self) -> None:
+        with transaction(self._db):
+            found = format_version(self._db)
+            if found == FORMAT_VERSION:
+                return  # another process was faster
+            self.genesis = read_genesis(self._db)
+            Store._check_key(self, self.genesis.public_key)  # before anything is signed with it
+            migrate(self._db, lambda seq, head_hash: self._sign(seq, head_hash).signature)
+            head = self._sign(0, self.genesis.hash)
+            self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
+            document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
+            self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), canonical_json(document).decode())
+            check_whole(self._db, self.path)  # what was altered before stays version 1, and unvouched for
+
+    def _sign(self, seq: int, head_hash: str) -> SignedHead:
+        return SignedHead.sign(self._key, self.genesis.ledger_id, seq, head_hash)
+
+    def _append(
+        self,
+        state: State,
+        charge_id: str,
+        mechanism: str,
+        charge: str = "0",
+        *,
+        run_id: str = "",
+        round_number: int = 0,
+        plan_hash: str = "",
+        code_hash: str = "",
+        model_in_hash: str = "",
+        output_hash: str = "",
+        releases: str = "[]",
+        rng: str = "",
+    ) -> SignedHead:
+        """Append an entry inside the open transaction; return the new head, signed."""
+        seq, total, prev_hash = self._last()
+        entry = Entry(
+            version=FORMAT_VERSION,
+            ledger_id=self.genesis.ledger_id,
+            seq=seq + 1,
+            prev_hash=prev_hash,
+            charge_id=charge_id,
+            state=state,
+            mechanism=mechanism,
+            rdp_charge=charge,
+            rdp_total=add_units(total, charge),
+            rdp_budget=self.genesis.rdp_budget,
+            run_id=run_id,
+            round=round_number,
+            plan_hash=plan_hash,
+            code_hash=code_hash,
+            model_in_hash=model_in_hash,
+            output_hash=output_hash,
+            releases=releases,
+            rng=rng,
+            time=utc_now(),
+        )
+        line = entry.line
+        head = self._sign(entry.seq, sha256(line))
+        self._db.execute(
+            "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
+            (entry.seq, line.decode(), head.hash, head.signature),
+        )
+        return head
+
+    def _last(self) -> tuple[int, str, str]:
+        """Return number, RDP total and hash of the last entry, or of the genesis."""
+        row = self._db.execute("SELECT seq, body, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+        if row is None:
+            return 0, "0", self.genesis.hash
+        seq, body, entry_hash = row
+        return seq, json.loads(body)["rdp_total"], entry_hash
+
+    def _stand(self, name: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO standing VALUES (?, ?)", (name, value))
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """One transaction, durable on return, that appends to a ledger its witness agrees with.
+
+        The witness follows before anything else happens: whoever acts on the change cannot lose it to an older copy.
+        """
+        with self._one_thread:
+            with transaction(self._db):
+                if self.current_key != public_hex(self._key):  # replaced by another process
+                    raise LedgerMismatchError("signs with another key by now, so this one must not sign anything more")
+                self.check_witness()
+                yield
+            self._mirror()
+
+    def _erase_log(self) -> None:
+        # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
+        with self._one_thread:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def _mirror(self) -> None:
+        # Also where nothing was appended: the head may not have reached it before a crash, or on a full disk.
+        if self._witness is not None and self._witness.read() != self.head:
+            self._witness.mirror(lambda: self.head)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the file; transactions are begun by hand."""
+    return sqlite3.connect(path, isolation_level=None, timeout=60.0, check_same_thread=False)
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """One immediate transaction: the only writer, all or nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def read_genesis(db: sqlite3.Connection) -> Genesis:
+    """Return the genesis of an open file."""
+    (document,) = db.execute("SELECT document FROM genesis").fetchone()
+    return Genesis.parse(document)
+
+
+def read_head(db: sqlite3.Connection, genesis: Genesis) -> SignedHead:
+    """Return the last head of an open file."""
+    row = db.execute("SELECT seq, hash, signature FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
+    if row is None:
+        (signature,) = db.execute("SELECT signature FROM genesis").fetchone()
+        row = (0, genesis.hash, signature)
+    seq, head_hash, signature = row
+    return SignedHead(ledger_id=genesis.ledger_id, seq=seq, hash=head_hash, signature=signature)
+
+
+def read_rotations(db: sqlite3.Connection) -> list[KeyRotation]:
+    """Return the changes of the signing key of an open file, oldest first."""
+    row = db.execute("SELECT value FROM standing WHERE name = 'rotations'").fetchone()
+    return [] if row is None else [KeyRotation.model_validate(item) for item in json.loads(row[0])]
+
+
+def check_whole(db: sqlite3.Connection, path: Path) -> str:
+    """Check an open file against the signature at its head; return the public key that signed it.
+
+    Every entry is bound by the chain, so none can be altered, and what derives from entries is put right. A few
+    microseconds an entry: states and prices are the audit's questions.
+
+    Raises:
+        BadInputError: something was altered.
+    """
+    if not is_ours(db):
+        raise BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
+    genesis = read_genesis(db)
+    derived = Derived()
+    last, prev_hash = 0, genesis.hash
+    for seq, body, entry_hash in db.execute("SELECT seq, body, hash FROM entries ORDER BY seq"):
+        last += 1
+        # A string inside the entry cannot spell this: its quotes would be escaped.
+        follows = seq == last and f'"prev_hash":"{prev_hash}"' in body
+        if not follows or sha256(body.encode()) != entry_hash:
+            raise BadInputError(f"{path}: entry {last} was altered, must be as it was signed")
+        derived.take(body)
+        prev_hash = entry_hash
+    key = current_key(genesis.ledger_id, genesis.public_key, derived.rotations)
+    head = read_head(db, genesis)
+    named = genesis.ledger_id == ledger_id_of(genesis.public_key)
+    if key is None or not named or (head.seq, head.hash) != (last, prev_hash) or not head.signed_by(key):
+        raise BadInputError(f"{path}: its last head does not hold, must be signed with its key")
+    derived.store(db)
+    return key

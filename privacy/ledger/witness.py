@@ -1,0 +1,66 @@
+"""The witness: the ledger's last head, kept by the owner outside the database.
+
+A database that was restored from a backup, or replaced by an older copy, has forgotten charges. The witness has not:
+put it on another disk or machine than the database.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from model.errors import BadInputError
+from model.store import write_atomically
+from privacy.ledger.heads import SignedHead
+
+
+class Witness:
+    """A file that holds one signed head, replaced atomically and durably, readable by its owner only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> SignedHead | None:
+        """Return the head it holds; None if there is no file.
+
+        Raises:
+            BadInputError: the file cannot be read or holds something else.
+        """
+        try:
+            line = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BadInputError(
+                f"{self.path}: cannot be read ({error.strerror}), must be a ledger's witness"
+            ) from error
+        try:
+            head = SignedHead.model_validate_json(line)
+        except ValidationError as error:
+            raise BadInputError(f"{self.path}: not a witness, must hold one signed head of a ledger") from error
+        return head
+
+    def mirror(self, latest: Callable[[], SignedHead]) -> None:
+        """Replace what it holds by the ledger's latest head.
+
+        ``latest`` is asked under a lock, so of two processes the later one never writes the older head.
+
+        Raises:
+            BadInputError: the file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path.with_name(f"{self.path.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                write_atomically(self.path, latest().line + b"\n", mode=0o600)
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise BadInputError(
+                f"{self.path}: cannot be written ({error.strerror}), must be a writable place"
+            ) from error

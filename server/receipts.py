@@ -1,0 +1,127 @@
+"""Receipts: what the server can prove about every node's ledger.
+
+A receipt is the ledger head that a node signed when it committed a release. The server keeps them all: it sends a node
+the last one with the next request, so a ledger that went back in time is found at once, and an audit compares them
+with the ledgers afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from clients.protocol import Description
+from model.config import Frozen
+from model.errors import BadInputError
+from privacy.ledger import SignedHead
+from privacy.ledger.heads import HEX_KEY
+
+EMPTY_RECEIPT = SignedHead(ledger_id="0" * 32, seq=0, hash="0" * 64, signature="0" * 128)
+"""Stands for a receipt where only the size of a message matters."""
+
+
+class KeptReceipt(Frozen):
+    """One line of ``receipts.jsonl``.
+
+    node: fingerprint. signing_key: the key that the node stated. output_hash: SHA-256 of the bytes that arrived.
+    """
+
+    round: int = Field(ge=1)
+    node: str = Field(pattern=r"^[0-9a-f]{16}$")
+    run_id: str
+    plan_hash: str = Field(pattern=HEX_KEY)
+    charge_id: str = Field(pattern=HEX_KEY)
+    output_hash: str = Field(pattern=HEX_KEY)
+    signing_key: str = Field(pattern=HEX_KEY)
+    receipt: SignedHead
+
+
+class ReceiptBook:
+    """The receipts of one run, in memory and in a file that only grows."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Read what was kept before.
+
+        Args:
+            path: the file; None keeps receipts in memory only.
+
+        Raises:
+            BadInputError: a line of the file is damaged.
+        """
+        self._path = path
+        self._heads: dict[str, dict[int, SignedHead]] = defaultdict(dict)
+        self._known: set[KeptReceipt] = set()
+        self._new: list[KeptReceipt] = []
+        if path is not None and path.is_file():
+            for kept in read_receipts(path, forgive_last=True):
+                self._remember(kept)
+            self._cut_torn_line(path)
+
+    def latest(self, node: str) -> SignedHead | None:
+        """Return the furthest head that a node has sent."""
+        heads = self._heads.get(node)
+        return heads[max(heads)] if heads else None
+
+    def why_refused(self, description: Description, receipt: SignedHead) -> str | None:
+        """Say what is wrong with a receipt that came with a reply; None if it continues what is known."""
+        if receipt.ledger_id != description.ledger_id:
+            return "it is of another ledger"
+        heads = self._heads.get(description.fingerprint, {})
+        if receipt.seq in heads:
+            return None if heads[receipt.seq].hash == receipt.hash else "it contradicts an earlier one"
+        if heads and receipt.seq < max(heads):
+            return "it is older than one that was sent before"
+        return None if receipt.signed_by(description.signing_key) else "it is not signed with the node's key"
+
+    def keep(self, kept: KeptReceipt) -> None:
+        """Keep a receipt that nothing speaks against; :meth:`save` makes it last."""
+        if kept not in self._known:
+            self._remember(kept)
+            self._new.append(kept)
+
+    def save(self) -> None:
+        """Write what was kept since the last call to the file, durably."""
+        if self._path is not None and self._new:
+            with self._path.open("a") as stream:
+                stream.writelines(kept.model_dump_json() + "\n" for kept in self._new)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self._new = []
+
+    def _remember(self, kept: KeptReceipt) -> None:
+        self._known.add(kept)
+        self._heads[kept.node][kept.receipt.seq] = kept.receipt
+
+    @staticmethod
+    def _cut_torn_line(path: Path) -> None:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+
+
+def read_receipts(path: Path, *, forgive_last: bool = False) -> Iterable[KeptReceipt]:
+    """Yield the receipts of a run.
+
+    Args:
+        forgive_last: skip a last line that a crash cut short.
+
+    Raises:
+        BadInputError: the file cannot be read, or a line is no receipt.
+    """
+    try:
+        lines = path.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path}: cannot be read, must hold one receipt a line") from error
+    last = lines.pop()  # what comes after the last line feed: nothing, or a line that was cut short
+    if last and not forgive_last:
+        raise BadInputError(f"{path}: line {len(lines) + 1} is cut short, must hold one receipt a line")
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield KeptReceipt.model_validate_json(line)
+        except ValidationError as error:
+            raise BadInputError(f"{path}: line {number} is damaged, must be a receipt") from error

@@ -1,0 +1,169 @@
+"""Audit of a run: whether the server's receipts, the nodes' ledgers and the plan tell one story.
+
+Every release that the server received must be a committed charge of a ledger whose chain still holds it; every
+ledger must still be what its receipts say; every charge must be for the plan of the run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from privacy.ledger.entry import Entry
+from privacy.ledger.reading import History, open_history
+from privacy.ledger.verification import LedgerAudit, audit_history
+from server.receipts import KeptReceipt, read_receipts
+from server.run_directory import RunDirectory
+
+Verdict = Literal["VIOLATED", "INCOMPLETE", "NOT_REFUTED"]
+
+
+@dataclass
+class RunAudit:
+    """What the audit of one run found.
+
+    verdict: VIOLATED where anything contradicts the claim, INCOMPLETE where a ledger or the receipts are not at hand,
+        else NOT_REFUTED. Nothing is ever proved private by it.
+    receipts: kept by the server. matched: of these, found in the ledgers as committed charges with that very output.
+    lost: receipts of history that a ledger lost in a restore, for which the rest of its budget was charged.
+    unreceived: committed charges of this run without a receipt: replies that were lost on the way. They are paid for.
+    epsilon: the largest over the ledgers, ``inf`` without privacy.
+    """
+
+    verdict: Verdict
+    run_id: str
+    plan_hash: str
+    rounds: int
+    nodes: int
+    receipts: int
+    matched: int
+    lost: int
+    unreceived: int
+    epsilon: float
+    ledgers: dict[str, LedgerAudit]
+    missing_ledgers: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+
+
+def audit_run(run: RunDirectory, ledgers: Sequence[Path] = ()) -> RunAudit:
+    """Compare receipts, ledgers and plan of a run.
+
+    Args:
+        ledgers: ledger files or exports of the nodes, beside those that a simulation left in the run directory.
+
+    Raises:
+        BadInputError: not a run directory, or a file in it or a ledger cannot be read.
+    """
+    audit = _RunAudit(run)
+    for path in (*run.ledgers, *ledgers):
+        audit.take(path)
+    return audit.result()
+
+
+class _RunAudit:
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.plan_hash = run.scenario.plan().hash
+        self.by_ledger: dict[str, list[KeptReceipt]] = defaultdict(list)
+        for kept in read_receipts(run.receipts) if run.receipts.is_file() else ():
+            self.by_ledger[kept.receipt.ledger_id].append(kept)
+        self.receipts = [kept for found in self.by_ledger.values() for kept in found]
+        self.run_ids = {kept.run_id for kept in self.receipts}
+        self.ledgers: dict[str, LedgerAudit] = {}
+        self.seen: dict[str, str] = {}
+        self.findings: list[str] = []
+        self.matched = 0
+        self.lost = 0
+        self.unreceived = 0
+
+    def take(self, path: Path) -> None:
+        """Audit one ledger against its receipts."""
+        history = open_history(path)
+        kept = self.by_ledger.get(history.genesis.ledger_id, [])
+        name = str(path)
+        if history.genesis.ledger_id in self.seen:
+            self.findings.append(f"{name}: is the ledger of {self.seen[history.genesis.ledger_id]} once more")
+            return
+        self.seen[history.genesis.ledger_id] = name
+        self.ledgers[name] = audit_history(history, receipts=[item.receipt for item in kept])
+        self.findings += [f"{name}: {finding}" for finding in self.ledgers[name].findings]
+        self._match(name, history, kept)
+
+    def _match(self, name: str, history: History, kept: Sequence[KeptReceipt]) -> None:
+        """Find each receipt's charge, and each charge's receipt."""
+        wanted = {item.charge_id: item for item in kept}
+        if len(wanted) < len(kept):
+            self.findings.append(f"{name}: two receipts are for one charge, so an output was sent twice")
+        committed: set[str] = set()
+        for line in history.lines():
+            entry = Entry.parse(line)
+            if entry.run_id not in self.run_ids or entry.state not in ("RESERVED", "COMMITTED"):
+                continue
+            if entry.plan_hash != self.plan_hash:
+                self.findings.append(
+                    f"{name}: entry {entry.seq} is charged for another plan than the run's scenario makes"
+                )
+            if entry.state == "COMMITTED":
+                committed.add(entry.charge_id)
+                receipt = wanted.get(entry.charge_id)
+                if receipt is None:
+                    self.unreceived += 1
+                else:
+                    self._compare(name, entry, receipt)
+        for item in (wanted[charge_id] for charge_id in wanted.keys() - committed):
+            if self.ledgers[name].unproven:
+                self.lost += 1
+                continue
+            self.findings.append(f"{name}: round {item.round} was received, but no committed charge paid for it")
+
+    def _compare(self, name: str, entry: Entry, kept: KeptReceipt) -> None:
+        where = f"{name}: round {kept.round}"
+        sound = len(self.findings)
+        if entry.output_hash != kept.output_hash:
+            self.findings.append(f"{where}: the output that arrived is not the one that was committed")
+        if entry.round != kept.round or entry.run_id != kept.run_id:
+            self.findings.append(f"{where}: the charge is of round {entry.round} of run {entry.run_id}")
+        if entry.seq != kept.receipt.seq or entry.hash != kept.receipt.hash:
+            self.findings.append(f"{where}: the receipt is not of the entry that committed its output")
+        self.matched += len(self.findings) == sound
+
+    def _check_metrics(self) -> None:
+        """Nothing may have been averaged that there is no receipt for."""
+        nodes: dict[int, set[str]] = defaultdict(set)
+        for kept in self.receipts:
+            nodes[kept.round].add(kept.node)
+        for line in self.run.metrics():
+            received = len(nodes[line["round"]])
+            if line["accepted"] > received:
+                self.findings.append(
+                    f"round {line['round']}: {line['accepted']} replies were averaged, but {received} have a receipt"
+                )
+
+    def result(self) -> RunAudit:
+        self._check_metrics()
+        for kept in self.receipts:
+            if kept.plan_hash != self.plan_hash:
+                self.findings.append(f"receipt of round {kept.round}: is for another plan than the scenario makes")
+                break
+        if len(self.run_ids) > 1:
+            self.findings.append(f"the receipts are of {len(self.run_ids)} runs, must be of one")
+        missing = sorted({found[0].node for ledger, found in self.by_ledger.items() if ledger not in self.seen})
+        complete = bool(self.receipts) and not missing
+        return RunAudit(
+            verdict="VIOLATED" if self.findings else "NOT_REFUTED" if complete else "INCOMPLETE",
+            run_id=", ".join(sorted(self.run_ids)),
+            plan_hash=self.plan_hash,
+            rounds=len(self.run.metrics()),
+            nodes=len(self.by_ledger),
+            receipts=len(self.receipts),
+            matched=self.matched,
+            lost=self.lost,
+            unreceived=self.unreceived,
+            epsilon=max((audit.epsilon for audit in self.ledgers.values()), default=0.0),
+            ledgers=self.ledgers,
+            missing_ledgers=missing,
+            findings=self.findings,
+        )

@@ -1,0 +1,95 @@
+"""A ledger's budget for its owner: what ``conclave node budget`` and ``node export`` do."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from clients.node import charged_mechanism
+from clients.node_directory import NodeDirectory
+from clients.protocol import ProtocolError
+from model.errors import BadInputError
+from model.store import write_atomically
+from privacy.ledger.reading import History, open_history, write_export
+from privacy.ledger.spending import Budget, Forecast, budget_of, forecast
+from server.scenario import Scenario
+from simulations import charts
+
+
+@dataclass
+class PlannedRun:
+    """What a scenario would add. refused: why the node's policy or budget would refuse it; None if it would not."""
+
+    scenario: str
+    plan_hash: str
+    forecast: Forecast
+    refused: str | None
+
+
+@dataclass
+class BudgetReport:
+    """Where a budget stands, and what a planned run would change."""
+
+    source: str
+    budget: Budget
+    planned: PlannedRun | None = None
+    plot: str | None = None
+
+
+def budget_report(source: Path, scenario: Scenario | None, plot: Path | None) -> BudgetReport:
+    """Sum up the ledger of a node's folder, a ledger file or an export.
+
+    Args:
+        scenario: what it would add is worked out; a node's policy is asked too.
+        plot: where to write a chart of ε over time, as SVG.
+
+    Raises:
+        BadInputError: no ledger there, a plan without privacy, or the chart cannot be written.
+    """
+    history = _history(source)
+    report = BudgetReport(str(source), budget_of(history))
+    if scenario is not None:
+        report.planned = _planned(source, history, report.budget, scenario)
+    if plot is not None:
+        try:
+            write_atomically(plot, charts.budget(report.budget).encode())
+        except OSError as error:
+            raise BadInputError(f"--plot {plot}: cannot be written ({error.strerror})") from error
+        report.plot = str(plot)
+    return report
+
+
+def export_ledger(source: Path, out: Path) -> int:
+    """Write the export of a ledger to a new file, readable by its owner only; return the number of entries.
+
+    Raises:
+        BadInputError: no ledger there, or the file exists or cannot be written.
+    """
+    history = _history(source)
+    try:
+        with os.fdopen(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+            return write_export(history, stream)
+    except OSError as error:
+        raise BadInputError(f"{out}: cannot be written ({error.strerror}), must be a new file") from error
+
+
+def _history(source: Path) -> History:
+    return open_history(NodeDirectory(source).ledger_path if source.is_dir() else source)
+
+
+def _planned(source: Path, history: History, budget: Budget, scenario: Scenario) -> PlannedRun:
+    plan = scenario.plan()
+    mechanism = charged_mechanism(plan)
+    if mechanism is None:
+        raise BadInputError(f"--plan {scenario.name}: trains without privacy, so no budget allows it")
+    expected = forecast(budget, history.genesis, mechanism, plan.rounds)
+    refused = None if expected.fits else "the budget does not suffice"
+    if plan.privacy.unit != budget.unit:
+        refused = f"the budget protects a {budget.unit}, the plan a {plan.privacy.unit}"
+    elif source.is_dir():
+        try:
+            NodeDirectory(source).config.policy.check(plan, scenario.name)
+        except ProtocolError as error:
+            refused = str(error)
+    return PlannedRun(scenario.name, plan.hash, expected, refused)

@@ -1,0 +1,205 @@
+"""What the command line prints for people: tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from privacy.audit.subject import Finding
+from privacy.ledger.verification import LedgerAudit
+from server.plan_estimate import PlanEstimate
+from server.run_audit import RunAudit
+from server.scenario import Scenario
+from simulations.audit_ledger import LedgersAudit
+from simulations.budget import BudgetReport
+from simulations.model_card import ModelCard
+from simulations.simulate import Summary
+
+_WIDTH_OF_A_PIPE = 200
+
+
+def _console() -> Console:
+    """Return the terminal; where there is none, a width at which nothing is cut."""
+    console = Console(soft_wrap=True)
+    return console if console.is_terminal else Console(soft_wrap=True, width=_WIDTH_OF_A_PIPE)
+
+
+def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
+    """Print what a simulation came to."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    if summary.accuracy is not None:
+        table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
+    if summary.bits_per_byte is not None:
+        table.add_row(
+            "bits per byte",
+            f"{summary.bits_per_byte:.4f} on {scenario.data.test_records} public test windows "
+            f"(order-0 entropy of the same bytes: {summary.order0_bits_per_byte:.4f})",
+        )
+    if scenario.privacy.mechanism == "none":
+        table.add_row("privacy", "NONE (epsilon = infinity)")
+    else:
+        budget = f"budget {scenario.privacy.epsilon:g}, per {scenario.privacy.unit} and node"
+        table.add_row("epsilon", f"{summary.epsilon:.4f} at delta {summary.delta:g} ({budget})")
+    share = summary.bytes_per_node / summary.bytes_full_model
+    table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
+    table.add_row("rounds", str(summary.rounds))
+    table.add_row("run", str(summary.run))
+    table.add_row("report", str(report_path))
+    _console().print(table)
+
+
+def print_plan(estimate: PlanEstimate) -> None:
+    """Print what a scenario will cost."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("plan", estimate.plan_hash)
+    table.add_row("rounds", f"{estimate.rounds}, {estimate.steps} local steps on a node that takes part in each")
+    if estimate.noise_multiplier is None:
+        table.add_row("privacy", "NONE (epsilon = infinity)")
+    else:
+        table.add_row("noise", f"sigma {estimate.noise_multiplier:g}")
+        table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
+        others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
+        table.add_row("", f"for comparison: {others}")
+    share = estimate.parameters_per_node / estimate.parameters_total
+    table.add_row(
+        "parameters",
+        f"{estimate.parameters_total:,} in all, {estimate.parameters_per_node:,} ({share:.0%}) on a node",
+    )
+    table.add_row("traffic", f"{estimate.bytes_down:,} bytes to a node and {estimate.bytes_up:,} back, every round")
+    table.add_row(
+        "", f"{(estimate.bytes_down + estimate.bytes_up) / estimate.bytes_full_model:.0%} of the whole model's"
+    )
+    table.add_row(
+        "time",
+        f"{estimate.seconds_total:.1f} s of local training in all, "
+        f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
+    )
+    _console().print(table)
+
+
+def print_model_card(card: ModelCard) -> None:
+    """Print what a model looks like and costs."""
+    costs = card.costs
+    table = Table(show_header=False, box=None, pad_edge=False)
+    shared = f", {card.shared} shared" if card.shared else ""
+    table.add_row(
+        "layers", f"{card.layers} ({card.preset}), each with {card.routed} routed experts{shared}, top {card.top_k}"
+    )
+    for group, count in costs.parameters.items():
+        table.add_row(group, f"{count:,} parameters, {count / costs.total:.0%}")
+    table.add_row("total", f"{costs.total:,} parameters; {costs.expert:,} in one expert")
+    table.add_row("active", f"{costs.active:,} parameters for a token, {costs.active / costs.total:.0%}")
+    table.add_row("operations", f"{costs.flops_per_token:,} for a token, forward")
+    both = card.bytes_down + card.bytes_up
+    table.add_row("traffic", f"{card.bytes_down:,} bytes to a node and {card.bytes_up:,} back, every round")
+    table.add_row("", f"{both / card.bytes_full_model:.0%} of the whole model's")
+    console = _console()
+    console.print(table)
+    console.print("\nwho holds what in a round, for example (one column an expert)")
+    for node, held in card.held.items():
+        rows = ("".join("■" if e in ids else "·" for e in range(card.routed)) for _, ids in sorted(held.items()))
+        console.print(f"{node:<10}" + "  ".join(rows), highlight=False)
+    if card.plot is not None:
+        console.print(card.plot, markup=False, highlight=False)
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print what an audit of a model found."""
+    table = Table("check", "looked at", "verdict")
+    for finding in findings:
+        verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]" if finding.violation else "not refuted"
+        table.add_row(finding.check, escape(finding.looked_at), verdict)
+    _console().print(table)
+
+
+def print_ledger_audits(audit: LedgersAudit) -> None:
+    """Print what audits of ledgers found, by the file they read."""
+    _print_ledgers(audit.ledgers)
+
+
+def print_run_audit(audit: RunAudit) -> None:
+    """Print whether receipts, ledgers and plan of a run tell one story."""
+    _print_ledgers(audit.ledgers)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("rounds", f"{audit.rounds}, {audit.nodes} nodes sent receipts")
+    table.add_row("receipts", f"{audit.receipts}, of which {audit.matched} match a committed charge and its output")
+    if audit.lost:
+        table.add_row("lost", f"{audit.lost} receipts of what a restored ledger lost; its whole budget was charged")
+    if audit.unreceived:
+        table.add_row("unreceived", f"{audit.unreceived} paid replies that did not arrive")
+    if audit.missing_ledgers:
+        table.add_row("missing", f"the ledgers of {', '.join(audit.missing_ledgers)}: give them with --ledger")
+    table.add_row("verdict", audit.verdict)
+    console = _console()
+    console.print(table)
+    for finding in audit.findings:
+        console.print(finding, markup=False, highlight=False)
+
+
+def _print_ledgers(results: Mapping[str, LedgerAudit]) -> None:
+    table = Table("ledger", "charges", "epsilon", "budget", "delta", "RDP", "PLD", "PRV", "verdict", box=None)
+    for path, result in results.items():
+        accountants = [
+            f"{result.accountants[name]:.4f}" if name in result.accountants else "-" for name in ("rdp", "pld", "prv")
+        ]
+        table.add_row(
+            Path(path).name,
+            str(result.charges),
+            f"{result.epsilon:.4f}",
+            f"{result.budget:g}",
+            f"{result.delta:g}",
+            *accountants,
+            "VIOLATED" if result.findings else "holds",
+        )
+    console = _console()
+    console.print(table)
+    for path, result in results.items():
+        notes = [*result.findings]
+        if result.seeded:
+            notes.append("seeded randomness, a simulation")
+        if result.pending:
+            notes.append(f"{result.pending} charges reserved and neither committed nor abandoned; they are spent")
+        if result.grid is not None:
+            notes.append(f"for PLD and PRV, {result.grid}")
+        if result.unproven:
+            notes.append("was restored from a copy that may lack entries; the rest of the budget was charged for them")
+        for note in notes:
+            console.print(f"{path}: {note}", markup=False, highlight=False)
+
+
+def print_budget(report: BudgetReport) -> None:
+    """Print where a budget stands, what each run took, and what a planned run would add."""
+    budget = report.budget
+    console = _console()
+    totals = Table("", "epsilon", "share of the budget", box=None, pad_edge=False)
+    totals.add_row("spent", f"{budget.spent:.4f}", f"{budget.shares['spent']:.1%}")
+    totals.add_row("with what is set aside", f"{budget.committed_to:.4f}", f"{1 - budget.shares['left']:.1%}")
+    totals.add_row("budget", f"{budget.epsilon:g}", "100.0%")
+    protects = f"per {budget.unit}, at delta {budget.delta:g}; RDP at order {budget.order:g}, which adds up"
+    console.print(f"dataset {budget.dataset_id}: {protects}", markup=False, highlight=False)
+    console.print(totals)
+    runs = Table("run", "charges", "abandoned", "share", "set aside", "first", "last", box=None, pad_edge=False)
+    for run in budget.runs:
+        aside = "" if not run.set_aside else f"{run.set_aside_share:.1%}"
+        runs.add_row(
+            escape(run.run_id), str(run.charges), str(run.abandoned), f"{run.share:.1%}", aside, run.first, run.last
+        )
+    if budget.runs:
+        console.print(runs)
+    if report.planned is not None:
+        planned = report.planned
+        verdict = "would be admitted" if planned.refused is None else f"would be refused: {planned.refused}"
+        console.print(
+            f"{planned.scenario} would add {planned.forecast.charges} charges, {planned.forecast.share:.1%} of the "
+            f"budget: epsilon {planned.forecast.epsilon_after:.4f} afterwards; it {verdict}",
+            markup=False,
+            highlight=False,
+        )
+        others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in planned.forecast.accountants.items())
+        console.print(f"the plan alone, for comparison: {others}", highlight=False)
+    if report.plot is not None:
+        console.print(report.plot, markup=False, highlight=False)

@@ -1,0 +1,245 @@
+"""A node's folder: what the owner decided, the ledger it is bound to, and every reason not to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import tomllib
+
+import pytest
+from ledger_samples import request
+
+import clients.node_directory
+from clients.node_config import BudgetConfig, DatasetConfig, StorageConfig, read_node_config
+from clients.node_directory import NodeDirectory, create_node
+from clients.policy import Policy
+from model.errors import BadInputError
+from privacy.ledger import BudgetExhaustedError, Ledger, Reservation
+from privacy.ledger.heads import public_hex
+from privacy.ledger.keys import load_key
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.verification import audit_history
+
+
+@pytest.fixture
+def make(tmp_path):
+    def build(name="node", dataset="ward-7", data="data", witness="witness", **budget) -> NodeDirectory:
+        return NodeDirectory.create(
+            tmp_path / name,
+            dataset=DatasetConfig(id=dataset, data=tmp_path / data, declared_size=1000),
+            budget=BudgetConfig(**({"epsilon": 8.0, "delta": 1e-5} | budget)),
+            storage=StorageConfig(witness=tmp_path / "elsewhere" / witness, machine="machine-a"),
+            registry=tmp_path / "registry",
+        )
+
+    return build
+
+
+def spend(node: NodeDirectory, rounds: int = 1) -> None:
+    ledger = node.open_ledger()
+    done = sum(entry.state == "RESERVED" for entry in ledger.entries())
+    for number in range(done + 1, done + rounds + 1):
+        reservation = ledger.reserve(request(number), bytes(32))
+        assert isinstance(reservation, Reservation)
+        ledger.commit(reservation, b"reply")
+    ledger.close()
+
+
+def edit(node: NodeDirectory, old: str, new: str) -> NodeDirectory:
+    path = node.path / "node.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return NodeDirectory(node.path)
+
+
+def test_a_new_node_has_a_deployment_ledger_with_the_budget_it_states(make):
+    node = make()
+    genesis = LedgerFile(node.ledger_path).genesis
+    assert (genesis.mode, genesis.dataset_id, genesis.unit) == ("deployment", "ward-7", "record")
+    assert (genesis.epsilon, genesis.delta, genesis.order) == ("8", "0.00001", "3.4")
+    assert genesis.public_key == public_hex(load_key(node.key_path))
+    for path in (node.ledger_path, node.key_path, node.witness.path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    assert stat.S_IMODE(node.ledger_path.parent.stat().st_mode) == 0o700
+    spend(node, 3)
+    audit = audit_history(LedgerFile(node.ledger_path), witness=node.witness.read())
+    assert (audit.findings, audit.charges, audit.seeded) == ([], 3, False)
+
+
+def test_the_written_configuration_says_what_the_defaults_are(make, tmp_path):
+    node = make(dataset='odd "name" \\ and\ttab')
+    assert node.config.dataset.id == 'odd "name" \\ and\ttab'
+    assert node.config.policy == Policy()
+    assert tomllib.loads((node.path / "node.toml").read_text())["policy"]["releases"] == {"delta": 1.0}
+    assert read_node_config(node.path / "node.toml") == node.config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("epsilon = 8.0", "epsilon = 80.0", "budget.epsilon is 80, must be 8: the ledger was created with it"),
+        ("delta = 1e-05", "delta = 1e-3", "budget.delta is 0.001, must be 0.00001"),
+        ('id = "ward-7"', 'id = "ward-8"', "dataset.id is ward-8, must be ward-7"),
+        ('unit = "record"', 'unit = "group"', "dataset.unit is group, must be record"),
+        ('machine = "machine-a"', 'machine = "machine-b"', "belongs to another machine"),
+    ],
+)
+def test_what_the_ledger_fixes_cannot_be_edited(make, old, new, sentence):
+    node = edit(make(), old, new)
+    with pytest.raises(BadInputError, match=sentence):
+        node.open_ledger()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("max_rounds = 10000", "max_round = 10000", "policy.max_round, the nearest known key is policy.max_rounds"),
+        ("max_rounds = 10000", 'max_rounds = "10000"', "policy.max_rounds is '10000'"),
+        ("max_rounds = 10000", "max_rounds = 0", "policy.max_rounds is 0"),
+        ("max_rounds = 10000", "simulation = true", "policy.simulation is true, must not be set"),
+        ("delta = 1.0", "delta = 1.5", "is 1.5"),
+        ("declared_size = 1000", "", "dataset.declared_size is missing"),
+        ("[budget]", "[budget", "not TOML"),
+    ],
+)  # fmt: skip
+def test_a_bad_configuration_is_one_sentence(make, old, new, sentence):
+    node = make()
+    with pytest.raises(BadInputError) as caught:
+        edit(node, old, new)
+    assert str(caught.value).startswith(str(node.path / "node.toml"))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_configuration_is_refused(tmp_path):
+    with pytest.raises(BadInputError, match=r"node\.toml: cannot be read"):
+        NodeDirectory(tmp_path)
+
+
+def test_a_dataset_gets_one_ledger(make):
+    make()
+    with pytest.raises(BadInputError, match="dataset ward-7 has a ledger already"):
+        make(name="second", data="other", witness="w2")
+    with pytest.raises(BadInputError, match=r"the data .* has a ledger already"):
+        make(name="third", dataset="ward-8", witness="w3")
+    with pytest.raises(BadInputError, match="exists already"):
+        make()
+    make(name="fourth", dataset="ward-9", data="more", witness="w4")
+
+
+def test_deleting_a_spent_ledger_does_not_bring_the_budget_back(make, tmp_path):
+    node = make()
+    spend(node, 2)
+    shutil.rmtree(node.path)
+    with pytest.raises(BadInputError, match="is the witness of a ledger already"):
+        make()  # the same name, data and folder: the claim is its own, but the witness remembers
+    assert not (node.path / "node.toml").exists()
+
+
+def test_an_interrupted_creation_can_be_repeated(make, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(clients.node_directory.Ledger, "create", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make()
+    with monkeypatch.context() as patch:  # the witness was written, the ledger not
+        patch.setattr("os.link", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make()
+    spend(make())
+
+
+def test_a_restored_backup_does_not_start_and_restoring_it_costs_the_rest(make, tmp_path):
+    node = make()
+    spend(node, 1)
+    backup = tmp_path / "backup"
+    shutil.copytree(node.path / "state", backup)
+    spend(node, 2)
+    shutil.rmtree(node.path / "state")
+    shutil.copytree(backup, node.path / "state")
+    with pytest.raises(BadInputError, match="its witness has seen entry 6: this is an older copy"):
+        node.open_ledger()
+    recovery = node.restore()
+    assert not recovery.proven
+    ledger = node.open_ledger()
+    assert ledger.epsilon_spent == pytest.approx(8.0, abs=1e-9)
+    with pytest.raises(BudgetExhaustedError):
+        ledger.reserve(request(9), bytes(32))
+    ledger.close()
+    assert audit_history(LedgerFile(node.ledger_path), witness=node.witness.read()).findings == []
+
+
+def test_a_move_to_another_machine_with_its_witness_costs_nothing(make):
+    node = make()
+    spend(node, 2)
+    moved = edit(node, 'machine = "machine-a"', 'machine = "machine-b"')
+    assert moved.restore().proven
+    spend(moved, 1)
+    back = edit(moved, 'machine = "machine-b"', 'machine = "machine-a"')
+    with pytest.raises(BadInputError, match="another machine"):
+        back.open_ledger()
+
+
+def test_a_lost_witness_stops_the_node(make):
+    node = make()
+    node.witness.path.unlink()
+    with pytest.raises(BadInputError, match="is missing, so entries may have been lost"):
+        node.open_ledger()
+
+
+def test_rotating_the_key_survives_a_crash_at_either_side(make, monkeypatch):
+    node = make()
+    before = node.key_path.read_bytes()
+    with monkeypatch.context() as patch:  # the new key was written, the ledger did not hear of it
+        patch.setattr(Ledger, "rotate_key", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            node.rotate_key()
+    spend(node)
+    assert node.key_path.read_bytes() == before
+    with monkeypatch.context() as patch:  # the ledger has the new key, its file was not renamed
+        rename = type(node.key_path).replace
+        patch.setattr(type(node.key_path), "replace", lambda a, b: 1 / 0 if b == node.key_path else rename(a, b))
+        with pytest.raises(ZeroDivisionError):
+            node.rotate_key()
+    spend(node)
+    assert node.key_path.read_bytes() != before
+    public = node.rotate_key()
+    assert public_hex(load_key(node.key_path)) == public
+    spend(node)
+    audit = audit_history(LedgerFile(node.ledger_path), witness=node.witness.read())
+    assert (audit.findings, audit.rotations, audit.charges) == ([], 2, 3)
+
+
+def test_a_budget_that_allows_nothing_is_refused(make):
+    with pytest.raises(BadInputError, match="must be larger to allow any release"):
+        make(epsilon=1e-4, delta=1e-12)
+
+
+def test_decisions_of_a_command_line_are_checked_like_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    given = {
+        "dataset": {"id": "d", "data": str(tmp_path), "unit": "record", "declared_size": 5},
+        "budget": {"epsilon": 8.0, "delta": 1e-5},
+        "storage": {"witness": str(tmp_path / "w"), "machine": "m"},
+    }
+    with pytest.raises(BadInputError, match=r"budget\.delta is 2\.0"):
+        create_node(tmp_path / "n", **(given | {"budget": {"epsilon": 8.0, "delta": 2.0}}))
+    create_node(tmp_path / "n", **given)
+    claims = [json.loads(path.read_bytes()) for path in (tmp_path / "home" / "conclave" / "datasets").iterdir()]
+    assert {"dataset", "data", "ledger"} == {key for claim in claims for key in claim}
+
+
+def test_where_the_witness_cannot_be_written_nothing_goes_on(make, monkeypatch):
+    """The entry is in the ledger, but whoever acted on it could lose it to an older copy: so nobody does."""
+    node = make()
+    ledger = node.open_ledger()
+    with monkeypatch.context() as patch:
+        patch.setattr("privacy.ledger.witness.write_atomically", lambda *a, **k: os.write(-1, b""))
+        with pytest.raises(BadInputError, match="cannot be written"):
+            ledger.reserve(request(1), b"1" * 32)
+    assert node.witness.read().seq == 0
+    assert ledger.reserve(request(1), b"2" * 32).secret == b"1" * 32  # and now the witness follows first
+    assert node.witness.read().seq == 1
+    ledger.close()

@@ -10,8 +10,8 @@ from conftest import make_text, make_text_config
 from pydantic import ValidationError
 
 from model import BadInputError, build, load, parameters, save_model
-from model.attention import CausalAttention, rotate
-from model.config import AttentionConfig, ModelConfig
+from model.attention import MultiHeadAttention, rotate
+from model.config import ModelConfig, MultiHeadConfig
 
 IMAGE = {"kind": "image-patch", "height": 8, "width": 8, "patch": 4}
 
@@ -48,7 +48,7 @@ def test_rotated_products_depend_on_distance_alone():
 
 
 def test_attention_equals_a_loop():
-    layer = CausalAttention(AttentionConfig(heads=2, rope_base=50.0), 8).requires_grad_(False)
+    layer = MultiHeadAttention(MultiHeadConfig(heads=2, rope_base=50.0), 8).requires_grad_(False)
     x = torch.randn(2, 5, 8)
     expected = torch.zeros_like(x)
     for b in range(2):

@@ -37,7 +37,7 @@ def test_the_good_document_is_good():
         ("experts.hidden", 12, "multiple of 8"),
         ("experts.balance", -0.1, "greater than or equal to 0"),
         ("experts.balance", float("nan"), "finite"),
-        ("experts.activation", "swish", "'gelu', 'relu' or 'tanh'"),
+        ("experts.activation", "swish", "'gelu', 'relu', 'tanh' or 'swiglu'"),
         ("width", 12, "multiple of 8"),
         ("width", 0, "greater than or equal to 8"),
         ("width", "wide", "valid integer"),

@@ -176,7 +176,7 @@ def test_bf16_models_take_norms_and_sums_in_float32():
         (nn.Embedding(4, 4, scale_grad_by_freq=True), "scale_grad_by_freq=False"),
         (nn.Embedding(4, 4, max_norm=1.0), "max_norm=None"),
         (nn.LSTM(4, 4), "DPLSTM"),
-        (nn.MultiheadAttention(4, 2), "CausalAttention"),
+        (nn.MultiheadAttention(4, 2), "MultiHeadAttention"),
     ],
 )
 def test_layers_that_couple_examples_are_refused_by_name_with_the_replacement(layer, instead):

@@ -34,10 +34,9 @@ def turned(vector, t, base):
 
 
 def normed(vector, norm):
-    eps = torch.finfo(torch.float64).eps
-    return (
-        vector if isinstance(norm, torch.nn.Identity) else norm.weight * vector / (vector.square().mean() + eps).sqrt()
-    )
+    if isinstance(norm, torch.nn.Identity):
+        return vector
+    return norm.weight * vector / (vector.square().mean() + torch.finfo(torch.float64).eps).sqrt()
 
 
 def loop(layer, x_TD, visible):

@@ -1,4 +1,4 @@
-"""Every member of the model family at level strict, and under the model audit; other modes: test_gradients, test_layers."""
+"""Every member of the model family: clipped sums in every mode against the units alone, and the model audit."""
 
 from __future__ import annotations
 

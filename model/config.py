@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Frozen(BaseModel):
-    """Base of every configuration: immutable; an unknown key is an error, and a value is never converted."""
+    """Base of every configuration: immutable; an unknown key is an error, and a value is never converted.
+
+    ``younger`` names the keys that came after others had been hashed, each with a default that means what leaving it
+    out meant before. What asks for nothing new keeps its hash: a run goes on, and repeats itself, across versions.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    younger: ClassVar[frozenset[str]] = frozenset()
+
+    def json_for_hash(self) -> str:
+        """Return the JSON of all fields in a fixed order, without younger keys that are at their defaults."""
+        return self.model_dump_json(exclude=self.nothing_new())
+
+    def nothing_new(self) -> dict[str, Any]:
+        """The younger keys at their defaults, here and in configurations within, as pydantic excludes them."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.younger and value == field.default:
+                found[name] = True
+            elif isinstance(value, Frozen) and (within := value.nothing_new()):
+                found[name] = within
+        return found
 
 
 class ImagePatchConfig(Frozen):
@@ -72,6 +92,7 @@ class NextByteConfig(Frozen):
     there are none.
     """
 
+    younger = frozenset({"after_next"})
     kind: Literal["next-byte"] = "next-byte"
     after_next: float = Field(default=0.0, ge=0.0, le=10.0)
 
@@ -86,6 +107,7 @@ class MultiHeadConfig(Frozen):
     ``causal``: a token attends to itself and those before it; otherwise to all.
     """
 
+    younger = frozenset({"kind", "causal"})
     kind: Literal["multi-head"] = "multi-head"
     heads: int = Field(ge=1, le=256)
     causal: bool = True
@@ -130,6 +152,7 @@ class ExpertsConfig(Frozen):
     batch-wide loss would raise the sensitivity).
     """
 
+    younger = frozenset({"depth"})
     routed: int = Field(ge=1, le=4096)
     shared: int = Field(default=0, ge=0, le=64)
     hidden: int = Field(ge=8, le=65_536, multiple_of=8)

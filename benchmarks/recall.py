@@ -5,10 +5,12 @@ that asks for it, exactly 96 tokens after the capital; the byte after the questi
 sees no other token can only guess: 1/16. Each is trained centrally, without privacy, by Adam on the answer alone.
 
 The models are equally wide: ``transformer`` with multi-head and with latent attention, and the same without attention,
-as the presets moe and deep-moe are. One JSON object a line with --json: model, parameters (of those, in attention),
-accuracy on fresh windows, steps until 99 % of a batch were right or the limit, training seconds, step_ms (median of a
-forward and backward pass, the models interleaved), spread (slowest over fastest step: far above 1.3, the machine was
-not quiet) and cache_bytes, what a generating model would keep of each past token in all layers in float32.
+as the presets moe and deep-moe are. One JSON object a line with --json: attention, parameters (of those, in_attention),
+accuracy on fresh windows, steps until 99 % of five batches in a row were right (or the limit), training seconds,
+step_ms (median of a forward and backward pass of the untrained models, interleaved: attention of a trained one is so
+sharp that its small numbers are subnormal, which a CPU takes seven times as long for), spread (slowest over fastest
+step: far above 1.3, the machine was not quiet) and cache_bytes, what a generating model would keep of each past token
+in all layers in float32.
 """
 
 from __future__ import annotations
@@ -126,13 +128,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     networks = {name: make(name, width=options.width, layers=options.layers) for name in ATTENTIONS}
-    rows: dict[str, dict[str, object]] = {}
+    times = step_times(networks, options.repeats)
     for name, network in networks.items():
         started = time.perf_counter()
         steps = train(network, steps=options.steps if ATTENTIONS[name] else min(options.steps, 300))
         seconds = time.perf_counter() - started
         in_attention = [p.numel() for key, p in network.named_parameters() if ".attention." in key]
-        rows[name] = {
+        row = {
             "attention": name,
             "width": options.width,
             "layers": options.layers,
@@ -142,12 +144,9 @@ def main() -> None:
             "chance": CHANCE,
             "steps": steps,
             "seconds": round(seconds, 1),
+            "step_ms": round(1000 * statistics.median(times[name]), 2),
+            "spread": round(max(times[name]) / min(times[name]), 2),
             "cache_bytes": cache_bytes(network),
-        }
-    for name, seconds in step_times(networks, options.repeats).items():
-        row = rows[name] | {
-            "step_ms": round(1000 * statistics.median(seconds), 2),
-            "spread": round(max(seconds) / min(seconds), 2),
             "load": round(os.getloadavg()[0], 2),
         }
         print(json.dumps(row) if options.json else row)

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import CausalAttention
-from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelConfig
+from model.after_next import AfterNext
+from model.attention_kinds import make_attention
+from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelConfig, NextByteConfig
 from model.encoders import ByteEncoder, ImagePatchEncoder
-from model.heads import ClassificationHead, NextByteHead
+from model.errors import BadInputError
+from model.heads import ClassificationHead, NextByteHead, byte_loss
 from model.initialisation import initialise
 from model.moe import MoELayer
+from model.norms import make_norm
+from model.padding import present_tokens
 from model.routers import Routing
 
 Batch = Mapping[str, Tensor]
-"""Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``."""
+"""Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``.
+
+Optionally ``length``, integers [B]: the tokens of each example that are real; the others are padding.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,16 @@ class Output:
     scores: Tensor
     aux_B: Tensor
     routing: tuple[Routing, ...]
+
+
+class _Trunk(NamedTuple):
+    """What precedes the head: the encoder's tokens, the last block's, the auxiliary loss, the routing, what is real."""
+
+    embedded_BTD: Tensor
+    x_BTD: Tensor
+    aux_B: Tensor
+    routing: tuple[Routing, ...]
+    present_BT: Tensor | None
 
 
 def make_encoder(config: ModelConfig) -> ImagePatchEncoder | ByteEncoder:
@@ -43,11 +61,6 @@ def make_head(config: ModelConfig) -> ClassificationHead | NextByteHead:
     return NextByteHead(config.width)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """Return the configured normalisation; each acts on one token alone."""
-    return nn.RMSNorm(config.width) if config.norm == "rms" else nn.Identity()
-
-
 class Block(nn.Module):
     """Pre-norm residual block: attention where configured, then an MoE layer."""
 
@@ -55,15 +68,18 @@ class Block(nn.Module):
         super().__init__()
         self.attention = None
         if config.attention is not None:
-            self.attention_norm = make_norm(config)
-            self.attention = CausalAttention(config.attention, config.width)
-        self.norm = make_norm(config)
+            self.attention_norm = make_norm(config.norm, config.width)
+            self.attention = make_attention(config.attention, config.width, config.norm)
+        self.norm = make_norm(config.norm, config.width)
         self.moe = MoELayer(config.experts, held, config.width)
 
-    def forward(self, x_BTD: Tensor, allowed_E: Tensor) -> tuple[Tensor, Routing]:
-        """Return the block's output and the routing of its MoE layer."""
+    def forward(self, x_BTD: Tensor, allowed_E: Tensor, present_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Return the block's output and the routing of its MoE layer.
+
+        Tokens of padding are zeros and stay zeros: no layer adds anything to a zero token.
+        """
         if self.attention is not None:
-            x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+            x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), present_BT)
         y_BTD, routing = self.moe(self.norm(x_BTD), allowed_E)
         return x_BTD + y_BTD, routing
 
@@ -80,8 +96,11 @@ class Network(nn.Module):
         self.held = held
         self.encoder = make_encoder(config)
         self.blocks = nn.ModuleList(Block(config, len(held[layer])) for layer in range(config.layers))
-        self.norm = make_norm(config)
+        self.norm = make_norm(config.norm, config.width)
         self.head = make_head(config)
+        self.after_next = None
+        if isinstance(config.head, NextByteConfig) and config.head.after_next and config.attention is not None:
+            self.after_next = AfterNext(config, config.attention, config.head.after_next)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
         """Run the model on a batch.
@@ -90,7 +109,14 @@ class Network(nn.Module):
             batch: ``image`` float [B, C, H, W], or ``text`` bytes [B, T].
             allowed: layer → bool mask over the held experts; default, all of them.
         """
-        x_BTD = self.encoder(batch["text" if self.config.encoder.kind == "bytes" else "image"])
+        trunk = self._trunk(batch, allowed)
+        scores = self.head(self.norm(trunk.x_BTD), trunk.present_BT)
+        return Output(scores, trunk.aux_B, trunk.routing)
+
+    def _trunk(self, batch: Batch, allowed: Mapping[int, Tensor] | None) -> _Trunk:
+        present_BT = present_tokens(batch, self._tokens(batch))
+        raw = batch["text" if self.config.encoder.kind == "bytes" else "image"]
+        embedded_BTD = x_BTD = self.encoder(raw, present_BT)
         aux_B = x_BTD.new_zeros(x_BTD.shape[0])
         routings = []
         for layer, block in enumerate(self.blocks):
@@ -98,10 +124,14 @@ class Network(nn.Module):
                 allowed_E = torch.ones(len(self.held[layer]), dtype=torch.bool, device=x_BTD.device)
             else:
                 allowed_E = allowed[layer]
-            x_BTD, routing = block(x_BTD, allowed_E)
+            x_BTD, routing = block(x_BTD, allowed_E, present_BT)
             aux_B = aux_B + routing.aux_B
             routings.append(routing)
-        return Output(self.head(self.norm(x_BTD)), aux_B, tuple(routings))
+        return _Trunk(embedded_BTD, x_BTD, aux_B, tuple(routings), present_BT)
+
+    def _tokens(self, batch: Batch) -> int:
+        """How many tokens each example has, padding included; a text may be shorter than the window."""
+        return batch["text"].shape[-1] if self.config.encoder.kind == "bytes" else self.config.encoder.tokens
 
     def synthetic_batch(self, examples: int, seed: int = 0) -> Batch:
         """Return made-up examples of the right shapes and types: for timing and checks, without data."""
@@ -120,10 +150,37 @@ class Network(nn.Module):
         return self.head.loss(output.scores, batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the training loss of each example, shape [B]: the task's, plus ``balance`` × auxiliary."""
-        output: Output = self(batch)
-        task_B = self.task_loss(output, batch)
-        return task_B + self.config.experts.balance * output.aux_B
+        """Return the training loss of each example, shape [B].
+
+        The task's, plus ``balance`` × auxiliary, plus ``after_next`` × the loss of the byte after next.
+
+        Raises:
+            BadInputError: there is padding and a balance loss, which would count padding as tokens.
+        """
+        if "length" in batch and self.config.experts.balance:
+            raise BadInputError(
+                f"model.experts.balance is {self.config.experts.balance}, must be 0 for examples with a length: "
+                "the routers do not tell padding from tokens"
+            )
+        trunk = self._trunk(batch, None)
+        x_BTD = self.norm(trunk.x_BTD)
+        if self.after_next is None:
+            task_B = self.head.loss(self.head(x_BTD, trunk.present_BT), batch)
+        else:
+            task_B = self._loss_of_both(self.after_next, x_BTD, trunk, batch)
+        return task_B + self.config.experts.balance * trunk.aux_B
+
+    def _loss_of_both(self, after_next: AfterNext, x_BTD: Tensor, trunk: _Trunk, batch: Batch) -> Tensor:
+        """The loss of the next byte plus λ × that of the byte after it.
+
+        One head serves both, in one call: then its norm is a joint one also where calls are told apart (Opacus's
+        ghost mode refuses a layer that is called twice).
+        """
+        tokens = x_BTD.shape[1]
+        y_BTD = after_next(trunk.x_BTD, trunk.embedded_BTD, trunk.present_BT)
+        scores_BTV = self.head(torch.cat([x_BTD, y_BTD], dim=1))
+        next_B = self.head.loss(scores_BTV[:, :tokens], batch)
+        return next_B + after_next.weight * byte_loss(scores_BTV[:, tokens:], batch, ahead=2)
 
 
 def build(config: ModelConfig, seed: int) -> Network:

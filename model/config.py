@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Frozen(BaseModel):
-    """Base of every configuration: immutable; an unknown key is an error, and a value is never converted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from model.frozen import Frozen as Frozen
+from model.router_config import AttentionRouterConfig, HierarchicalRouterConfig, RouterConfig, SoftmaxRouterConfig
 
 
 class ImagePatchConfig(Frozen):
@@ -94,11 +91,14 @@ class ExpertsConfig(Frozen):
     top_k: int = Field(default=2, ge=1)
     activation: Literal["gelu", "relu", "tanh"] = "gelu"
     balance: float = Field(default=0.01, ge=0.0, le=10.0)
+    router: RouterConfig = SoftmaxRouterConfig()
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> ExpertsConfig:
         if self.top_k > self.routed:
             raise ValueError(f"top_k is {self.top_k}, must be at most the {self.routed} routed experts")
+        if isinstance(self.router, HierarchicalRouterConfig):
+            self.router.check_fits(self.routed, self.top_k)
         return self
 
 
@@ -151,6 +151,9 @@ class ModelConfig(Frozen):
                 raise ValueError(
                     f"model.attention.heads is {self.attention.heads}, must divide half the width {self.width}"
                 )
+        router = self.experts.router
+        if isinstance(router, AttentionRouterConfig) and self.width % router.heads:
+            raise ValueError(f"model.experts.router.heads is {router.heads}, must divide the width {self.width}")
         if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
             raise ValueError(
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
@@ -161,6 +164,11 @@ class ModelConfig(Frozen):
                 "model.preset is moe, must be transformer for bytes: without attention no byte sees another"
             )
         return self
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token may learn of those after it."""
+        return self.attention is not None or self.head.kind == "next-byte"
 
     @property
     def all_experts(self) -> HeldExperts:

@@ -12,7 +12,7 @@ from model.attention import CausalAttention
 from model.encoders import ByteEncoder, ImagePatchEncoder, PositionTable
 from model.experts import GroupedLinear, RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
-from model.routers import SoftmaxRouter
+from model.routers import Router, SigmoidRouter
 
 if TYPE_CHECKING:
     from model.network import Network
@@ -30,8 +30,8 @@ def initialise(network: Network, generator: torch.Generator) -> None:
             _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
         elif isinstance(module, PositionTable):
             module.weight.normal_(0.0, _POSITION_STD, generator=generator)
-        elif isinstance(module, SoftmaxRouter):
-            _draw(module.score.weight, module.score.in_features, init.router, generator)
+        elif isinstance(module, Router):
+            _draw_router(module, init.router, generator)
         elif isinstance(module, RoutedExperts):
             _draw_experts(module.up, init.up, generator, copies=copies)
             _draw_experts(module.down, init.down, generator, copies=copies)
@@ -51,6 +51,14 @@ def initialise(network: Network, generator: torch.Generator) -> None:
 
 def _draw(weight: Tensor, fan_in: int, gain: float, generator: torch.Generator) -> None:
     weight.normal_(0.0, 1.0, generator=generator).mul_(gain / math.sqrt(fan_in))
+
+
+def _draw_router(router: Router, gain: float, generator: torch.Generator) -> None:
+    for layer in router.modules():
+        if isinstance(layer, nn.Linear):
+            _draw(layer.weight, layer.in_features, gain, generator)
+    if isinstance(router, SigmoidRouter):
+        router.selection_bias.zero_()
 
 
 def _draw_experts(layer: GroupedLinear, gain: float, generator: torch.Generator, *, copies: bool) -> None:

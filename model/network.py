@@ -14,7 +14,8 @@ from model.encoders import ByteEncoder, ImagePatchEncoder
 from model.heads import ClassificationHead, NextByteHead
 from model.initialisation import initialise
 from model.moe import MoELayer
-from model.routers import Routing
+from model.router_config import PolicyRouterConfig
+from model.routers import Routing, reinforced
 
 Batch = Mapping[str, Tensor]
 """Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``."""
@@ -51,14 +52,14 @@ def make_norm(config: ModelConfig) -> nn.Module:
 class Block(nn.Module):
     """Pre-norm residual block: attention where configured, then an MoE layer."""
 
-    def __init__(self, config: ModelConfig, held: int) -> None:
+    def __init__(self, config: ModelConfig, held: tuple[int, ...]) -> None:
         super().__init__()
         self.attention = None
         if config.attention is not None:
             self.attention_norm = make_norm(config)
             self.attention = CausalAttention(config.attention, config.width)
         self.norm = make_norm(config)
-        self.moe = MoELayer(config.experts, held, config.width)
+        self.moe = MoELayer(config.experts, held, config.width, causal=config.causal)
 
     def forward(self, x_BTD: Tensor, allowed_E: Tensor) -> tuple[Tensor, Routing]:
         """Return the block's output and the routing of its MoE layer."""
@@ -79,7 +80,7 @@ class Network(nn.Module):
         self.config = config
         self.held = held
         self.encoder = make_encoder(config)
-        self.blocks = nn.ModuleList(Block(config, len(held[layer])) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, held[layer]) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.head = make_head(config)
 
@@ -120,10 +121,32 @@ class Network(nn.Module):
         return self.head.loss(output.scores, batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the training loss of each example, shape [B]: the task's, plus ``balance`` × auxiliary."""
-        output: Output = self(batch)
-        task_B = self.task_loss(output, batch)
-        return task_B + self.config.experts.balance * output.aux_B
+        """Return the training loss of each example, shape [B]: the task's, plus what its routing costs.
+
+        A policy router is trained on several rollouts: its loss is their mean, with a gradient for the choices too.
+        """
+        router = self.config.experts.router
+        if not (isinstance(router, PolicyRouterConfig) and self.training):
+            output: Output = self(batch)
+            return self._with_routing(self.task_loss(output, batch), output)
+        outputs: list[Output] = [self(batch) for _ in range(router.rollouts)]
+        task_RB = torch.stack([self.task_loss(output, batch) for output in outputs])
+        log_prob_RB = torch.stack([_log_probability(output) for output in outputs])
+        regular_RB = torch.stack([self._with_routing(torch.zeros_like(o.aux_B), o) for o in outputs])
+        return reinforced(task_RB, log_prob_RB) + regular_RB.mean(0)
+
+    def _with_routing(self, loss_B: Tensor, output: Output) -> Tensor:
+        """Add ``balance`` × auxiliary, and the penalties that routers weigh themselves."""
+        loss_B = loss_B + self.config.experts.balance * output.aux_B
+        for routing in output.routing:
+            if routing.penalty_B is not None:
+                loss_B = loss_B + routing.penalty_B
+        return loss_B
+
+
+def _log_probability(output: Output) -> Tensor:
+    """Log-probability of all choices of a rollout, [B]: layers sample one after the other."""
+    return torch.stack([routing.log_prob_B for routing in output.routing if routing.log_prob_B is not None]).sum(0)
 
 
 def build(config: ModelConfig, seed: int) -> Network:
@@ -133,6 +156,8 @@ def build(config: ModelConfig, seed: int) -> Network:
     network.to_empty(device="cpu")
     for parameter in network.parameters():
         nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed
+    for buffer in network.buffers():
+        buffer.fill_(float("nan"))
     initialise(network, torch.Generator().manual_seed(seed))
     return network
 

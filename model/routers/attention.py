@@ -1,6 +1,6 @@
 """Attention as a router: what a token asks for depends on its context.
 
-Dimension suffixes: H heads, W head width, and those of :mod:`model.routers.routing`.
+Dimension suffixes: H heads, W head width, X tokens × heads, and those of :mod:`model.routers.routing`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class AttentionRouter(Router):
         """Score by the mean of the heads' softmaxes."""
         batch, tokens, _ = x_BTD.shape
         seen_BTD = torch.cat([x_BTD, context(x_BTD, causal=self.causal)], dim=-1)
-        query_BTHW = self.common["query"](seen_BTD).view(batch, tokens, self.heads, -1)
-        raw_BTHE = self.key(query_BTHW).masked_fill(~allowed_E, float("-inf"))
+        # Heads stand beside the tokens: Opacus's ghost mode knows no linear layer on four axes.
+        query_BXW = self.common["query"](seen_BTD).view(batch, tokens * self.heads, -1)
+        raw_BTHE = self.key(query_BXW).view(batch, tokens, self.heads, -1).masked_fill(~allowed_E, float("-inf"))
         # 0 in place of −inf, masked again afterwards: the gradient of a log-sum-exp of nothing but −inf is NaN.
         log_prob_BTHE = raw_BTHE.log_softmax(dim=-1).masked_fill(~allowed_E, 0.0)
         logits_BTE = (log_prob_BTHE.logsumexp(dim=2) - math.log(self.heads)).masked_fill(~allowed_E, float("-inf"))

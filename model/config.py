@@ -152,8 +152,11 @@ class ModelConfig(Frozen):
                     f"model.attention.heads is {self.attention.heads}, must divide half the width {self.width}"
                 )
         router = self.experts.router
-        if isinstance(router, AttentionRouterConfig) and self.width % router.heads:
-            raise ValueError(f"model.experts.router.heads is {router.heads}, must divide the width {self.width}")
+        if isinstance(router, AttentionRouterConfig) and router.heads * router.key_width > self.width:
+            raise ValueError(
+                f"model.experts.router.heads is {router.heads}, times key_width {router.key_width} "
+                f"must be at most the width {self.width}"
+            )
         if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
             raise ValueError(
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "

@@ -61,13 +61,14 @@ class MoELayer(nn.Module):
         routing = self.router.route(x_BTD, allowed_E)
         top_k = routing.experts_BTK.shape[-1]
         plan = dispatch(routing.experts_BTK, self.held, routing.used_BTK)
-        rows_ND = x_BTD.reshape(-1, width)[plan.order_N // top_k]
+        token_N = plan.order_N // top_k
+        rows_ND = x_BTD.reshape(-1, width).index_select(0, token_N)
         example_B = torch.arange(batch, device=x_BTD.device)
         out_ND = self.experts(rows_ND, plan.offsets_E, plan.example_N, example_B)
-        # Undo the sort: each token's K rows come back side by side, in a fixed order, zeros in slots without an expert.
-        slots = out_ND.new_zeros(batch * tokens * top_k, width)
-        out_BTKD = slots.index_copy(0, plan.order_N, out_ND).view(batch, tokens, top_k, width)
-        y_BTD = (out_BTKD * routing.weights_BTK.unsqueeze(-1)).sum(dim=2)
+        weight_N1 = routing.weights_BTK.reshape(-1, 1).index_select(0, plan.order_N)
+        # A token's rows are added in the order of its experts, whatever rows of other examples lie between them.
+        y_BTD = out_ND.new_zeros(batch * tokens, width).index_add_(0, token_N, out_ND * weight_N1)
+        y_BTD = y_BTD.view(batch, tokens, width)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing

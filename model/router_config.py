@@ -41,10 +41,11 @@ class SigmoidRouterConfig(NoisyRouterOptions):
 
 
 class AttentionRouterConfig(NoisyRouterOptions):
-    """``heads`` queries, made from a token and its context, against one key per expert."""
+    """``heads`` queries of ``key_width`` values, made from a token and its context, against one key per expert."""
 
     kind: Literal["attention"] = "attention"
-    heads: int = Field(default=4, ge=1, le=256)
+    heads: int = Field(default=2, ge=1, le=256)
+    key_width: int = Field(default=16, ge=1, le=4096)
     z_loss: float = Field(default=0.0, ge=0.0, le=10.0)
 
 

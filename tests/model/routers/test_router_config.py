@@ -26,19 +26,19 @@ def test_the_default_is_the_plain_softmax():
 @pytest.mark.parametrize(
     ("router", "sentence"),
     [
-        ({"kind": "hash"}, "experts.router.kind is 'hash', must be one of attention, hierarchical, policy, sigmoid, softmax, top-p"),
+        ({"kind": "hash"}, "kind is 'hash', must be one of attention, hierarchical, policy, sigmoid, softmax, top-p"),
         ({"kind": "softmax", "heads": 2}, "experts.router.heads has no place beside the other keys of experts.router"),
-        ({"kind": "softmax", "nosie": 1.0}, "unknown key experts.router.nosie, the nearest known key is experts.router.noise"),
+        ({"kind": "softmax", "nosie": 1.0}, "experts.router.nosie, the nearest known key is experts.router.noise"),
         ({"kind": "policy", "rollouts": 1}, "experts.router.rollouts is 1, must be greater than or equal to 2"),
         ({"kind": "policy", "noise": 1.0}, "experts.router.noise has no place beside"),
         ({"kind": "top-p", "mass": 0.0}, "experts.router.mass is 0.0, must be greater than 0"),
         ({"kind": "top-p", "mass": 1.5}, "experts.router.mass is 1.5, must be less than or equal to 1"),
-        ({"kind": "attention", "heads": 3}, "experts.router.heads is 3, must divide the width 16"),
-        ({"kind": "hierarchical", "groups": 4, "top_groups": 2}, "router.groups is 4, must divide the 6 routed experts"),
+        ({"kind": "attention", "heads": 3}, "router.heads is 3, times key_width 16 must be at most the width 16"),
+        ({"kind": "hierarchical", "groups": 4, "top_groups": 2}, "groups is 4, must divide the 6 routed experts"),
         ({"kind": "hierarchical", "groups": 2, "top_groups": 3}, "top_groups is 3, must be at most the 2 groups"),
         (
             {"kind": "hierarchical", "style": "group-limited", "groups": 6, "top_groups": 3},
-            "router.groups is 6, must be at most 3 for style group-limited: a group counts as much as its best two experts",
+            "router.groups is 6, must be at most 3 for style group-limited: a group counts as much as its best two",
         ),
         (
             {"kind": "hierarchical", "groups": 6, "top_groups": 1},

@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
+from scipy import stats
 
 from model import ModelConfig, build
-from model.routers import PolicyRouter, plackett_luce, reinforced
 from model.router_config import PolicyRouterConfig
+from model.routers import PolicyRouter, plackett_luce, reinforced
 
 PHI = torch.tensor([0.3, -1.0, 1.2, 0.1], dtype=torch.float64)
 
@@ -42,8 +43,6 @@ def test_plackett_luce_with_a_forbidden_expert_is_that_of_the_others():
 
 def test_sampled_orders_have_the_stated_probabilities():
     """χ² over all ordered pairs; 1e-6 false alarms for a fresh seed, this one is fixed."""
-    from scipy import stats
-
     router = PolicyRouter(8, 4, 2, PolicyRouterConfig())
     with torch.no_grad():
         router.score.weight.zero_()
@@ -89,8 +88,8 @@ def tiny():
 def test_the_gradient_is_that_of_the_expected_loss_by_enumeration(monkeypatch):
     """The mean of 4,000 estimates, in 100 parts, within 5 of its own standard errors in every coordinate.
 
-    False alarms for a fresh seed: t with 99 degrees of freedom, 2.5e-6 a coordinate, 6e-4 for the 240 of them. This seed
-    is fixed.
+    False alarms for a fresh seed: t with 99 degrees of freedom, 2.5e-6 a coordinate, 6e-4 for the 240 of them. This
+    seed is fixed.
     """
     network = tiny()
     batch = network.synthetic_batch(1)

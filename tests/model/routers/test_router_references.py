@@ -15,8 +15,8 @@ MASKS = ["111111", "011011", "100001"]
 KINDS = {
     "softmax": {"kind": "softmax"},
     "sigmoid": {"kind": "sigmoid"},
-    "attention": {"kind": "attention", "heads": 2},
-    "causal attention": {"kind": "attention", "heads": 2},
+    "attention": {"kind": "attention", "heads": 2, "key_width": 4},
+    "causal attention": {"kind": "attention", "heads": 2, "key_width": 4},
     "learned groups": {"kind": "hierarchical", "groups": 3, "top_groups": 1},
     "learned groups, two": {"kind": "hierarchical", "groups": 3, "top_groups": 2},
     "group-limited": {"kind": "hierarchical", "style": "group-limited", "groups": 3, "top_groups": 1},
@@ -68,7 +68,8 @@ def distribution(name, router, tokens, t, allowed):
     if "attention" in name:
         seen = tokens[: t + 1] if "causal" in name else tokens
         mean = [sum(column) / len(seen) for column in zip(*seen, strict=True)]
-        query = [dot(row, token + mean) for row in router.common["query"].weight.tolist()]
+        from_token, from_context = (router.common[part].weight.tolist() for part in ("query", "context"))
+        query = [dot(a, token) + dot(b, mean) for a, b in zip(from_token, from_context, strict=True)]
         heads = []
         for h in range(2):
             part = query[4 * h : 4 * h + 4]

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         attention = MultiHeadConfig(heads=size.heads)
         self.norms = nn.ModuleList(nn.RMSNorm(size.width) for _ in range(2 * size.layers + 1))
         self.attention = nn.ModuleList(MultiHeadAttention(attention, size.width) for _ in range(size.layers))
-        self.moe = nn.ModuleList(MoELayer(experts, size.experts, size.width) for _ in range(size.layers))
+        self.moe = nn.ModuleList(MoELayer(experts, range(size.experts), size.width) for _ in range(size.layers))
         self.head = nn.Linear(size.width, size.vocabulary, bias=False)
         self.allowed_E = torch.ones(size.experts, dtype=torch.bool)
         for parameter in self.parameters():

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class Frozen(BaseModel):
-    """Base of every configuration: immutable; an unknown key is an error, and a value is never converted.
-
-    ``younger`` names the keys that came after others had been hashed, each with a default that means what leaving it
-    out meant before. What asks for nothing new keeps its hash: a run goes on, and repeats itself, across versions.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-    younger: ClassVar[frozenset[str]] = frozenset()
-
-    def json_for_hash(self) -> str:
-        """Return the JSON of all fields in a fixed order, without younger keys that are at their defaults."""
-        return self.model_dump_json(exclude=self.nothing_new())
-
-    def nothing_new(self) -> dict[str, Any]:
-        """The younger keys at their defaults, here and in configurations within, as pydantic excludes them."""
-        found: dict[str, Any] = {}
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name in self.younger and value == field.default:
-                found[name] = True
-            elif isinstance(value, Frozen) and (within := value.nothing_new()):
-                found[name] = within
-        return found
+from model.frozen import Frozen as Frozen
+from model.router_config import AttentionRouterConfig, HierarchicalRouterConfig, RouterConfig, SoftmaxRouterConfig
 
 
 class ImagePatchConfig(Frozen):
@@ -152,7 +129,7 @@ class ExpertsConfig(Frozen):
     batch-wide loss would raise the sensitivity).
     """
 
-    younger = frozenset({"depth"})
+    younger = frozenset({"depth", "router"})
     routed: int = Field(ge=1, le=4096)
     shared: int = Field(default=0, ge=0, le=64)
     hidden: int = Field(ge=8, le=65_536, multiple_of=8)
@@ -160,11 +137,14 @@ class ExpertsConfig(Frozen):
     top_k: int = Field(default=2, ge=1)
     activation: Literal["gelu", "relu", "tanh", "swiglu"] = "gelu"
     balance: float = Field(default=0.01, ge=0.0, le=10.0)
+    router: RouterConfig = SoftmaxRouterConfig()
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> ExpertsConfig:
         if self.top_k > self.routed:
             raise ValueError(f"top_k is {self.top_k}, must be at most the {self.routed} routed experts")
+        if isinstance(self.router, HierarchicalRouterConfig):
+            self.router.check_fits(self.routed, self.top_k)
         return self
 
 
@@ -210,6 +190,12 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
+        router = self.experts.router
+        if isinstance(router, AttentionRouterConfig) and router.heads * router.key_width > self.width:
+            raise ValueError(
+                f"model.experts.router.heads is {router.heads}, times key_width {router.key_width} "
+                f"must be at most the width {self.width}"
+            )
         if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
             raise ValueError(
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
@@ -253,6 +239,11 @@ class ModelConfig(Frozen):
             )
         if head.after_next and encoder.window < 3:
             raise ValueError(f"model.encoder.window is {encoder.window}, must be at least 3 for model.head.after_next")
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token may learn of those after it."""
+        return self.head.kind == "next-byte" or (self.attention is not None and self.attention.causal)
 
     @property
     def all_experts(self) -> HeldExperts:

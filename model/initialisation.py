@@ -14,7 +14,7 @@ from model.encoders import ByteEncoder, ImagePatchEncoder, PositionTable
 from model.experts import RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
 from model.latent_attention import LatentAttention
-from model.routers import SoftmaxRouter
+from model.routers import Router, SigmoidRouter
 
 if TYPE_CHECKING:
     from model.network import Network
@@ -32,8 +32,8 @@ def initialise(network: Network, generator: torch.Generator) -> None:
             _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
         elif isinstance(module, PositionTable):
             module.weight.normal_(0.0, _POSITION_STD, generator=generator)
-        elif isinstance(module, SoftmaxRouter):
-            _draw(module.score.weight, module.score.in_features, init.router, generator)
+        elif isinstance(module, Router):
+            _draw_router(module, init.router, generator)
         elif isinstance(module, RoutedExperts):
             for weight in module.weights_into_hidden():
                 _draw_experts(weight, init.up, generator, copies=copies)
@@ -59,6 +59,14 @@ def initialise(network: Network, generator: torch.Generator) -> None:
 
 def _draw(weight: Tensor, fan_in: int, gain: float, generator: torch.Generator) -> None:
     weight.normal_(0.0, 1.0, generator=generator).mul_(gain / math.sqrt(fan_in))
+
+
+def _draw_router(router: Router, gain: float, generator: torch.Generator) -> None:
+    for layer in router.modules():
+        if isinstance(layer, nn.Linear):
+            _draw(layer.weight, layer.in_features, gain, generator)
+    if isinstance(router, SigmoidRouter):
+        router.selection_bias.zero_()
 
 
 def _draw_experts(weight_EIO: Tensor, gain: float, generator: torch.Generator, *, copies: bool) -> None:

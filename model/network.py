@@ -19,7 +19,8 @@ from model.initialisation import initialise
 from model.moe import MoELayer
 from model.norms import make_norm
 from model.padding import present_tokens
-from model.routers import Routing
+from model.router_config import AttentionRouterConfig, PolicyRouterConfig
+from model.routers import Routing, reinforced
 
 Batch = Mapping[str, Tensor]
 """Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``.
@@ -64,14 +65,14 @@ def make_head(config: ModelConfig) -> ClassificationHead | NextByteHead:
 class Block(nn.Module):
     """Pre-norm residual block: attention where configured, then an MoE layer."""
 
-    def __init__(self, config: ModelConfig, held: int) -> None:
+    def __init__(self, config: ModelConfig, held: tuple[int, ...]) -> None:
         super().__init__()
         self.attention = None
         if config.attention is not None:
             self.attention_norm = make_norm(config.norm, config.width)
             self.attention = make_attention(config.attention, config.width, config.norm)
         self.norm = make_norm(config.norm, config.width)
-        self.moe = MoELayer(config.experts, held, config.width)
+        self.moe = MoELayer(config.experts, held, config.width, causal=config.causal)
 
     def forward(self, x_BTD: Tensor, allowed_E: Tensor, present_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Return the block's output and the routing of its MoE layer.
@@ -95,7 +96,7 @@ class Network(nn.Module):
         self.config = config
         self.held = held
         self.encoder = make_encoder(config)
-        self.blocks = nn.ModuleList(Block(config, len(held[layer])) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, held[layer]) for layer in range(config.layers))
         self.norm = make_norm(config.norm, config.width)
         self.head = make_head(config)
         self.after_next = None
@@ -150,25 +151,33 @@ class Network(nn.Module):
         return self.head.loss(output.scores, batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the training loss of each example, shape [B].
+        """Return the training loss of each example, shape [B]: the task's, plus what its routing costs.
 
-        The task's, plus ``balance`` × auxiliary, plus ``after_next`` × the loss of the byte after next.
+        The task's is that of the head, plus ``after_next`` × the loss of the byte after next. A policy router is
+        trained on several rollouts: its loss is their mean, with a gradient for the choices too.
 
         Raises:
-            BadInputError: there is padding and a balance loss, which would count padding as tokens.
+            BadInputError: there is padding, and routing would count it as tokens.
         """
-        if "length" in batch and self.config.experts.balance:
-            raise BadInputError(
-                f"model.experts.balance is {self.config.experts.balance}, must be 0 for examples with a length: "
-                "the routers do not tell padding from tokens"
-            )
+        router = self.config.experts.router
+        if "length" in batch:
+            self._refuse_counting_padding()
+        if not (isinstance(router, PolicyRouterConfig) and self.training):
+            task_B, trunk = self._task(batch)
+            return task_B + self._routing_loss(trunk)
+        rollouts = [self._task(batch) for _ in range(router.rollouts)]
+        task_RB = torch.stack([task_B for task_B, _ in rollouts])
+        log_prob_RB = torch.stack([_log_probability(trunk) for _, trunk in rollouts])
+        routing_RB = torch.stack([self._routing_loss(trunk) for _, trunk in rollouts])
+        return reinforced(task_RB, log_prob_RB) + routing_RB.mean(0)
+
+    def _task(self, batch: Batch) -> tuple[Tensor, _Trunk]:
+        """Return the loss of each example's tasks, and the forward pass it comes from."""
         trunk = self._trunk(batch, None)
         x_BTD = self.norm(trunk.x_BTD)
         if self.after_next is None:
-            task_B = self.head.loss(self.head(x_BTD, trunk.present_BT), batch)
-        else:
-            task_B = self._loss_of_both(self.after_next, x_BTD, trunk, batch)
-        return task_B + self.config.experts.balance * trunk.aux_B
+            return self.head.loss(self.head(x_BTD, trunk.present_BT), batch), trunk
+        return self._loss_of_both(self.after_next, x_BTD, trunk, batch), trunk
 
     def _loss_of_both(self, after_next: AfterNext, x_BTD: Tensor, trunk: _Trunk, batch: Batch) -> Tensor:
         """The loss of the next byte plus λ × that of the byte after it.
@@ -182,6 +191,38 @@ class Network(nn.Module):
         next_B = self.head.loss(scores_BTV[:, :tokens], batch)
         return next_B + after_next.weight * byte_loss(scores_BTV[:, tokens:], batch, ahead=2)
 
+    def _routing_loss(self, trunk: _Trunk) -> Tensor:
+        """Return ``balance`` × auxiliary, and the penalties that routers weigh themselves, shape [B]."""
+        loss_B = self.config.experts.balance * trunk.aux_B
+        for routing in trunk.routing:
+            if routing.penalty_B is not None:
+                loss_B = loss_B + routing.penalty_B
+        return loss_B
+
+    def _refuse_counting_padding(self) -> None:
+        experts = self.config.experts
+        counting = {
+            "balance": experts.balance,
+            "router.z_loss": getattr(experts.router, "z_loss", 0.0),
+            "router.entropy": experts.router.entropy,
+        }
+        for key, value in counting.items():
+            if value:
+                raise BadInputError(
+                    f"model.experts.{key} is {value}, must be 0 for examples with a length: "
+                    "the routers do not tell padding from tokens"
+                )
+        if isinstance(experts.router, AttentionRouterConfig | PolicyRouterConfig):
+            raise BadInputError(
+                f"model.experts.router.kind is {experts.router.kind}, must be another for examples with a length: "
+                "it does not tell padding from tokens"
+            )
+
+
+def _log_probability(trunk: _Trunk) -> Tensor:
+    """Log-probability of all choices of a rollout, [B]: layers sample one after the other."""
+    return torch.stack([routing.log_prob_B for routing in trunk.routing if routing.log_prob_B is not None]).sum(0)
+
 
 def build(config: ModelConfig, seed: int) -> Network:
     """Build the full model with fresh weights drawn from ``seed`` (public, not private randomness)."""
@@ -190,6 +231,8 @@ def build(config: ModelConfig, seed: int) -> Network:
     network.to_empty(device="cpu")
     for parameter in network.parameters():
         nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed
+    for buffer in network.buffers():
+        buffer.fill_(float("nan"))
     initialise(network, torch.Generator().manual_seed(seed))
     return network
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import CausalAttention
-from model.config import AttentionConfig, ExpertsConfig
+from model.attention import MultiHeadAttention
+from model.config import ExpertsConfig, MultiHeadConfig
 from model.moe import MoELayer
 
 
@@ -34,10 +34,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(size.vocabulary, size.width)
         experts = ExpertsConfig(routed=size.experts, hidden=size.hidden, top_k=size.top_k, shared=0, balance=0.0)
-        attention = AttentionConfig(heads=size.heads)
+        attention = MultiHeadConfig(heads=size.heads)
         self.norms = nn.ModuleList(nn.RMSNorm(size.width) for _ in range(2 * size.layers + 1))
-        self.attention = nn.ModuleList(CausalAttention(attention, size.width) for _ in range(size.layers))
-        self.moe = nn.ModuleList(MoELayer(experts, size.experts, size.width) for _ in range(size.layers))
+        self.attention = nn.ModuleList(MultiHeadAttention(attention, size.width) for _ in range(size.layers))
+        self.moe = nn.ModuleList(MoELayer(experts, range(size.experts), size.width) for _ in range(size.layers))
         self.head = nn.Linear(size.width, size.vocabulary, bias=False)
         self.allowed_E = torch.ones(size.experts, dtype=torch.bool)
         for parameter in self.parameters():

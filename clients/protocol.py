@@ -83,7 +83,7 @@ class Plan(Frozen):
     @property
     def hash(self) -> str:
         """SHA-256 of the plan's JSON, which names every field in a fixed order."""
-        return sha256(self.model_dump_json().encode())
+        return sha256(self.json_for_hash().encode())
 
     @property
     def releases(self) -> dict[str, float]:

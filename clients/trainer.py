@@ -52,11 +52,18 @@ def _scales(plan: Plan, network: Network, held: HeldExperts) -> dict[str, float]
     }
 
 
+def _empty_network(config: ModelConfig, held: HeldExperts) -> Network:
+    """Return a network without weights for these experts."""
+    if config.experts.router.kind == "hierarchical":  # a router with groups knows experts by their ids
+        return _skeleton(config, tuple(held[layer] for layer in sorted(held)))
+    return _skeleton(config, tuple(tuple(range(len(held[layer]))) for layer in sorted(held)))
+
+
 @lru_cache(maxsize=16)
-def _skeleton(config: ModelConfig, held_per_layer: tuple[int, ...]) -> Network:
-    """Build a network without weights, once per worker: which experts it is for shows in names only."""
+def _skeleton(config: ModelConfig, held_by_layer: tuple[tuple[int, ...], ...]) -> Network:
+    """Build it once per worker: other than for groups, which experts it is for shows in names only."""
     with torch.device("meta"):
-        return Network(config, {layer: tuple(range(count)) for layer, count in enumerate(held_per_layer)})
+        return Network(config, dict(enumerate(held_by_layer)))
 
 
 def train(
@@ -81,7 +88,7 @@ def train(
         The delta holds the same names: also experts that no token reached.
     """
     state = {name: tensor.clone() for name, tensor in parameters.join(tensors, held).items()}
-    network = _skeleton(plan.model, tuple(len(held[layer]) for layer in sorted(held)))
+    network = _empty_network(plan.model, held)
     network.load_state_dict(state, assign=True)
     mechanism = mechanism_of(plan, declared_size)
     if clip is not None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class Frozen(BaseModel):
-    """Base of every configuration: immutable; an unknown key is an error, and a value is never converted."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from model.frozen import Frozen as Frozen
+from model.router_config import AttentionRouterConfig, HierarchicalRouterConfig, RouterConfig, SoftmaxRouterConfig
 
 
 class ImagePatchConfig(Frozen):
@@ -65,46 +62,96 @@ class ClassificationConfig(Frozen):
 
 
 class NextByteConfig(Frozen):
-    """Predict each next byte from those before it; the loss of a window is the mean over its positions."""
+    """Predict each next byte from those before it; the loss of a window is the mean over its positions.
 
+    ``after_next``: weight λ of a second task in training, predicting the byte after next from the token and the next
+    byte (multi-token prediction of depth 1, DeepSeek-V3, arXiv:2412.19437, §2.2). Nothing else uses its layers; with 0
+    there are none.
+    """
+
+    younger = frozenset({"after_next"})
     kind: Literal["next-byte"] = "next-byte"
+    after_next: float = Field(default=0.0, ge=0.0, le=10.0)
 
 
 EncoderConfig = Annotated[ImagePatchConfig | BytesConfig, Field(discriminator="kind")]
 HeadConfig = Annotated[ClassificationConfig | NextByteConfig, Field(discriminator="kind")]
 
 
-class AttentionConfig(Frozen):
-    """Causal multi-head attention with rotary positions (RoPE, Su et al. 2021, arXiv:2104.09864)."""
+class MultiHeadConfig(Frozen):
+    """Multi-head attention with rotary positions (RoPE, Su et al. 2021, arXiv:2104.09864).
 
+    ``causal``: a token attends to itself and those before it; otherwise to all.
+    """
+
+    younger = frozenset({"kind", "causal"})
+    kind: Literal["multi-head"] = "multi-head"
     heads: int = Field(ge=1, le=256)
+    causal: bool = True
     rope_base: float = Field(default=10_000.0, gt=1.0, le=1e9)
+
+
+class LatentConfig(Frozen):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1).
+
+    ``kv_rank``: width of the vector from which a token's keys and values are made. ``query_rank``: the same for
+    queries; not given, they are made from the token itself. ``rope_width``: rotated coordinates of each head's query,
+    and of the one rotated key that all heads share. Beside these, a head is as wide as in multi-head attention.
+    """
+
+    kind: Literal["latent"] = "latent"
+    heads: int = Field(ge=1, le=256)
+    kv_rank: int = Field(ge=1, le=16_384)
+    query_rank: int | None = Field(default=None, ge=1, le=16_384)
+    rope_width: int = Field(ge=2, le=1024, multiple_of=2)
+    causal: bool = True
+    rope_base: float = Field(default=10_000.0, gt=1.0, le=1e9)
+
+
+def _multi_head_unless_named(value: Any) -> Any:
+    return {"kind": "multi-head"} | value if isinstance(value, dict) else value
+
+
+AttentionConfig = Annotated[
+    MultiHeadConfig | LatentConfig, Field(discriminator="kind"), BeforeValidator(_multi_head_unless_named)
+]
 
 
 class ExpertsConfig(Frozen):
     """The routed and shared experts of every MoE layer.
 
-    ``top_k`` experts are active per token. ``balance`` weighs the per-example load-balancing loss;
-    being per example, it never couples two units (a batch-wide loss would raise the sensitivity).
+    ``top_k`` experts are active per token. An expert has ``depth`` hidden layers of ``hidden`` values. Activation
+    ``swiglu`` has two maps into each hidden layer, ``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), and so half
+    as many parameters again. Fine-grained experts (DeepSeekMoE, arXiv:2401.06066) are nothing of their own: 4 times as
+    many, a quarter as wide, 4 times the ``top_k``. The shared experts are one network, ``shared`` times as wide.
+
+    ``balance`` weighs the per-example load-balancing loss; being per example, it never couples two units (a
+    batch-wide loss would raise the sensitivity).
     """
 
+    younger = frozenset({"depth", "router"})
     routed: int = Field(ge=1, le=4096)
     shared: int = Field(default=0, ge=0, le=64)
     hidden: int = Field(ge=8, le=65_536, multiple_of=8)
+    depth: int = Field(default=1, ge=1, le=16)
     top_k: int = Field(default=2, ge=1)
-    activation: Literal["gelu", "relu", "tanh"] = "gelu"
+    activation: Literal["gelu", "relu", "tanh", "swiglu"] = "gelu"
     balance: float = Field(default=0.01, ge=0.0, le=10.0)
+    router: RouterConfig = SoftmaxRouterConfig()
 
     @model_validator(mode="after")
     def _top_k_exists(self) -> ExpertsConfig:
         if self.top_k > self.routed:
             raise ValueError(f"top_k is {self.top_k}, must be at most the {self.routed} routed experts")
+        if isinstance(self.router, HierarchicalRouterConfig):
+            self.router.check_fits(self.routed, self.top_k)
         return self
 
 
 class InitConfig(Frozen):
     """Fresh weights are normal with standard deviation ``gain/√fan_in``; one gain per kind of layer.
 
+    ``up`` is the gain of all maps into hidden layers of experts, gates and deeper layers included.
     Clipped gradients make training sensitive to these scales, because they decide how a unit's fixed gradient
     norm is shared between layers. ``experts = "copies"`` starts all experts of a layer from the same weights
     (as in sparse upcycling, arXiv:2212.05055): each then learns from the first round what any of them would, and
@@ -123,14 +170,15 @@ class ModelConfig(Frozen):
     """A whole model: encoder → blocks with MoE layers → head.
 
     * ``preset = "moe"``: the first architecture of the family, one block and no attention.
-    * ``preset = "transformer"``: ``layers`` blocks of causal attention and MoE.
+    * ``preset = "deep-moe"``: several blocks without attention, whose experts are deep.
+    * ``preset = "transformer"``: ``layers`` blocks of attention and MoE.
 
     ``norm`` stands before each attention, each MoE layer and the head. No layer but the norm has a bias-like
     parameter. ``width`` is a multiple of 8 because grouped matrix products need rows of 16-byte multiples in fp32
     and bf16 alike.
     """
 
-    preset: Literal["moe", "transformer"] = "moe"
+    preset: Literal["moe", "deep-moe", "transformer"] = "moe"
     norm: Literal["rms", "none"] = "rms"
     init: InitConfig = InitConfig()
     width: int = Field(ge=8, le=16_384, multiple_of=8)
@@ -142,25 +190,60 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
-        if self.preset == "moe" and (self.layers != 1 or self.attention is not None):
-            raise ValueError("model.preset moe has one layer and no attention, must be transformer for more")
-        if self.preset == "transformer":
-            if self.attention is None:
-                raise ValueError("model.attention is missing, must be given for preset transformer")
-            if self.width % (2 * self.attention.heads):
-                raise ValueError(
-                    f"model.attention.heads is {self.attention.heads}, must divide half the width {self.width}"
-                )
+        router = self.experts.router
+        if isinstance(router, AttentionRouterConfig) and router.heads * router.key_width > self.width:
+            raise ValueError(
+                f"model.experts.router.heads is {router.heads}, times key_width {router.key_width} "
+                f"must be at most the width {self.width}"
+            )
         if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
             raise ValueError(
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
                 "must be classification for image-patch, next-byte for bytes"
             )
-        if self.head.kind == "next-byte" and self.preset == "moe":
-            raise ValueError(
-                "model.preset is moe, must be transformer for bytes: without attention no byte sees another"
-            )
+        if self.preset == "transformer":
+            self._check_transformer()
+        elif self.attention is not None or (self.preset == "moe" and self.layers != 1):
+            has = "one layer and no attention" if self.preset == "moe" else "no attention"
+            instead = "transformer, or deep-moe for more layers" if self.preset == "moe" else "transformer"
+            raise ValueError(f"model.preset {self.preset} has {has}, must be {instead}")
+        elif self.preset == "deep-moe":
+            self._check_deep()
+        if isinstance(self.head, NextByteConfig) and isinstance(self.encoder, BytesConfig):
+            self._check_text(self.head, self.encoder)
         return self
+
+    def _check_deep(self) -> None:
+        for key, value in (("layers", self.layers), ("experts.depth", self.experts.depth)):
+            if value < 2:
+                raise ValueError(f"model.{key} is {value}, must be at least 2 for preset deep-moe")
+
+    def _check_transformer(self) -> None:
+        if self.attention is None:
+            raise ValueError("model.attention is missing, must be given for preset transformer")
+        heads = self.attention.heads
+        if isinstance(self.attention, LatentConfig):
+            if self.width % heads:
+                raise ValueError(f"model.attention.heads is {heads}, must divide the width {self.width}")
+        elif self.width % (2 * heads):
+            raise ValueError(f"model.attention.heads is {heads}, must divide half the width {self.width}")
+
+    def _check_text(self, head: NextByteConfig, encoder: BytesConfig) -> None:
+        if self.attention is None:
+            raise ValueError(
+                f"model.preset is {self.preset}, must be transformer for bytes: without attention no byte sees another"
+            )
+        if not self.attention.causal:
+            raise ValueError(
+                "model.attention.causal is false, must be true for head next-byte: it would see its answer"
+            )
+        if head.after_next and encoder.window < 3:
+            raise ValueError(f"model.encoder.window is {encoder.window}, must be at least 3 for model.head.after_next")
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token may learn of those after it."""
+        return self.head.kind == "next-byte" or (self.attention is not None and self.attention.causal)
 
     @property
     def all_experts(self) -> HeldExperts:

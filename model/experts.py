@@ -6,6 +6,7 @@ Dimension suffixes: N rows after dispatch, E experts held, D width, H expert hid
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from model.config import ExpertsConfig
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh, "swiglu": F.silu
+}  # fmt: skip
+"""What is applied to a hidden layer's values; with swiglu, to its gate's."""
 
 
 class GroupedLinear(nn.Module):
@@ -55,32 +59,60 @@ def grouped_matmul_loop(rows_NI: Tensor, weight_EIO: Tensor, offsets_E: Tensor) 
     return torch.cat([rows_NI[s:e] @ weight_EIO[i] for i, (s, e) in enumerate(zip(starts, ends, strict=True))])
 
 
-class RoutedExperts(nn.Module):
-    """``E`` two-layer feed-forward networks D → H → D, evaluated together on dispatched rows."""
+class HiddenLayer(nn.Module):
+    """A map into hidden values and their activation: ``f(up x)``, or gated, ``silu(gate x) · up x``.
+
+    ``linear(in_width, out_width)`` makes the maps; what it makes decides what else ``forward`` takes, and passes on.
+    """
+
+    def __init__(self, activation: str, linear: Callable[[int, int], nn.Module], in_width: int, hidden: int) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.up = linear(in_width, hidden)
+        self.gate = linear(in_width, hidden) if activation == "swiglu" else None
+
+    def forward(self, x: Tensor, *where: Tensor) -> Tensor:
+        """Return the hidden values."""
+        up: Tensor = self.up(x, *where)
+        return self.activation(up) if self.gate is None else self.activation(self.gate(x, *where)) * up
+
+
+class FeedForward(HiddenLayer):
+    """D → H → … → H → D with ``depth`` hidden layers.
+
+    The first one's maps are the network's own ``up`` and ``gate``, so that depth 1 is ``up`` and ``down``.
+    """
+
+    def __init__(self, config: ExpertsConfig, linear: Callable[[int, int], nn.Module], width: int, hidden: int) -> None:
+        super().__init__(config.activation, linear, width, hidden)
+        self.between = nn.ModuleList(
+            HiddenLayer(config.activation, linear, hidden, hidden) for _ in range(config.depth - 1)
+        )
+        self.down = linear(hidden, width)
+
+    def forward(self, x: Tensor, *where: Tensor) -> Tensor:
+        """Return the network's output, same shape as ``x``."""
+        x = super().forward(x, *where)
+        for layer in self.between:
+            x = layer(x, *where)
+        y: Tensor = self.down(x, *where)
+        return y
+
+    def weights_into_hidden(self) -> list[nn.Parameter]:
+        """Return the weights of every map but ``down``, in order."""
+        maps = [m for layer in (self, *self.between) for m in (layer.up, layer.gate)]
+        return [m.get_parameter("weight") for m in maps if isinstance(m, nn.Module)]
+
+
+class RoutedExperts(FeedForward):
+    """``E`` networks evaluated together on dispatched rows; arguments of ``forward`` as for :class:`GroupedLinear`."""
 
     def __init__(self, config: ExpertsConfig, held: int, width: int) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.up = GroupedLinear(held, width, config.hidden)
-        self.down = GroupedLinear(held, config.hidden, width)
-
-    def forward(self, rows_ND: Tensor, offsets_E: Tensor, example_N: Tensor, example_B: Tensor) -> Tensor:
-        """Apply each row's expert; arguments as for :class:`GroupedLinear`, returns rows_ND."""
-        rows_NH = self.activation(self.up(rows_ND, offsets_E, example_N, example_B))
-        rows: Tensor = self.down(rows_NH, offsets_E, example_N, example_B)
-        return rows
+        super().__init__(config, partial(GroupedLinear, held), width, config.hidden)
 
 
-class SharedExpert(nn.Module):
-    """A feed-forward network that every token passes, as wide as ``shared`` routed experts together."""
+class SharedExpert(FeedForward):
+    """A network that every token passes, ``shared`` times as wide as a routed expert."""
 
     def __init__(self, config: ExpertsConfig, width: int) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(width, config.shared * config.hidden, bias=False)
-        self.down = nn.Linear(config.shared * config.hidden, width, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        """Return the expert's output, same shape as the input."""
-        y_BTD: Tensor = self.down(self.activation(self.up(x_BTD)))
-        return y_BTD
+        super().__init__(config, partial(nn.Linear, bias=False), width, config.shared * config.hidden)

@@ -51,6 +51,9 @@ class Keys:
         return found
 
     def _resolve(self, node: _Schema) -> _Schema:
+        given = [option for option in node.get("anyOf", []) if option != {"type": "null"}]
+        if len(given) == 1:  # a table that may be left out
+            return self._resolve(given[0])
         return self._root["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
     def _options(self, node: _Schema) -> dict[str, _Schema]:

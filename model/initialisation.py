@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.attention import CausalAttention
+from model.after_next import AfterNext
+from model.attention import MultiHeadAttention
 from model.encoders import ByteEncoder, ImagePatchEncoder, PositionTable
-from model.experts import GroupedLinear, RoutedExperts, SharedExpert
+from model.experts import RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
-from model.routers import SoftmaxRouter
+from model.latent_attention import LatentAttention
+from model.routers import Router, SigmoidRouter
 
 if TYPE_CHECKING:
     from model.network import Network
@@ -30,19 +32,25 @@ def initialise(network: Network, generator: torch.Generator) -> None:
             _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
         elif isinstance(module, PositionTable):
             module.weight.normal_(0.0, _POSITION_STD, generator=generator)
-        elif isinstance(module, SoftmaxRouter):
-            _draw(module.score.weight, module.score.in_features, init.router, generator)
+        elif isinstance(module, Router):
+            _draw_router(module, init.router, generator)
         elif isinstance(module, RoutedExperts):
-            _draw_experts(module.up, init.up, generator, copies=copies)
-            _draw_experts(module.down, init.down, generator, copies=copies)
+            for weight in module.weights_into_hidden():
+                _draw_experts(weight, init.up, generator, copies=copies)
+            _draw_experts(module.get_parameter("down.weight"), init.down, generator, copies=copies)
         elif isinstance(module, SharedExpert):
-            _draw(module.up.weight, module.up.in_features, init.up, generator)
-            _draw(module.down.weight, module.down.in_features, init.down, generator)
+            for weight in module.weights_into_hidden():
+                _draw(weight, weight.shape[1], init.up, generator)
+            down = module.get_parameter("down.weight")
+            _draw(down, down.shape[1], init.down, generator)
         elif isinstance(module, ByteEncoder):
             _draw(module.table.weight, 1, init.embed, generator)
-        elif isinstance(module, CausalAttention):
-            for layer in (module.query, module.key, module.value, module.out):
-                _draw(layer.weight, layer.in_features, 1.0, generator)
+        elif isinstance(module, MultiHeadAttention | LatentAttention):
+            for layer in module.children():
+                if isinstance(layer, nn.Linear):  # norms come by themselves
+                    _draw(layer.weight, layer.in_features, 1.0, generator)
+        elif isinstance(module, AfterNext):
+            _draw(module.combine.weight, module.combine.in_features, 1.0, generator)
         elif isinstance(module, ClassificationHead | NextByteHead):
             _draw(module.score.weight, module.score.in_features, init.head, generator)
         elif isinstance(module, nn.RMSNorm):
@@ -53,7 +61,15 @@ def _draw(weight: Tensor, fan_in: int, gain: float, generator: torch.Generator) 
     weight.normal_(0.0, 1.0, generator=generator).mul_(gain / math.sqrt(fan_in))
 
 
-def _draw_experts(layer: GroupedLinear, gain: float, generator: torch.Generator, *, copies: bool) -> None:
-    _draw(layer.weight, layer.weight.shape[1], gain, generator)
+def _draw_router(router: Router, gain: float, generator: torch.Generator) -> None:
+    for layer in router.modules():
+        if isinstance(layer, nn.Linear):
+            _draw(layer.weight, layer.in_features, gain, generator)
+    if isinstance(router, SigmoidRouter):
+        router.selection_bias.zero_()
+
+
+def _draw_experts(weight_EIO: Tensor, gain: float, generator: torch.Generator, *, copies: bool) -> None:
+    _draw(weight_EIO, weight_EIO.shape[1], gain, generator)
     if copies:
-        layer.weight.copy_(layer.weight[:1].expand_as(layer.weight).clone())
+        weight_EIO.copy_(weight_EIO[:1].expand_as(weight_EIO).clone())

@@ -5,6 +5,7 @@ Dimension suffixes: B batch, T tokens, D width, E experts held, K experts per to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 from model.config import ExpertsConfig
 from model.experts import RoutedExperts, SharedExpert
-from model.routers import Routing, SoftmaxRouter
+from model.routers import Routing, make_router
 
 
 class Dispatch(NamedTuple):
     """Rows of all (token, chosen expert) pairs, sorted by (expert, example, token).
 
-    order_N: int64, sorted row → position in the flattened [B, T, K] choice.
+    order_N: int64, sorted row → position in the flattened [B, T, K] choice. Slots that hold no expert have no row.
     offsets_E: int32, exclusive end of each expert's rows.
     example_N: int64, sorted row → example.
     """
@@ -28,26 +29,30 @@ class Dispatch(NamedTuple):
     example_N: Tensor
 
 
-def dispatch(experts_BTK: Tensor, held: int) -> Dispatch:
-    """Sort the chosen (token, expert) pairs by expert.
+def dispatch(experts_BTK: Tensor, held: int, used_BTK: Tensor | None = None) -> Dispatch:
+    """Sort the chosen (token, expert) pairs by expert; only those in ``used_BTK``, where given.
 
     Nothing is dropped: there is no capacity limit, because what it drops would depend on the other examples.
     """
     _, tokens, top_k = experts_BTK.shape
     flat_N = experts_BTK.reshape(-1)
+    if used_BTK is not None:
+        flat_N = flat_N.masked_fill(~used_BTK.reshape(-1), held)  # behind all experts, and cut off there
     order_N = torch.argsort(flat_N, stable=True)  # stable: examples stay in order within an expert
-    offsets_E = torch.bincount(flat_N, minlength=held).cumsum(0).to(torch.int32)
+    offsets_E = torch.bincount(flat_N, minlength=held)[:held].cumsum(0).to(torch.int32)
+    if used_BTK is not None:
+        order_N = order_N[: int(offsets_E[-1])]
     return Dispatch(order_N, offsets_E, order_N // (tokens * top_k))
 
 
 class MoELayer(nn.Module):
-    """Shared experts plus the ``top_k`` routed experts of each token."""
+    """Shared experts plus the routed experts of each token; ``held`` are the global ids of those present."""
 
-    def __init__(self, config: ExpertsConfig, held: int, width: int) -> None:
+    def __init__(self, config: ExpertsConfig, held: Sequence[int], width: int, *, causal: bool = False) -> None:
         super().__init__()
-        self.held = held
-        self.router = SoftmaxRouter(width, held, config.top_k)
-        self.experts = RoutedExperts(config, held, width)
+        self.held = len(held)
+        self.router = make_router(config, held, width, causal=causal)
+        self.experts = RoutedExperts(config, len(held), width)
         self.shared = SharedExpert(config, width) if config.shared else None
 
     def forward(self, x_BTD: Tensor, allowed_E: Tensor) -> tuple[Tensor, Routing]:
@@ -55,15 +60,15 @@ class MoELayer(nn.Module):
         batch, tokens, width = x_BTD.shape
         routing = self.router.route(x_BTD, allowed_E)
         top_k = routing.experts_BTK.shape[-1]
-        plan = dispatch(routing.experts_BTK, self.held)
-        rows_ND = x_BTD.reshape(-1, width)[plan.order_N // top_k]
+        plan = dispatch(routing.experts_BTK, self.held, routing.used_BTK)
+        token_N = plan.order_N // top_k
+        rows_ND = x_BTD.reshape(-1, width).index_select(0, token_N)
         example_B = torch.arange(batch, device=x_BTD.device)
         out_ND = self.experts(rows_ND, plan.offsets_E, plan.example_N, example_B)
-        # Undo the sort by gathering: each token's K rows come back side by side, in a fixed order.
-        back_N = torch.empty_like(plan.order_N)
-        back_N[plan.order_N] = torch.arange(len(back_N), device=x_BTD.device)
-        out_BTKD = out_ND[back_N].view(batch, tokens, top_k, width)
-        y_BTD = (out_BTKD * routing.weights_BTK.unsqueeze(-1)).sum(dim=2)
+        weight_N1 = routing.weights_BTK.reshape(-1, 1).index_select(0, plan.order_N)
+        # A token's rows are added in the order of its experts, whatever rows of other examples lie between them.
+        y_BTD = out_ND.new_zeros(batch * tokens, width).index_add_(0, token_N, out_ND * weight_N1)
+        y_BTD = y_BTD.view(batch, tokens, width)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
         return y_BTD, routing

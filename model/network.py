@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import CausalAttention
-from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelConfig
+from model.after_next import AfterNext
+from model.attention_kinds import make_attention
+from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelConfig, NextByteConfig
 from model.encoders import ByteEncoder, ImagePatchEncoder
-from model.heads import ClassificationHead, NextByteHead
+from model.errors import BadInputError
+from model.heads import ClassificationHead, NextByteHead, byte_loss
 from model.initialisation import initialise
 from model.moe import MoELayer
-from model.routers import Routing
+from model.norms import make_norm
+from model.padding import present_tokens
+from model.router_config import AttentionRouterConfig, PolicyRouterConfig
+from model.routers import Routing, reinforced
 
 Batch = Mapping[str, Tensor]
-"""Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``."""
+"""Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``.
+
+Optionally ``length``, integers [B]: the tokens of each example that are real; the others are padding.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,16 @@ class Output:
     scores: Tensor
     aux_B: Tensor
     routing: tuple[Routing, ...]
+
+
+class _Trunk(NamedTuple):
+    """What precedes the head: the encoder's tokens, the last block's, the auxiliary loss, the routing, what is real."""
+
+    embedded_BTD: Tensor
+    x_BTD: Tensor
+    aux_B: Tensor
+    routing: tuple[Routing, ...]
+    present_BT: Tensor | None
 
 
 def make_encoder(config: ModelConfig) -> ImagePatchEncoder | ByteEncoder:
@@ -43,27 +62,25 @@ def make_head(config: ModelConfig) -> ClassificationHead | NextByteHead:
     return NextByteHead(config.width)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """Return the configured normalisation; each acts on one token alone."""
-    return nn.RMSNorm(config.width) if config.norm == "rms" else nn.Identity()
-
-
 class Block(nn.Module):
     """Pre-norm residual block: attention where configured, then an MoE layer."""
 
-    def __init__(self, config: ModelConfig, held: int) -> None:
+    def __init__(self, config: ModelConfig, held: tuple[int, ...]) -> None:
         super().__init__()
         self.attention = None
         if config.attention is not None:
-            self.attention_norm = make_norm(config)
-            self.attention = CausalAttention(config.attention, config.width)
-        self.norm = make_norm(config)
-        self.moe = MoELayer(config.experts, held, config.width)
+            self.attention_norm = make_norm(config.norm, config.width)
+            self.attention = make_attention(config.attention, config.width, config.norm)
+        self.norm = make_norm(config.norm, config.width)
+        self.moe = MoELayer(config.experts, held, config.width, causal=config.causal)
 
-    def forward(self, x_BTD: Tensor, allowed_E: Tensor) -> tuple[Tensor, Routing]:
-        """Return the block's output and the routing of its MoE layer."""
+    def forward(self, x_BTD: Tensor, allowed_E: Tensor, present_BT: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Return the block's output and the routing of its MoE layer.
+
+        Tokens of padding are zeros and stay zeros: no layer adds anything to a zero token.
+        """
         if self.attention is not None:
-            x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+            x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), present_BT)
         y_BTD, routing = self.moe(self.norm(x_BTD), allowed_E)
         return x_BTD + y_BTD, routing
 
@@ -79,9 +96,12 @@ class Network(nn.Module):
         self.config = config
         self.held = held
         self.encoder = make_encoder(config)
-        self.blocks = nn.ModuleList(Block(config, len(held[layer])) for layer in range(config.layers))
-        self.norm = make_norm(config)
+        self.blocks = nn.ModuleList(Block(config, held[layer]) for layer in range(config.layers))
+        self.norm = make_norm(config.norm, config.width)
         self.head = make_head(config)
+        self.after_next = None
+        if isinstance(config.head, NextByteConfig) and config.head.after_next and config.attention is not None:
+            self.after_next = AfterNext(config, config.attention, config.head.after_next)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
         """Run the model on a batch.
@@ -90,7 +110,14 @@ class Network(nn.Module):
             batch: ``image`` float [B, C, H, W], or ``text`` bytes [B, T].
             allowed: layer → bool mask over the held experts; default, all of them.
         """
-        x_BTD = self.encoder(batch["text" if self.config.encoder.kind == "bytes" else "image"])
+        trunk = self._trunk(batch, allowed)
+        scores = self.head(self.norm(trunk.x_BTD), trunk.present_BT)
+        return Output(scores, trunk.aux_B, trunk.routing)
+
+    def _trunk(self, batch: Batch, allowed: Mapping[int, Tensor] | None) -> _Trunk:
+        present_BT = present_tokens(batch, self._tokens(batch))
+        raw = batch["text" if self.config.encoder.kind == "bytes" else "image"]
+        embedded_BTD = x_BTD = self.encoder(raw, present_BT)
         aux_B = x_BTD.new_zeros(x_BTD.shape[0])
         routings = []
         for layer, block in enumerate(self.blocks):
@@ -98,10 +125,14 @@ class Network(nn.Module):
                 allowed_E = torch.ones(len(self.held[layer]), dtype=torch.bool, device=x_BTD.device)
             else:
                 allowed_E = allowed[layer]
-            x_BTD, routing = block(x_BTD, allowed_E)
+            x_BTD, routing = block(x_BTD, allowed_E, present_BT)
             aux_B = aux_B + routing.aux_B
             routings.append(routing)
-        return Output(self.head(self.norm(x_BTD)), aux_B, tuple(routings))
+        return _Trunk(embedded_BTD, x_BTD, aux_B, tuple(routings), present_BT)
+
+    def _tokens(self, batch: Batch) -> int:
+        """How many tokens each example has, padding included; a text may be shorter than the window."""
+        return batch["text"].shape[-1] if self.config.encoder.kind == "bytes" else self.config.encoder.tokens
 
     def synthetic_batch(self, examples: int, seed: int = 0) -> Batch:
         """Return made-up examples of the right shapes and types: for timing and checks, without data."""
@@ -120,10 +151,77 @@ class Network(nn.Module):
         return self.head.loss(output.scores, batch)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the training loss of each example, shape [B]: the task's, plus ``balance`` × auxiliary."""
-        output: Output = self(batch)
-        task_B = self.task_loss(output, batch)
-        return task_B + self.config.experts.balance * output.aux_B
+        """Return the training loss of each example, shape [B]: the task's, plus what its routing costs.
+
+        The task's is that of the head, plus ``after_next`` × the loss of the byte after next. A policy router is
+        trained on several rollouts: its loss is their mean, with a gradient for the choices too.
+
+        Raises:
+            BadInputError: there is padding, and routing would count it as tokens.
+        """
+        router = self.config.experts.router
+        if "length" in batch:
+            self._refuse_counting_padding()
+        if not (isinstance(router, PolicyRouterConfig) and self.training):
+            task_B, trunk = self._task(batch)
+            return task_B + self._routing_loss(trunk)
+        rollouts = [self._task(batch) for _ in range(router.rollouts)]
+        task_RB = torch.stack([task_B for task_B, _ in rollouts])
+        log_prob_RB = torch.stack([_log_probability(trunk) for _, trunk in rollouts])
+        routing_RB = torch.stack([self._routing_loss(trunk) for _, trunk in rollouts])
+        return reinforced(task_RB, log_prob_RB) + routing_RB.mean(0)
+
+    def _task(self, batch: Batch) -> tuple[Tensor, _Trunk]:
+        """Return the loss of each example's tasks, and the forward pass it comes from."""
+        trunk = self._trunk(batch, None)
+        x_BTD = self.norm(trunk.x_BTD)
+        if self.after_next is None:
+            return self.head.loss(self.head(x_BTD, trunk.present_BT), batch), trunk
+        return self._loss_of_both(self.after_next, x_BTD, trunk, batch), trunk
+
+    def _loss_of_both(self, after_next: AfterNext, x_BTD: Tensor, trunk: _Trunk, batch: Batch) -> Tensor:
+        """The loss of the next byte plus λ × that of the byte after it.
+
+        One head serves both, in one call: then its norm is a joint one also where calls are told apart (Opacus's
+        ghost mode refuses a layer that is called twice).
+        """
+        tokens = x_BTD.shape[1]
+        y_BTD = after_next(trunk.x_BTD, trunk.embedded_BTD, trunk.present_BT)
+        scores_BTV = self.head(torch.cat([x_BTD, y_BTD], dim=1))
+        next_B = self.head.loss(scores_BTV[:, :tokens], batch)
+        return next_B + after_next.weight * byte_loss(scores_BTV[:, tokens:], batch, ahead=2)
+
+    def _routing_loss(self, trunk: _Trunk) -> Tensor:
+        """Return ``balance`` × auxiliary, and the penalties that routers weigh themselves, shape [B]."""
+        loss_B = self.config.experts.balance * trunk.aux_B
+        for routing in trunk.routing:
+            if routing.penalty_B is not None:
+                loss_B = loss_B + routing.penalty_B
+        return loss_B
+
+    def _refuse_counting_padding(self) -> None:
+        experts = self.config.experts
+        counting = {
+            "balance": experts.balance,
+            "router.z_loss": getattr(experts.router, "z_loss", 0.0),
+            "router.entropy": experts.router.entropy,
+        }
+        for key, value in counting.items():
+            if value:
+                raise BadInputError(
+                    f"model.experts.{key} is {value}, must be 0 for examples with a length: "
+                    "the routers do not tell padding from tokens"
+                )
+        if isinstance(experts.router, AttentionRouterConfig | PolicyRouterConfig):
+            raise BadInputError(
+                f"model.experts.router.kind is {experts.router.kind}, must be another for examples with a length: "
+                "it does not tell padding from tokens"
+            )
+
+
+def _log_probability(trunk: _Trunk) -> Tensor:
+    """Log-probability of all choices of a rollout, [B]: layers sample one after the other."""
+    return torch.stack([routing.log_prob_B for routing in trunk.routing if routing.log_prob_B is not None]).sum(0)
 
 
 def build(config: ModelConfig, seed: int) -> Network:
@@ -133,6 +231,8 @@ def build(config: ModelConfig, seed: int) -> Network:
     network.to_empty(device="cpu")
     for parameter in network.parameters():
         nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed
+    for buffer in network.buffers():
+        buffer.fill_(float("nan"))
     initialise(network, torch.Generator().manual_seed(seed))
     return network
 

@@ -5,6 +5,8 @@ On the wire every name is global, whatever an expert's local position:
 * ``shared/<parameter>``
 * ``router/<layer>/<expert>/<parameter>``: the router's row for one expert
 * ``expert/<layer>/<expert>/<parameter>``: one expert's matrix
+
+Of a router, what lies in its module ``common`` (queries, group scores) belongs to no single expert and is shared.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from model.config import HeldExperts, ModelConfig
 from model.network import Network
 
-_STACKED = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.(?P<part>experts|router)\.(?P<name>.+)")
+_STACKED = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.(?P<part>experts|router)\.(?!common\.)(?P<name>.+)")
 _NUMBER = re.compile(r"0|[1-9][0-9]*")  # one spelling only: no leading zeros, no other scripts
 _PART_TO_GROUP = {"experts": "expert", "router": "router"}
 _GROUP_TO_PART = {group: part for part, group in _PART_TO_GROUP.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,15 @@ def drawing_from(draw: Draw) -> Iterator[None]:
         _draw.reset(token)
 
 
+def unit_uniform(x: Tensor) -> Tensor:
+    """Return uniforms for every value of ``x`` [B, …], on the CPU, [B, values per example]; row b is example b's own.
+
+    Outside of private training they come from torch's generator, which can return 0.
+    """
+    draw, examples, values = _draw.get(), len(x), math.prod(x.shape[1:])
+    return torch.rand(examples, values) if draw is None else draw(examples, values)
+
+
 class UnitDropout(nn.Module):
     """Dropout with a stream per example; the first axis is the example.
 
@@ -42,7 +52,5 @@ class UnitDropout(nn.Module):
         """Zero each value with probability p in training and scale the others by 1/(1 − p)."""
         if not self.training or self.p == 0.0:
             return x
-        draw, values = _draw.get(), x[0].numel()
-        uniform = torch.rand(len(x), values) if draw is None else draw(len(x), values)
-        keep = (uniform >= self.p).to(device=x.device, dtype=x.dtype).view_as(x)
+        keep = (unit_uniform(x) >= self.p).to(device=x.device, dtype=x.dtype).view_as(x)
         return x * keep / (1.0 - self.p)

@@ -196,8 +196,14 @@ class Ghost:
         """Take norms in one backward pass and the weighted sum in another."""
         if units.unit_B is not None or clipping.kind == "per-layer":
             raise BadInputError("gradients 'ghost' knows records as units and clips them as a whole")
-        with _quiet():
-            return self._clipped_sum(loss, batch, clipping)
+        try:
+            with _quiet():
+                return self._clipped_sum(loss, batch, clipping)
+        except NotImplementedError as refusal:  # norms of several uses of one parameter do not add up
+            raise BadInputError(
+                "gradients 'ghost' cannot bound a parameter that is used several times, as by a policy router; "
+                "use 'bookkeeping'"
+            ) from refusal
 
     def _clipped_sum(self, loss: ExampleLoss, batch: Records, clipping: Clipping) -> ClippedSum:
         loss_B = _one_loss(loss(batch))

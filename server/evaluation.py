@@ -72,6 +72,6 @@ def _measure(
             if "label" in batch:
                 right += int((output.scores.argmax(dim=1) == batch["label"]).sum())
             for layer, routing in enumerate(output.routing):
-                picked[layer] += torch.bincount(routing.experts_BTK.flatten(), minlength=config.experts.routed)
+                picked[layer] += routing.load(config.experts.routed)
     load = picked.double() / picked.sum(dim=1, keepdim=True)
     return loss / count, right / count, tuple(tuple(row) for row in load.tolist())

@@ -86,6 +86,10 @@ class Scenario(Frozen):
         """Return the resolved scenario, every default written out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
+    def toml_for_hash(self) -> str:
+        """Return the same without younger keys that are at their defaults; see :class:`model.config.Frozen`."""
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude=self.nothing_new()))
+
 
 def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:
     """Read a scenario file.

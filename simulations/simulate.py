@@ -47,7 +47,7 @@ class Summary:
 
 def run_number(scenario: Scenario) -> int:
     """Return the run id of a simulation, a function of the scenario: the same run has the same charges."""
-    return int.from_bytes(hashlib.sha256(scenario.to_toml().encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(scenario.toml_for_hash().encode()).digest()[:7], "big")
 
 
 def simulate(

@@ -253,6 +253,9 @@ def merge(uses: Sequence[Contribution]) -> Contribution:
     """Combine several uses of one parameter into one gradient: the norms of uses do not add up."""
     if len(uses) == 1:
         return uses[0]
+    experts = [use for use in uses if isinstance(use, Experts)]
+    if len(experts) == len(uses):
+        return _merge_experts(experts)
     matrices = [use for use in uses if isinstance(use, Matrix)]
     lookups = [use for use in uses if isinstance(use, Lookup)]
     if len(matrices) + len(lookups) < len(uses):
@@ -266,6 +269,18 @@ def merge(uses: Sequence[Contribution]) -> Contribution:
 
 def _merge_matrices(uses: Sequence[Matrix]) -> Matrix:
     return Matrix(joined([use.delta for use in uses]), joined([use.x for use in uses]), uses[0].shape)
+
+
+def _merge_experts(uses: Sequence[Experts]) -> Experts:
+    """Put each expert's rows of all uses side by side."""
+    offsets_E = torch.stack([use.segments.offsets_E for use in uses]).sum(0, dtype=torch.int32)
+    order_N = torch.cat([use.segments.expert_N for use in uses]).argsort(stable=True)
+    unit_N = torch.cat([use.segments.unit_N for use in uses])[order_N]
+    return Experts(
+        torch.cat([use.x_ND for use in uses])[order_N],
+        torch.cat([use.delta_NO for use in uses])[order_N],
+        Segments(offsets_E, unit_N, uses[0].segments.units),
+    )
 
 
 def _merge_lookups(uses: Sequence[Lookup]) -> Lookup:

@@ -53,14 +53,16 @@ class Buckets:
 class Segments:
     """The segments of one dispatch.
 
-    offsets_E: int32, exclusive end of each expert's rows. unit_N: unit of each row. longest: rows of the longest.
+    offsets_E: int32, exclusive end of each expert's rows. expert_N, unit_N: expert and unit of each row, int64.
+    longest: rows of the longest.
     """
 
     def __init__(self, offsets_E: Tensor, unit_N: Tensor, units: int, scratch: Scratch | None = None) -> None:
         self.offsets_E, self.unit_N, self.units = offsets_E, unit_N, units
         self.held = len(offsets_E)
         rows = torch.arange(len(unit_N), device=unit_N.device)
-        key_N = torch.searchsorted(offsets_E.long(), rows, right=True) * max(units, 1) + unit_N
+        self.expert_N = torch.searchsorted(offsets_E.long(), rows, right=True)
+        key_N = self.expert_N * max(units, 1) + unit_N
         # Rows arrive sorted by (expert, unit), or nearly: a stable sort costs little and makes no assumption.
         sorted_key_N, self._order_N = torch.sort(key_N, stable=True)
         self._key_S, self._length_S = torch.unique_consecutive(sorted_key_N, return_counts=True)

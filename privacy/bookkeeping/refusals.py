@@ -36,7 +36,7 @@ _REFUSED: list[tuple[Callable[[nn.Module], bool], str]] = [
     (lambda m: isinstance(m, nn.RNNBase), "has no batch-first gradients; use opacus.layers.DPLSTM, DPGRU or DPRNN"),
     (
         lambda m: isinstance(m, nn.MultiheadAttention),
-        "holds weights of its own beside layers; use model.attention.CausalAttention or four nn.Linear",
+        "holds weights of its own beside layers; use model.attention.MultiHeadAttention or four nn.Linear",
     ),
 ]
 

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from conftest import make_text, make_text_config
+from family_samples import LATENT
 from pydantic import ValidationError
+from torch import nn
 
 from model import BadInputError, build, load, parameters, save_model
-from model.attention import CausalAttention, rotate
-from model.config import AttentionConfig, ModelConfig
+from model.attention import MultiHeadAttention, rotate
+from model.config import ModelConfig, MultiHeadConfig
 
 IMAGE = {"kind": "image-patch", "height": 8, "width": 8, "patch": 4}
 
@@ -47,8 +49,9 @@ def test_rotated_products_depend_on_distance_alone():
     assert (scores[5, 5] - scores[5, 0]).abs() > 1e-3
 
 
-def test_attention_equals_a_loop():
-    layer = CausalAttention(AttentionConfig(heads=2, rope_base=50.0), 8).requires_grad_(False)
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_equals_a_loop(causal):
+    layer = MultiHeadAttention(MultiHeadConfig(heads=2, causal=causal, rope_base=50.0), 8).requires_grad_(False)
     x = torch.randn(2, 5, 8)
     expected = torch.zeros_like(x)
     for b in range(2):
@@ -59,14 +62,31 @@ def test_attention_equals_a_loop():
             k = loop_rotate((x[b] @ layer.key.weight.T)[:, part], 50.0)
             v = (x[b] @ layer.value.weight.T)[:, part]
             for t in range(5):
-                scores = torch.stack([q[t] @ k[s] / 2.0 for s in range(t + 1)])  # √4 = 2
-                mixed[t, part] = (scores.softmax(0)[:, None] * v[: t + 1]).sum(0)
+                seen = t + 1 if causal else 5
+                scores = torch.stack([q[t] @ k[s] / 2.0 for s in range(seen)])  # √4 = 2
+                mixed[t, part] = (scores.softmax(0)[:, None] * v[:seen]).sum(0)
         expected[b] = mixed @ layer.out.weight.T
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_no_byte_sees_a_later_one():
-    network = build(make_text_config(), seed=2)
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_rotation_it_is_torchs_multi_head_attention(causal, monkeypatch):
+    monkeypatch.setattr("model.attention.rotate", lambda x, base: x)
+    layer = MultiHeadAttention(MultiHeadConfig(heads=2, causal=causal), 8)
+    theirs = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([layer.query.weight, layer.key.weight, layer.value.weight]))
+        theirs.out_proj.weight.copy_(layer.out.weight)
+    x = torch.randn(2, 5, 8)
+    present = torch.arange(5) < torch.tensor([[5], [3]])
+    future = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
+    expected, _ = theirs(x, x, x, attn_mask=future, key_padding_mask=~present, need_weights=False)
+    torch.testing.assert_close(layer(x, present)[present], expected[present], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("attention", [{"heads": 2}, LATENT])
+def test_no_byte_sees_a_later_one(attention):
+    network = build(make_text_config(attention=attention), seed=2)
     text = make_text(3)["text"]
     changed = text.clone()
     changed[:, 7:] = 255 - changed[:, 7:]
@@ -124,6 +144,11 @@ def test_a_shorter_text_is_fine_and_a_longer_one_is_not():
         network({"text": make_text(2, window=13)["text"]})
 
 
+def test_attention_without_a_kind_is_multi_head():
+    assert make_text_config(attention={"heads": 2}).attention == MultiHeadConfig(heads=2)
+    assert make_text_config(attention=MultiHeadConfig(heads=2)).attention == MultiHeadConfig(heads=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -131,6 +156,17 @@ def test_a_shorter_text_is_fine_and_a_longer_one_is_not():
         ({"attention": None}, "model.attention is missing"),
         ({"attention": {"heads": 3}}, "model.attention.heads is 3"),
         ({"attention": {"heads": 16}}, "model.attention.heads is 16"),
+        ({"attention": LATENT | {"heads": 3}}, "model.attention.heads is 3, must divide the width 16"),
+        ({"attention": {"heads": 2, "causal": False}}, "model.attention.causal is false, must be true"),
+        ({"attention": LATENT | {"rope_width": 3}}, "multiple of 2"),
+        ({"attention": LATENT | {"kv_rank": 0}}, "greater than or equal to 1"),
+        ({"attention": {"heads": 2, "kv_rank": 4}}, "Extra inputs are not permitted"),
+        ({"attention": {"kind": "linear", "heads": 2}}, "does not match any of the expected tags"),
+        (
+            {"encoder": {"kind": "bytes", "window": 2}, "head": {"kind": "next-byte", "after_next": 0.1}},
+            "model.encoder.window is 2, must be at least 3",
+        ),
+        ({"head": {"kind": "next-byte", "after_next": -0.1}}, "greater than or equal to 0"),
         ({"head": {"kind": "classification", "classes": 3}}, "does not fit the encoder bytes"),
         ({"encoder": IMAGE}, "does not fit the encoder image-patch"),
         ({"preset": "moe", "layers": 1, "attention": None}, "without attention no byte sees another"),

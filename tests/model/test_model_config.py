@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
-from conftest import make_config
+from conftest import make_config, make_text_config
+from family_samples import FAMILY
 from pydantic import ValidationError
 
 from model import ModelConfig
@@ -37,7 +38,7 @@ def test_the_good_document_is_good():
         ("experts.hidden", 12, "multiple of 8"),
         ("experts.balance", -0.1, "greater than or equal to 0"),
         ("experts.balance", float("nan"), "finite"),
-        ("experts.activation", "swish", "'gelu', 'relu' or 'tanh'"),
+        ("experts.activation", "swish", "'gelu', 'relu', 'tanh' or 'swiglu'"),
         ("width", 12, "multiple of 8"),
         ("width", 0, "greater than or equal to 8"),
         ("width", "wide", "valid integer"),
@@ -81,3 +82,17 @@ def test_token_counts(patch, tokens, values):
 
 def test_all_experts_names_each_once(config):
     assert config.all_experts == {0: (0, 1, 2, 3, 4, 5)}
+
+
+def test_what_asks_for_nothing_new_is_hashed_as_before_there_was_anything_new():
+    assert make_text_config().json_for_hash() == (
+        '{"preset":"transformer","norm":"rms","init":{"embed":1.0,"router":1.0,"up":1.0,"down":1.0,"head":1.0,'
+        '"experts":"independent"},"width":16,"layers":2,"attention":{"heads":2,"rope_base":10000.0},'
+        '"encoder":{"kind":"bytes","window":12},"experts":{"routed":4,"shared":1,"hidden":8,"top_k":2,'
+        '"activation":"gelu","balance":0.1},"head":{"kind":"next-byte"}}'
+    )
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_what_is_hashed_still_says_everything(name):
+    assert ModelConfig.model_validate_json(FAMILY[name].json_for_hash()) == FAMILY[name]

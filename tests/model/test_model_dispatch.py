@@ -30,7 +30,7 @@ def test_rows_offsets_and_examples_match_sorted_tuples(examples, tokens, top_k, 
 
 
 def test_every_grouped_product_is_told_the_example_of_each_row():
-    layer = MoELayer(make_config(shared=0).experts, 6, 16)
+    layer = MoELayer(make_config(shared=0).experts, range(6), 16)
     with torch.no_grad():
         for weight in layer.parameters():
             weight.normal_()

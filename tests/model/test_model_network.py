@@ -51,7 +51,7 @@ def naive_moe(layer: MoELayer, x_BTD, allowed, config):
 
 
 def make_layer(config, dtype):
-    layer = MoELayer(config, config.routed, 16).to(dtype)
+    layer = MoELayer(config, range(config.routed), 16).to(dtype)
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_batch, make_config, make_text, make_text_config
+from family_samples import FAMILY
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 
 import privacy.gradients  # noqa: F401  (registers the samplers under test)
@@ -29,6 +30,7 @@ CONFIGS["one token per image"] = CONFIGS["one token per image"].model_copy(
 
 CONFIGS["transformer"] = make_text_config()
 CONFIGS["transformer without norms"] = make_text_config(norm="none")
+CONFIGS |= FAMILY
 
 
 def microbatch_truth(network: Network, batch) -> list[dict[str, torch.Tensor]]:

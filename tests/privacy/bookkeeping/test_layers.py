@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, make_config, make_text, make_text_config
+from family_samples import FAMILY
 from microbatches import alone, relative_error
 from torch import nn
 
@@ -107,6 +108,7 @@ MODELS = {
     "moe, most experts unrouted": (make_config(routed=64, shared=0), make_batch),
     "transformer": (make_text_config(), make_text),
 }
+MODELS |= {name: (c, make_text if c.encoder.kind == "bytes" else make_batch) for name, c in FAMILY.items()}
 UNITS = {"records": torch.arange(6), "groups": torch.tensor([0, 0, 0, 1, 2, 2])}
 
 
@@ -176,7 +178,7 @@ def test_bf16_models_take_norms_and_sums_in_float32():
         (nn.Embedding(4, 4, scale_grad_by_freq=True), "scale_grad_by_freq=False"),
         (nn.Embedding(4, 4, max_norm=1.0), "max_norm=None"),
         (nn.LSTM(4, 4), "DPLSTM"),
-        (nn.MultiheadAttention(4, 2), "CausalAttention"),
+        (nn.MultiheadAttention(4, 2), "MultiHeadAttention"),
     ],
 )
 def test_layers_that_couple_examples_are_refused_by_name_with_the_replacement(layer, instead):

@@ -1,0 +1,35 @@
+"""Small models, one for each member of the family that a configuration can ask for."""
+
+from __future__ import annotations
+
+from conftest import make_config, make_text_config
+
+from model import ModelConfig
+
+LATENT = {"kind": "latent", "heads": 2, "kv_rank": 6, "rope_width": 4}
+
+
+def make_deep_config(*, layers: int = 2, **experts) -> ModelConfig:
+    """A small deep-moe: images in four patches, experts with two hidden layers."""
+    document = make_config(**{"depth": 2} | experts).model_dump() | {"preset": "deep-moe", "layers": layers}
+    return ModelConfig.model_validate(document)
+
+
+def make_image_transformer(attention: dict) -> ModelConfig:
+    document = make_config(balance=0.0).model_dump() | {"preset": "transformer", "layers": 2, "attention": attention}
+    return ModelConfig.model_validate(document)
+
+
+FAMILY = {
+    "latent": make_text_config(attention=LATENT),
+    "latent, low-rank queries": make_text_config(attention=LATENT | {"query_rank": 6}),
+    "latent without norms": make_text_config(attention=LATENT | {"query_rank": 6}, norm="none"),
+    "latent, both ways": make_image_transformer(LATENT | {"causal": False}),
+    "multi-head, both ways": make_image_transformer({"heads": 2, "causal": False}),
+    "after next": make_text_config(head={"kind": "next-byte", "after_next": 0.5}),
+    "after next, latent": make_text_config(attention=LATENT, head={"kind": "next-byte", "after_next": 0.5}),
+    "gated": make_config(activation="swiglu"),
+    "deep": make_config(depth=3),
+    "deep-moe, gated": make_deep_config(activation="swiglu"),
+    "fine-grained, gated": make_config(routed=24, top_k=8, hidden=8, activation="swiglu", shared=2),
+}

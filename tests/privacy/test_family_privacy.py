@@ -1,0 +1,46 @@
+"""Every member of the model family: clipped sums in every mode against the units alone, and the model audit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_batch, make_text
+from family_samples import FAMILY
+from microbatches import alone, relative_error
+
+from model import build
+from privacy.audit.model import audit_model
+from privacy.audit.subject import Subject
+from privacy.bookkeeping import Units
+from privacy.dpsgd import DpSgd
+from privacy.gradient_modes import GRID_BITS, Clipping, mode_for
+
+MECHANISM = DpSgd(steps=1, learning_rate=1.0, sampling_rate=0.1, clip=0.5, noise_multiplier=1.0, declared_size=100)
+
+
+def records(name, examples):
+    return make_text(examples) if FAMILY[name].encoder.kind == "bytes" else make_batch(examples)
+
+
+@pytest.mark.parametrize("mode", ["bookkeeping", "hooks", "ghost", "strict"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_clipped_sum_of_every_mode_is_that_of_the_units_alone(name, mode):
+    network, batch = build(FAMILY[name], seed=3), records(name, 5)
+    truth = alone(network, network.loss, batch, torch.arange(5))
+    norm_U = torch.stack([g.flatten(1).double().norm(dim=1) for g in truth.values()]).norm(dim=0)
+    clip = float(norm_U.median())  # some are clipped, some are not
+    attached = mode_for(mode, network)
+    found = attached.clipped_sum(network.loss, batch, Units.one_each(5), Clipping("flat", clip)).sums
+    attached.close()
+    factor_U = (clip / norm_U).clamp(max=1.0)
+    for total, gradient in zip(found, truth.values(), strict=True):
+        sum_in_units = total.double() * (clip * 2.0**-GRID_BITS if mode == "strict" else 1.0)
+        # Certified bounds and the shrinking by 2^-10 make clipped units a little smaller.
+        assert relative_error(sum_in_units, torch.einsum("u,u...->...", factor_U, gradient.double())) < 5e-3
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_audit_finds_nothing(name):
+    network = build(FAMILY[name], seed=3)
+    findings = audit_model(Subject(network, network.loss, records(name, 8), MECHANISM))
+    assert not [f for f in findings if f.violation], findings

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
@@ -11,6 +13,10 @@ import pytest
 import typer
 
 import conclave
+from data.shipped_scenarios import find
+from model import ModelConfig
+from model.costs import costs_of
+from server.scenario import read_scenario
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -40,3 +46,11 @@ def test_the_example_of_private_training_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "private-training.md").read_text(), re.DOTALL)
     exec(compile(example, "private-training.md", "exec"), {})
     assert "'rdp'" in capsys.readouterr().out
+
+
+def test_the_model_that_is_shown_can_be_built():
+    (example,) = re.findall(r"```toml\n(.*?)```", (DOCS / "models.md").read_text(), re.DOTALL)
+    base = read_scenario(find("stdlib-text")).model.model_dump(mode="json", exclude_none=True)
+    shown = tomllib.loads(example)["model"]
+    config = ModelConfig.model_validate_json(json.dumps(base | shown | {"experts": base["experts"] | shown["experts"]}))
+    assert costs_of(config).total > 0

@@ -1,6 +1,7 @@
 """What each router makes of the shipped scenarios, private (digits, stdlib-text) and not (digits-open).
 
-Whole federations. Every router replaces the scenario's own, with the options below and nothing else changed, so none of them is tuned.
+Whole federations. Every router replaces the scenario's own, with the options below and nothing else changed, so none
+of them is tuned.
 One JSON object a line with --json: scenario, router, seed, accuracy or bits_per_byte, the same with the routed
 experts silenced, max_over_mean_load on public test records, bytes_per_node, seconds.
 """

@@ -393,7 +393,10 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
     changes = dict(parse_override(text) for text in overrides)
     if seed is not None:
         changes["seed"] = seed
-    return read_scenario(find(name), changes)
+    scenario = read_scenario(find(name), changes)
+    if scenario.model.source is not None:  # the caller's own code lies where the caller is
+        sys.path.append(str(Path.cwd()))
+    return scenario
 
 
 class _progress:  # noqa: N801  (used like a function)

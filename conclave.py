@@ -77,7 +77,7 @@ def simulate(
     else:
         _refuse_beside_resume(scenario=scenario, set=overrides, seed=seed, out=out)
         run = RunDirectory.open(resume)
-        resolved = run.scenario
+        resolved = _with_own_code(run.scenario)
     with _progress(resolved.federation.rounds) as advance:
         summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
     report_path = write_report(run)
@@ -393,7 +393,14 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
     changes = dict(parse_override(text) for text in overrides)
     if seed is not None:
         changes["seed"] = seed
-    return read_scenario(find(name), changes)
+    return _with_own_code(read_scenario(find(name), changes))
+
+
+def _with_own_code(scenario: Scenario) -> Scenario:
+    """Let a scenario's own model be found where the caller is."""
+    if scenario.model.source is not None:
+        sys.path.append(str(Path.cwd()))
+    return scenario
 
 
 class _progress:  # noqa: N801  (used like a function)

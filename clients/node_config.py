@@ -128,6 +128,8 @@ expert_capacity = {policy.expert_capacity}
 certified_only = true
 # Only these scenarios: by name, or by the hash of a plan, which "conclave plan" prints.
 # scenarios = ["digits", "plan:0123..."]
+# Code that this node may import and run for a plan with a model of its own.
+# models = ["package.module:function"]
 
 [policy.releases]
 # What may leave, and the largest share of a plan's budget it may take.

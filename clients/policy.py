@@ -23,6 +23,8 @@ class Policy(Frozen):
     releases: what may leave, each with the largest share of a plan's budget it may take.
     scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
         is the server's word, a plan's hash binds.
+    models: each ``module:function`` that this node may import and run for a plan with a model of its own; none unless
+        the owner names it. In a simulation, whoever wrote the scenario runs it.
     """
 
     simulation: bool = False
@@ -34,6 +36,7 @@ class Policy(Frozen):
     certified_only: bool = True
     releases: dict[str, Share] = Field(default_factory=lambda: {"delta": 1.0})
     scenarios: tuple[str, ...] | None = None
+    models: tuple[str, ...] = ()
 
     def check(self, plan: Plan, scenario: str) -> None:
         """Check a plan against the policy, before anything is charged.
@@ -47,6 +50,10 @@ class Policy(Frozen):
         if self.scenarios is not None and not {scenario, f"plan:{plan.hash}"} & set(self.scenarios):
             raise ProtocolError("not-allowed", f"scenario {scenario!r} is not among those that policy.scenarios allows")
         if not self.simulation:
+            if plan.model.source is not None and plan.model.source not in self.models:
+                raise ProtocolError(
+                    "not-allowed", f"{plan.model.source!r} is not among those that policy.models allows"
+                )
             if plan.noise_multiplier is None or plan.noise_multiplier < self.min_noise_multiplier:
                 noise = "none" if plan.noise_multiplier is None else f"{plan.noise_multiplier:g}"
                 raise ProtocolError("not-allowed", f"noise is {noise}, must be at least {self.min_noise_multiplier:g}")

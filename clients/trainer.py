@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from clients.protocol import Plan
 from data.sources import GROUP
 from model import HeldExperts, ModelConfig, Network, parameters
+from model.building import empty
+from model.own import EXPERT
 from privacy.dpsgd import DpSgd, train_privately
 from privacy.gradient_modes import Records
 
@@ -48,13 +49,19 @@ def _scales(plan: Plan, network: Network, held: HeldExperts) -> dict[str, float]
         name: len(held[layer]) / plan.model.experts.routed
         for layer in held
         for name, _ in network.named_parameters()
-        if name.startswith(f"blocks.{layer}.moe.experts.")
+        if name.startswith(f"blocks.{layer}.moe.experts.") or _is_own_expert(name, layer)
     }
+
+
+def _is_own_expert(name: str, layer: int) -> bool:
+    match = EXPERT.fullmatch(name)
+    return match is not None and int(match["layer"]) == layer
 
 
 def _empty_network(config: ModelConfig, held: HeldExperts) -> Network:
     """Return a network without weights for these experts."""
-    if config.experts.router.kind == "hierarchical":  # a router with groups knows experts by their ids
+    # A router with groups, and a model of the user's own, know experts by their ids.
+    if config.source is not None or config.experts.router.kind == "hierarchical":
         return _skeleton(config, tuple(held[layer] for layer in sorted(held)))
     return _skeleton(config, tuple(tuple(range(len(held[layer]))) for layer in sorted(held)))
 
@@ -62,8 +69,7 @@ def _empty_network(config: ModelConfig, held: HeldExperts) -> Network:
 @lru_cache(maxsize=16)
 def _skeleton(config: ModelConfig, held_by_layer: tuple[tuple[int, ...], ...]) -> Network:
     """Build it once per worker: other than for groups, which experts it is for shows in names only."""
-    with torch.device("meta"):
-        return Network(config, dict(enumerate(held_by_layer)))
+    return empty(config, dict(enumerate(held_by_layer)))
 
 
 def train(

@@ -172,13 +172,19 @@ class ModelConfig(Frozen):
     * ``preset = "moe"``: the first architecture of the family, one block and no attention.
     * ``preset = "deep-moe"``: several blocks without attention, whose experts are deep.
     * ``preset = "transformer"``: ``layers`` blocks of attention and MoE.
+    * ``preset = "own"``: the torch module that ``source = "module:function"`` builds, see :mod:`model.own`. Encoder and
+      head say what its records and scores are, ``layers`` and ``experts.routed`` how many experts there are; the rest
+      is the function's to use.
 
     ``norm`` stands before each attention, each MoE layer and the head. No layer but the norm has a bias-like
     parameter. ``width`` is a multiple of 8 because grouped matrix products need rows of 16-byte multiples in fp32
     and bf16 alike.
     """
 
-    preset: Literal["moe", "deep-moe", "transformer"] = "moe"
+    younger = frozenset({"source"})
+
+    preset: Literal["moe", "deep-moe", "transformer", "own"] = "moe"
+    source: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$", max_length=200)
     norm: Literal["rms", "none"] = "rms"
     init: InitConfig = InitConfig()
     width: int = Field(ge=8, le=16_384, multiple_of=8)
@@ -190,6 +196,8 @@ class ModelConfig(Frozen):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
+        if (self.preset == "own") != (self.source is not None):
+            raise ValueError(f"model.source must be given for preset own and no other, not for {self.preset}")
         router = self.experts.router
         if isinstance(router, AttentionRouterConfig) and router.heads * router.key_width > self.width:
             raise ValueError(
@@ -201,6 +209,8 @@ class ModelConfig(Frozen):
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
                 "must be classification for image-patch, next-byte for bytes"
             )
+        if self.preset == "own":
+            return self
         if self.preset == "transformer":
             self._check_transformer()
         elif self.attention is not None or (self.preset == "moe" and self.layers != 1):

@@ -11,8 +11,8 @@ from torch import Size
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from model import parameters
+from model.building import build
 from model.config import ModelConfig
-from model.network import build
 
 _EXAMPLES = 8
 

@@ -15,7 +15,6 @@ from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelCo
 from model.encoders import ByteEncoder, ImagePatchEncoder
 from model.errors import BadInputError
 from model.heads import ClassificationHead, NextByteHead, byte_loss
-from model.initialisation import initialise
 from model.moe import MoELayer
 from model.norms import make_norm
 from model.padding import present_tokens
@@ -222,28 +221,3 @@ class Network(nn.Module):
 def _log_probability(trunk: _Trunk) -> Tensor:
     """Log-probability of all choices of a rollout, [B]: layers sample one after the other."""
     return torch.stack([routing.log_prob_B for routing in trunk.routing if routing.log_prob_B is not None]).sum(0)
-
-
-def build(config: ModelConfig, seed: int) -> Network:
-    """Build the full model with fresh weights drawn from ``seed`` (public, not private randomness)."""
-    with torch.device("meta"):
-        network = Network(config, config.all_experts)
-    network.to_empty(device="cpu")
-    for parameter in network.parameters():
-        nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed
-    for buffer in network.buffers():
-        buffer.fill_(float("nan"))
-    initialise(network, torch.Generator().manual_seed(seed))
-    return network
-
-
-def from_state(config: ModelConfig, held: HeldExperts, state: Mapping[str, Tensor]) -> Network:
-    """Build a model around existing tensors (not copied), with only the experts in ``held``.
-
-    Raises:
-        RuntimeError: a name is missing or unexpected, or a shape differs.
-    """
-    with torch.device("meta"):
-        network = Network(config, held)
-    network.load_state_dict(dict(state), assign=True)
-    return network

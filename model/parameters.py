@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.building import empty
 from model.config import HeldExperts, ModelConfig
-from model.network import Network
+from model.own import EXPERT
 
 _STACKED = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.(?P<part>experts|router)\.(?!common\.)(?P<name>.+)")
 _NUMBER = re.compile(r"0|[1-9][0-9]*")  # one spelling only: no leading zeros, no other scripts
@@ -55,6 +56,10 @@ def split(state: Mapping[str, Tensor], held: HeldExperts) -> dict[str, Tensor]:
     """Turn a module's state dict into wire names; expert and router tensors become views, one per expert."""
     wire: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        own = EXPERT.fullmatch(name)
+        if own is not None:
+            wire[f"expert/{int(own['layer'])}/{int(own['expert'])}/{name}"] = tensor
+            continue
         match = _STACKED.fullmatch(name)
         if match is None:
             wire[f"shared/{name}"] = tensor
@@ -74,8 +79,12 @@ def join(wire: Mapping[str, Tensor], held: HeldExperts) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     stacked: dict[tuple[str, int, str], None] = {}
     for wire_name, tensor in wire.items():
-        group, layer, _ = owner(wire_name)
-        if layer is None:
+        group, layer, expert = owner(wire_name)
+        name = wire_name.rpartition("/")[2]
+        if EXPERT.fullmatch(name):
+            if expert in held.get(layer or 0, ()):
+                state[name] = tensor
+        elif layer is None:
             state[wire_name.partition("/")[2]] = tensor
         else:
             stacked[group, layer, wire_name.rpartition("/")[2]] = None
@@ -101,6 +110,5 @@ def shapes(config: ModelConfig, held: HeldExperts) -> dict[str, torch.Size]:
 
 @lru_cache(maxsize=1024)
 def _shapes(config: ModelConfig, held: tuple[tuple[int, tuple[int, ...]], ...]) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        state = Network(config, dict(held)).state_dict()
+    state = empty(config, dict(held)).state_dict()
     return {name: tensor.shape for name, tensor in split(state, dict(held)).items()}

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save
 from torch import Size, Tensor
 
 from model import parameters
+from model.building import from_state
 from model.config import ModelConfig
 from model.errors import BadInputError
-from model.network import Network, from_state
+from model.network import Network
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
@@ -70,6 +71,8 @@ def load(folder: Path) -> Network:
         raise BadInputError(
             f"{folder / 'model.json'}: {error.error_count()} key(s) do not fit this version of Conclave"
         ) from error
+    if config.source is not None:  # opening a file must not run code that it names
+        raise BadInputError(f"{folder}: is a model of {config.source}, must be built by it and given these weights")
     try:
         wire = load_file(folder / "model.safetensors")
         _check_belongs(wire, parameters.shapes(config, config.all_experts))

@@ -246,6 +246,26 @@ def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):
     assert (status, err.count("must be a new file")) == (2, 1)
 
 
+def test_a_model_of_ones_own_is_found_where_the_caller_is(tmp_path):
+    """In a process of its own: what the test's process can import proves nothing."""
+    source = Path(__file__).parents[1] / "simulations" / "own_models.py"
+    shutil.copy(source, tmp_path / "my_models.py")
+    own = ("--set", "model.preset=own", "--set", "model.source=my_models:mixture")
+
+    def run(*arguments):
+        return subprocess.run(
+            [Path(sys.executable).with_name("conclave"), *arguments],
+            capture_output=True, text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+
+    done = run("simulate", "digits", *FAST, *own, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    done = run("simulate", "--resume", "run", "--json")
+    assert (done.returncode, json.loads(done.stdout.splitlines()[-1])["rounds"]) == (0, 2), done.stderr
+    done = run("predict", "run", "digits:3")
+    assert (done.returncode, done.stderr.count("must be built by it")) == (2, 1)
+
+
 def test_the_model_of_a_scenario(capsys, tmp_path):
     status, out, _ = call(capsys, "model", "stdlib-text", "--plot", tmp_path / "m.svg", "--json")
     card = json.loads(out.splitlines()[-1])

@@ -1,0 +1,57 @@
+"""Networks from a configuration: empty, with fresh weights, or around given ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from model.config import HeldExperts, ModelConfig
+from model.initialisation import initialise
+from model.network import Network
+from model.own import OwnNetwork
+
+
+def empty(config: ModelConfig, held: HeldExperts) -> Network:
+    """Return a network for these experts, whose weights are still to be loaded.
+
+    Raises:
+        BadInputError: the user's own model cannot be built.
+    """
+    if config.source is not None:  # a module of the user's may not know what to do on the meta device
+        return OwnNetwork(config, held)
+    with torch.device("meta"):
+        return Network(config, held)
+
+
+def build(config: ModelConfig, seed: int) -> Network:
+    """Build the full model with fresh weights drawn from ``seed`` (public, not private randomness).
+
+    Raises:
+        BadInputError: the user's own model cannot be built.
+    """
+    if config.source is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return empty(config, config.all_experts)
+    network = empty(config, config.all_experts)
+    network.to_empty(device="cpu")
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed
+    for buffer in network.buffers():
+        buffer.fill_(float("nan"))
+    initialise(network, torch.Generator().manual_seed(seed))
+    return network
+
+
+def from_state(config: ModelConfig, held: HeldExperts, state: Mapping[str, Tensor]) -> Network:
+    """Build a model around existing tensors (not copied), with only the experts in ``held``.
+
+    Raises:
+        BadInputError: the user's own model cannot be built.
+        RuntimeError: a name is missing or unexpected, or a shape differs.
+    """
+    network = empty(config, held)
+    network.load_state_dict(dict(state), assign=True)
+    return network

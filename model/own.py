@@ -1,0 +1,90 @@
+"""Models of the user's own: a torch module that ``module:function`` builds, trained like the family's.
+
+The function is called with the model's configuration and the experts to hold, ``build(config, held) -> nn.Module``. The
+module maps a batch's ``image`` or ``text`` to scores: [B, classes], or [B, T, 256] for the next byte. Parameters named
+``…layers.<layer>.experts.<id>.…`` belong to that expert, with global ids, and only those of ``held`` may be there; all
+others are shared weights.
+
+Naming code is naming what runs beside private data. A node therefore builds only what its owner allows by name
+(``policy.models``), and never because a server says so.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ClassificationConfig, HeldExperts, ModelConfig
+from model.errors import BadInputError
+from model.heads import byte_loss
+from model.network import Batch, Network, Output
+
+PREFIX = "own."
+EXPERT = re.compile(r"own\.(?:.*\.)?layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\..+")
+
+
+class OwnNetwork(Network):
+    """The user's module behind the interface of the family's models."""
+
+    def __init__(self, config: ModelConfig, held: HeldExperts) -> None:
+        """Build the module.
+
+        Raises:
+            BadInputError: the function cannot be called or returns something else; the module holds buffers, other
+                than float32 parameters, or other experts than it was asked for.
+        """
+        nn.Module.__init__(self)
+        self.config = config
+        self.held = held
+        self.own = _build(config, held)
+        _check(self, config, held)
+
+    def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
+        """Return the module's scores; it has no auxiliary loss, and its routing is its own business."""
+        del allowed
+        scores = self.own(batch["text" if self.config.encoder.kind == "bytes" else "image"])
+        return Output(scores, scores.new_zeros(len(scores)), ())
+
+    def task_loss(self, output: Output, batch: Batch) -> Tensor:
+        """Return the loss of each example, shape [B], in nats."""
+        if isinstance(self.config.head, ClassificationConfig):
+            return F.cross_entropy(output.scores, batch["label"], reduction="none")
+        return byte_loss(output.scores, batch, ahead=1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the training loss of each example, shape [B]."""
+        return self.task_loss(self(batch), batch)
+
+
+def _build(config: ModelConfig, held: HeldExperts) -> nn.Module:
+    source = str(config.source)
+    try:
+        built = pkgutil.resolve_name(source)(config, dict(held))
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise BadInputError(f"model.source {source} cannot be called: {error}") from error
+    if not isinstance(built, nn.Module):
+        raise BadInputError(f"model.source {source} must return a torch module, not a {type(built).__name__}")
+    return built
+
+
+def _check(network: OwnNetwork, config: ModelConfig, held: HeldExperts) -> None:
+    source = config.source
+    buffers = [name.removeprefix(PREFIX) for name, _ in network.named_buffers()]
+    if buffers:
+        raise BadInputError(
+            f"model.source {source}: {buffers[0]} is a buffer, must not be: training may change no state"
+        )
+    for name, parameter in network.named_parameters():
+        short = name.removeprefix(PREFIX)
+        if parameter.dtype != torch.float32 or not parameter.dim() or "/" in name:
+            raise BadInputError(
+                f"model.source {source}: {short} must be a float32 tensor with an axis and no / in its name"
+            )
+        match = EXPERT.fullmatch(name)
+        if match is not None and int(match["expert"]) not in held.get(int(match["layer"]), ()):
+            raise BadInputError(f"model.source {source}: {short} is of an expert that is not held, must be left out")

@@ -1,0 +1,154 @@
+"""A torch model of the user's own goes the whole way: experts, privacy, ledger, audit; and only where allowed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_config
+from ledger_samples import entries_of
+
+from clients.policy import Policy
+from clients.protocol import Plan, ProtocolError
+from clients.trainer import _scales
+from data.shipped_scenarios import find
+from model import BadInputError, ModelConfig, build, load, parameters
+from model.building import from_state
+from model.costs import costs_of
+from server.run_audit import audit_run
+from server.run_directory import RunDirectory
+from server.scenario import Scenario, read_scenario
+from simulations.audit_model import audit_scenario
+from simulations.report import write_report
+from simulations.simulate import simulate
+
+FAST = {"federation.rounds": 4, "partition.nodes": 4, "model.width": 16}
+
+
+def scenario(source="own_models:mixture", **changes) -> Scenario:
+    own = {"model.preset": "own", "model.source": source, "training.learning_rate": 2.0}
+    return read_scenario(find("digits"), FAST | own | changes)
+
+
+def own_config(source="own_models:mixture", layers=2) -> ModelConfig:
+    document = make_config().model_dump() | {"preset": "own", "source": source, "layers": layers}
+    return ModelConfig.model_validate(document)
+
+
+def test_experts_travel_one_by_one_and_everything_else_is_shared():
+    config, held = own_config(), {0: (1, 4), 1: (0, 5)}
+    network = build(config, seed=1)
+    wire = parameters.split(network.state_dict(), network.held)
+    experts = {name for name in wire if name.startswith("expert/")}
+    assert len(experts) == 2 * 6 * 2  # layers, experts, weight and bias
+    assert "expert/1/5/own.layers.1.experts.5.weight" in experts
+    assert {name.partition("/")[0] for name in wire} == {"expert", "shared"}
+    mine = {name: wire[name] for name in parameters.select(wire, held)}
+    assert {name: tensor.shape for name, tensor in mine.items()} == parameters.shapes(config, held)
+    small = from_state(config, held, parameters.join(mine, held))
+    again = parameters.split(small.state_dict(), held)
+    assert again.keys() == mine.keys()
+    assert all(torch.equal(again[name], mine[name]) for name in mine)
+    assert costs_of(config).parameters["router"] == 0
+
+
+def test_the_same_seed_builds_the_same_model_and_leaves_torch_alone():
+    before = torch.get_rng_state()
+    first, second, other = (build(own_config(), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    names = list(first.state_dict())
+    assert all(torch.equal(first.state_dict()[name], second.state_dict()[name]) for name in names)
+    assert not torch.equal(first.state_dict()[names[0]], other.state_dict()[names[0]])
+
+
+@pytest.mark.parametrize("source", ["own_models:mixture", "own_models:plain"])
+def test_it_trains_privately_in_a_federation(tmp_path, source):
+    run = RunDirectory.create(scenario(source, **{"federation.rounds": 10}), tmp_path / "run")
+    summary = simulate(run.scenario, run)
+    assert summary.accuracy > 0.5
+    assert 7.9 < summary.epsilon <= 8.0
+    audit = audit_run(run)
+    assert (audit.verdict, audit.matched) == ("NOT_REFUTED", 40)
+    assert all(e.releases == '["delta"]' for e in entries_of(run.ledgers[0]) if e.state == "RESERVED")
+    assert write_report(run).is_file()
+    assert all(json.dumps(line, allow_nan=False) for line in run.metrics())
+    with pytest.raises(BadInputError, match="is a model of own_models"):
+        load(run.path / "model")  # a file must not name code that is then run
+
+
+def test_the_audit_attacks_it():
+    findings = audit_scenario(scenario())
+    assert {finding.check for finding in findings} >= {"isolation", "sensitivity", "noise"}
+    assert not any(finding.violation for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("own_models:absent", "cannot be called"),
+        ("no_such_module:build", "cannot be called"),
+        ("own_models:nothing", "must return a torch module, not a int"),
+        ("own_models:stateful", "is a buffer, must not be"),
+        ("own_models:narrow", "must be a float32 tensor"),
+    ],
+)
+def test_what_cannot_be_used_is_one_sentence(source, sentence):
+    with pytest.raises(BadInputError, match=sentence):
+        build(own_config(source), seed=1)
+
+
+def test_experts_that_were_not_sent_are_refused():
+    with pytest.raises(BadInputError, match="is of an expert that is not held"):
+        from_state(own_config("own_models:greedy"), {0: (1, 2), 1: (1, 2)}, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": None},
+        {"preset": "moe"},
+        {"source": "os.system"},
+        {"source": "own_models:mixture; rm"},
+        {"source": "../own:mixture"},
+    ],
+)
+def test_the_configuration_names_a_function_or_nothing(changes):
+    with pytest.raises(ValueError, match="source"):
+        ModelConfig.model_validate(own_config(layers=1).model_dump() | changes)
+
+
+def test_a_node_runs_no_code_that_its_owner_did_not_name(monkeypatch):
+    plan = Plan(
+        model=own_config(),
+        privacy={"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
+        training={"learning_rate": 0.5},
+        rounds=1,
+        noise_multiplier=2.0,
+    )
+    monkeypatch.setattr("pkgutil.resolve_name", lambda name: pytest.fail(f"{name} was looked up"))
+    with pytest.raises(ProtocolError, match=r"is not among those that policy\.models allows") as caught:
+        Policy().check(plan, "test")
+    assert caught.value.code == "not-allowed"
+    Policy(models=("own_models:mixture",)).check(plan, "test")
+
+
+def test_its_experts_can_learn_slower_where_few_are_held():
+    held = {0: (1, 4, 5), 1: (0, 2, 3)}
+    document = {
+        "model": own_config(),
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
+        "training": {"learning_rate": 0.5, "expert_learning_rate": "held"},
+        "rounds": 1,
+        "noise_multiplier": 2.0,
+    }
+    network = from_state(own_config(), held, build_part(held))
+    scales = _scales(Plan(**document), network, held)
+    assert set(scales.values()) == {0.5}
+    assert scales.keys() == {name for name, _ in network.named_parameters() if ".experts." in name}
+
+
+def build_part(held):
+    full = build(own_config(), seed=1)
+    wire = parameters.split(full.state_dict(), full.held)
+    return parameters.join({name: wire[name] for name in parameters.select(wire, held)}, held)

@@ -248,7 +248,7 @@ def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):
 
 def test_a_model_of_ones_own_is_found_where_the_caller_is(tmp_path):
     """In a process of its own: what the test's process can import proves nothing."""
-    source = Path(__file__).parents[1] / "simulations" / "own_models.py"
+    source = Path(__file__).parents[1] / "simulations" / "sample_models.py"
     shutil.copy(source, tmp_path / "my_models.py")
     own = ("--set", "model.preset=own", "--set", "model.source=my_models:mixture")
 

@@ -26,12 +26,12 @@ from simulations.simulate import simulate
 FAST = {"federation.rounds": 4, "partition.nodes": 4, "model.width": 16}
 
 
-def scenario(source="own_models:mixture", **changes) -> Scenario:
+def scenario(source="sample_models:mixture", **changes) -> Scenario:
     own = {"model.preset": "own", "model.source": source, "training.learning_rate": 2.0}
     return read_scenario(find("digits"), FAST | own | changes)
 
 
-def own_config(source="own_models:mixture", layers=2) -> ModelConfig:
+def own_config(source="sample_models:mixture", layers=2) -> ModelConfig:
     document = make_config().model_dump() | {"preset": "own", "source": source, "layers": layers}
     return ModelConfig.model_validate(document)
 
@@ -62,7 +62,7 @@ def test_the_same_seed_builds_the_same_model_and_leaves_torch_alone():
     assert not torch.equal(first.state_dict()[names[0]], other.state_dict()[names[0]])
 
 
-@pytest.mark.parametrize("source", ["own_models:mixture", "own_models:plain"])
+@pytest.mark.parametrize("source", ["sample_models:mixture", "sample_models:plain"])
 def test_it_trains_privately_in_a_federation(tmp_path, source):
     run = RunDirectory.create(scenario(source, **{"federation.rounds": 10}), tmp_path / "run")
     summary = simulate(run.scenario, run)
@@ -73,7 +73,7 @@ def test_it_trains_privately_in_a_federation(tmp_path, source):
     assert all(e.releases == '["delta"]' for e in entries_of(run.ledgers[0]) if e.state == "RESERVED")
     assert write_report(run).is_file()
     assert all(json.dumps(line, allow_nan=False) for line in run.metrics())
-    with pytest.raises(BadInputError, match="is a model of own_models"):
+    with pytest.raises(BadInputError, match="is a model of sample_models"):
         load(run.path / "model")  # a file must not name code that is then run
 
 
@@ -86,11 +86,11 @@ def test_the_audit_attacks_it():
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("own_models:absent", "cannot be called"),
+        ("sample_models:absent", "cannot be called"),
         ("no_such_module:build", "cannot be called"),
-        ("own_models:nothing", "must return a torch module, not a int"),
-        ("own_models:stateful", "is a buffer, must not be"),
-        ("own_models:narrow", "must be a float32 tensor"),
+        ("sample_models:nothing", "must return a torch module, not a int"),
+        ("sample_models:stateful", "is a buffer, must not be"),
+        ("sample_models:narrow", "must be a float32 tensor"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(source, sentence):
@@ -100,7 +100,7 @@ def test_what_cannot_be_used_is_one_sentence(source, sentence):
 
 def test_experts_that_were_not_sent_are_refused():
     with pytest.raises(BadInputError, match="is of an expert that is not held"):
-        from_state(own_config("own_models:greedy"), {0: (1, 2), 1: (1, 2)}, {})
+        from_state(own_config("sample_models:greedy"), {0: (1, 2), 1: (1, 2)}, {})
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_experts_that_were_not_sent_are_refused():
         {"source": None},
         {"preset": "moe"},
         {"source": "os.system"},
-        {"source": "own_models:mixture; rm"},
+        {"source": "sample_models:mixture; rm"},
         {"source": "../own:mixture"},
     ],
 )
@@ -130,7 +130,7 @@ def test_a_node_runs_no_code_that_its_owner_did_not_name(monkeypatch):
     with pytest.raises(ProtocolError, match=r"is not among those that policy\.models allows") as caught:
         Policy().check(plan, "test")
     assert caught.value.code == "not-allowed"
-    Policy(models=("own_models:mixture",)).check(plan, "test")
+    Policy(models=("sample_models:mixture",)).check(plan, "test")
 
 
 def test_its_experts_can_learn_slower_where_few_are_held():

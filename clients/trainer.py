@@ -60,8 +60,9 @@ def _is_own_expert(name: str, layer: int) -> bool:
 
 def _empty_network(config: ModelConfig, held: HeldExperts) -> Network:
     """Return a network without weights for these experts."""
-    # A router with groups, and a model of the user's own, know experts by their ids.
-    if config.source is not None or config.experts.router.kind == "hierarchical":
+    if config.source is not None:  # never kept: what code of the user's remembers must not outlive a charge
+        return empty(config, held)
+    if config.experts.router.kind == "hierarchical":  # a router with groups knows experts by their ids
         return _skeleton(config, tuple(held[layer] for layer in sorted(held)))
     return _skeleton(config, tuple(tuple(range(len(held[layer]))) for layer in sorted(held)))
 

@@ -46,7 +46,8 @@ def costs_of(config: ModelConfig) -> ModelCosts:
     return ModelCosts(
         parameters=counts,
         total=total,
-        active=total - config.layers * (experts.routed - experts.top_k) * one,
+        # How many experts a model of the user's own uses for a token, nobody can tell: all it holds.
+        active=total if config.source is not None else total - config.layers * (experts.routed - experts.top_k) * one,
         expert=one,
         flops_per_token=_flops(config) // (_EXAMPLES * config.encoder.tokens),
     )

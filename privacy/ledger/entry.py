@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from typing import Literal, get_args
+from typing import Literal
 
 from model.errors import BadInputError
 from privacy.accounting import budget_units, fixed_order
@@ -21,11 +21,24 @@ State = Literal["RESERVED", "COMMITTED", "ABANDONED", "ADMITTED", "CLOSED", "ROT
 """RESERVED → COMMITTED | ABANDONED is the life of a charge, ADMITTED → CLOSED of the budget set aside for a plan. The
 other three are about the ledger itself: a new key, a start from a restored copy, a newer format."""
 
-STATES: tuple[str, ...] = get_args(State)
+
+@dataclass(frozen=True, kw_only=True)
+class Hashed:
+    """One line of a history: canonical JSON that is stored, exported and hashed; the next line names its hash."""
+
+    @property
+    def line(self) -> bytes:
+        """The canonical JSON."""
+        return canonical_json(asdict(self))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return sha256(self.line)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Genesis:
+class Genesis(Hashed):
     """What never changes in a ledger. Numbers are exact decimal strings.
 
     mode: ``simulation`` ledgers accept seeded randomness and ``mechanism = none``; ``deployment`` ones never.
@@ -83,16 +96,6 @@ class Genesis:
             public_key=public_key,
             time=utc_now(),
         )
-
-    @property
-    def line(self) -> bytes:
-        """The canonical JSON."""
-        return canonical_json(asdict(self))
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the canonical JSON: the ``prev_hash`` of the first entry."""
-        return sha256(self.line)
 
     @classmethod
     def parse(cls, line: bytes | str) -> Genesis:
@@ -175,7 +178,7 @@ class ChargeRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(Hashed):
     """One line of the ledger. ``rdp_*`` are decimal integers in units of 1e-12, or ``inf``.
 
     A later state of a charge is a new entry with the same ``charge_id`` and a charge of 0: entries never change.
@@ -201,16 +204,6 @@ class Entry:
     releases: str
     rng: str
     time: str
-
-    @property
-    def line(self) -> bytes:
-        """The canonical JSON: what is stored, exported and hashed."""
-        return canonical_json(asdict(self))
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        return sha256(self.line)
 
     @classmethod
     def parse(cls, line: bytes | str) -> Entry:

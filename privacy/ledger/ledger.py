@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from model.errors import BadInputError
 from privacy.accounting import charge_units, epsilon_of
 from privacy.canonical import canonical_json, sha256
-from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, add_units
+from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
 from privacy.ledger.heads import SignedHead
 from privacy.ledger.store import Store
 
@@ -268,10 +268,10 @@ class Ledger(Store):
             raise BudgetExhaustedError
 
     def _append_for(
-        self, request: ChargeRequest, charge_id: str, state: str, *, charge: str = "0", output_hash: str = ""
+        self, request: ChargeRequest, charge_id: str, state: State, *, charge: str = "0", output_hash: str = ""
     ) -> SignedHead:
         return self._append(
-            state,  # type: ignore[arg-type]
+            state,
             charge_id,
             request.mechanism_json(),
             charge,

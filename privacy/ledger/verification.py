@@ -375,10 +375,11 @@ class _Audit:
 def _read(line: bytes) -> dict[str, Any]:
     """Read an entry: its fields in canonical order and of the right types, and nothing after them."""
     text = line.decode()
+    entry: dict[str, Any]
     entry, end = _DECODER.raw_decode(text)
     if end != len(text) or list(entry) != _FIELDS or list(map(type, entry.values())) != _TYPES:
         raise ValueError("not an entry")
-    return entry  # type: ignore[no-any-return]
+    return entry
 
 
 def _refuse(text: str) -> NoReturn:

@@ -11,7 +11,7 @@ from ledger_samples import entries_of
 
 from clients.policy import Policy
 from clients.protocol import Plan, ProtocolError
-from clients.trainer import _scales
+from clients.trainer import _scales, train
 from data.shipped_scenarios import find
 from model import BadInputError, ModelConfig, build, load, parameters
 from model.building import from_state
@@ -152,3 +152,22 @@ def build_part(held):
     full = build(own_config(), seed=1)
     wire = parameters.split(full.state_dict(), full.held)
     return parameters.join({name: wire[name] for name in parameters.select(wire, held)}, held)
+
+
+def test_what_its_code_remembers_does_not_outlive_a_charge():
+    """The second charge starts like the first: nothing but the committed release may carry over."""
+    config = own_config("sample_models:remembering", layers=1)
+    document = {
+        "model": config,
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
+        "training": {"learning_rate": 0.5, "steps": 2},
+        "rounds": 1,
+        "noise_multiplier": 2.0,
+    }
+    network = build(config, seed=1)
+    sent = parameters.split(network.state_dict(), network.held)
+    once, again = (
+        train(Plan(**document), config.all_experts, sent, network.synthetic_batch(20), 20, bytes(32)).delta
+        for _ in range(2)
+    )
+    assert all(torch.equal(once[name], again[name]) for name in once)

@@ -28,6 +28,7 @@ class PlanEstimate:
     plan_hash: names the plan; an owner may allow it by this hash.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
+    node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
 
@@ -46,6 +47,9 @@ class PlanEstimate:
     bytes_full_model: int
     seconds_per_node_round: float
     seconds_total: float
+    node_noise_multiplier: float | None = None
+    node_epsilon: float | None = None
+    node_delta: float | None = None
 
 
 def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
@@ -71,6 +75,11 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up, full = exchange_bytes_of(scenario)
     seconds = _seconds(scenario, plan, held, units_per_node)
+    node_level, node_mechanism = scenario.node_privacy, scenario.node_mechanism()
+    node_epsilon = None
+    if node_level is not None and node_mechanism is not None:
+        node_order = fixed_order(node_level.epsilon, node_level.delta)
+        node_epsilon = epsilon_of(rounds * charge_units(node_mechanism, node_order), node_order, node_level.delta)
     return PlanEstimate(
         plan_hash=plan.hash,
         rounds=rounds,
@@ -87,6 +96,9 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         bytes_full_model=full,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
+        node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,
+        node_epsilon=node_epsilon,
+        node_delta=None if node_level is None else node_level.delta,
     )
 
 

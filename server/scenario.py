@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -18,7 +19,8 @@ from model.errors import BadInputError
 from model.explain import explain, keys_of
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
-from server.config import FederationConfig
+from privacy.mechanisms import SampledGaussian
+from server.config import FederationConfig, NodePrivacyConfig, PoissonCohort
 
 Overrides = Mapping[str, Any]
 
@@ -38,6 +40,27 @@ class Scenario(Frozen):
     privacy: PrivacyConfig
     training: TrainingConfig
     federation: FederationConfig
+    node_privacy: NodePrivacyConfig | None = None
+
+    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy"})
+
+    @model_validator(mode="after")
+    def _fits_node_level(self) -> Scenario:
+        """Everything that would let the step depend on who is there, other than through the noised sum, is refused."""
+        if self.node_privacy is None:
+            return self
+        federation = self.federation
+        if not isinstance(federation.cohort, PoissonCohort):
+            raise ValueError(f"federation.cohort.kind is {federation.cohort.kind}, must be poisson with node_privacy")
+        for key, value, allowed in (
+            ("assignment", federation.assignment, ("random", "all")),
+            ("weights", federation.weights, ("uniform",)),
+            ("min_holders", federation.min_holders, (1,)),
+        ):
+            if value not in allowed:
+                choices = " or ".join(map(str, allowed))
+                raise ValueError(f"federation.{key} is {value}, must be {choices} with node_privacy")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Scenario:
@@ -82,6 +105,24 @@ class Scenario(Frozen):
             noise_multiplier=noise,
         )
 
+    def node_mechanism(self) -> SampledGaussian | None:
+        """Return what a round is charged at node level, with σ calibrated for all rounds; None where nothing is.
+
+        Raises:
+            BadInputError: no noise multiplier satisfies (ε, δ).
+        """
+        if self.node_privacy is None or not isinstance(self.federation.cohort, PoissonCohort):
+            return None
+        rate = self.federation.cohort.rate
+        noise = calibrate_noise(
+            epsilon=self.node_privacy.epsilon,
+            delta=self.node_privacy.delta,
+            sampling_rate=rate,
+            steps_per_charge=1,
+            charges=self.federation.rounds,
+        )
+        return SampledGaussian(sampling_rate=rate, noise_multiplier=noise, steps=1)
+
     def to_toml(self) -> str:
         """Return the resolved scenario, every default written out."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
@@ -116,7 +157,7 @@ def parse_scenario(text: str, *, where: str, overrides: Overrides | None = None)
     except RecursionError as error:
         raise BadInputError(f"{where}: nested too deeply, must be a scenario in TOML") from error
     for key, value in (overrides or {}).items():
-        _put(document, key, value)
+        _put(document, key, deepcopy(value))  # a later key may lie within it
     _drop_stale_options(document, overrides or {})
     try:
         return Scenario.model_validate(document)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,7 +55,12 @@ class FederationConfig(Frozen):
     assignment: ``all``, ``random``, or ``balanced`` (every expert gets its minimum holders first).
     min_holders: an expert that fewer nodes returned keeps its value.
     weights: average deltas uniformly or by declared size.
+    expert_scope: ``federated`` averages experts over their holders; ``local`` leaves each node its own, for ever: only
+        router and shared weights travel; ``mixed`` does so with ``local_experts`` of each layer, those with the highest
+        ids (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818, with experts for layers).
     """
+
+    younger: ClassVar[frozenset[str]] = frozenset({"expert_scope", "local_experts"})
 
     rounds: int = Field(ge=1, le=1_000_000)
     experts_per_node: int = Field(ge=1)
@@ -64,6 +69,8 @@ class FederationConfig(Frozen):
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
     optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    expert_scope: Literal["federated", "local", "mixed"] = "federated"
+    local_experts: int = Field(default=0, ge=0)
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
 
 

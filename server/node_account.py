@@ -11,7 +11,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from clients.protocol import Plan, pack
-from model import parameters
 from model.config import HeldExperts
 from model.errors import BadInputError
 from privacy.canonical import sha256
@@ -94,7 +93,7 @@ class NodeLevel:
         """Return what the contributions of a cohort are added to."""
         return NodeLevelSum(
             nodes,
-            shapes=parameters.shapes(self._plan.model, self._plan.model.all_experts),
+            shapes=self._plan.travelling(self._plan.model.all_experts),
             clip=self._config.clip,
             noise_multiplier=self._mechanism.noise_multiplier,
             expected_nodes=self._mechanism.sampling_rate * self._config.nodes,

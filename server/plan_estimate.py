@@ -112,7 +112,8 @@ def exchange_bytes_of(scenario: Scenario) -> tuple[int, int, int]:
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up = _bytes(plan, held, scenario.name)
-    return down, up, sum(_bytes(plan, everything, scenario.name))
+    whole = plan.model_copy(update={"local_experts": 0})
+    return down, up, sum(_bytes(whole, everything, scenario.name))
 
 
 def _count(plan: Plan, held: HeldExperts) -> int:
@@ -120,7 +121,7 @@ def _count(plan: Plan, held: HeldExperts) -> int:
 
 
 def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
-    tensors = {name: torch.zeros(shape) for name, shape in parameters.shapes(plan.model, held).items()}
+    tensors = {name: torch.zeros(shape) for name, shape in plan.travelling(held).items()}
     for number, tensor in enumerate(tensors.values()):
         tensor += number  # equal chunks would be counted once
     request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)

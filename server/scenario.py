@@ -77,6 +77,13 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.experts_per_node is {per_node}, must be {experts.routed} with assignment 'all'"
             )
+        scope, local = self.federation.expert_scope, self.federation.local_experts
+        if scope == "mixed" and not 1 <= local < experts.routed:
+            raise ValueError(
+                f"federation.local_experts is {local}, must be from 1 to {experts.routed - 1} with expert_scope 'mixed'"
+            )
+        if scope != "mixed" and local:
+            raise ValueError(f"federation.local_experts is {local}, must be left out with expert_scope '{scope}'")
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
@@ -103,7 +110,12 @@ class Scenario(Frozen):
             training=self.training,
             rounds=self.federation.rounds,
             noise_multiplier=noise,
+            local_experts=self._local_experts,
         )
+
+    @property
+    def _local_experts(self) -> int:
+        return self.model.experts.routed if self.federation.expert_scope == "local" else self.federation.local_experts
 
     def node_mechanism(self) -> SampledGaussian | None:
         """Return what a round is charged at node level, with σ calibrated for all rounds; None where nothing is.

@@ -31,7 +31,7 @@ from clients.protocol import (
     pack,
     tensors_of,
 )
-from model import HeldExperts, parameters
+from model import HeldExperts
 from privacy.canonical import sha256
 from privacy.ledger import SignedHead
 from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
@@ -179,7 +179,7 @@ class ExpertStrategy(Strategy):
     def full_model_bytes(self) -> int:
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
-        request = encode(self._request(1, held, EMPTY_RECEIPT), self._tensors(held))
+        request = encode(self._request(1, held, EMPTY_RECEIPT), encode_tensors(self.optimizer.snapshot()))
         reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), pack(self.optimizer.snapshot()))
         return exchange_bytes(request) + exchange_bytes(reply)
 
@@ -205,7 +205,7 @@ class ExpertStrategy(Strategy):
 
     def _tensors(self, held: HeldExperts) -> ArrayRecord:
         snapshot = self.optimizer.snapshot()
-        return encode_tensors({name: snapshot[name] for name in parameters.select(snapshot, held)})
+        return encode_tensors({name: snapshot[name] for name in self.plan.travelling(held)})
 
     def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
         if not reply.has_content():
@@ -213,7 +213,7 @@ class ExpertStrategy(Strategy):
             log.warning("node %s failed to answer", name)
             return None
         self.tally.bytes_up += exchange_bytes(reply.content)
-        expected = parameters.shapes(self.plan.model, held)
+        expected = self.plan.travelling(held)
         try:
             answer = decode(reply.content, TrainReply)
             delta = tensors_of(reply.content, expected)

@@ -28,7 +28,7 @@ from clients.protocol import (
 from clients.trainer import train
 from data.schema import Schema
 from data.sources import GROUP, Records
-from model import BadInputError, HeldExperts, parameters
+from model import BadInputError, HeldExperts, ModelConfig, parameters
 from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
@@ -62,13 +62,20 @@ class Node:
     ledger: Ledger
     new_secret: Callable[[str], bytes]
 
-    def describe(self) -> Description:
-        """Say what is public about this node."""
+    def describe(self, model: ModelConfig | None = None) -> Description:
+        """Say what is public about this node, and how many experts of a model's layers it can hold.
+
+        Raises:
+            ProtocolError: ``not-allowed``, not one expert of the model fits.
+        """
+        capacity = self.policy.expert_capacity if model is None else self.policy.capacity(model)
+        if capacity < 1:
+            raise ProtocolError("not-allowed", "not one expert of this model fits into policy.memory_mb")
         return Description(
             public_key=self.ledger.genesis.public_key,
             rotations=tuple(self.ledger.rotations),
             declared_size=self.declared_size,
-            expert_capacity=self.policy.expert_capacity,
+            expert_capacity=capacity,
         )
 
     def admit(self, request: AdmitRequest) -> Admission:
@@ -100,7 +107,7 @@ class Node:
         self._check_plan(plan, request.scenario)
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
-        check_held(request.held, plan, self.policy.expert_capacity)
+        check_held(request.held, plan, self.policy.capacity(plan.model))
         expected = parameters.shapes(plan.model, request.held)
         if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")

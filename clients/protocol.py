@@ -91,6 +91,13 @@ class Plan(Frozen):
         return {"delta": 1.0}
 
 
+class DescribeRequest(Frozen):
+    """Ask a node what is public about it. With a model, its capacity is for experts of that size."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    model: ModelConfig | None = None
+
+
 class AdmitRequest(Frozen):
     """Ask before round one whether a plan may run, and whether there is budget for all its rounds.
 
@@ -353,7 +360,7 @@ CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
     "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN", "Admission", "AdmitRequest",
-    "CloseRequest", "Closed", "Code", "Description", "Plan", "ProtocolError", "Refusal", "TrainReply", "TrainRequest",
-    "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors", "fingerprint", "lengths", "norms",
-    "pack", "tensors_of", "unpack",
+    "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Plan", "ProtocolError", "Refusal",
+    "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors",
+    "fingerprint", "lengths", "norms", "pack", "tensors_of", "unpack",
 ]  # fmt: skip

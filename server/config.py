@@ -52,16 +52,22 @@ class FederationConfig(Frozen):
     """How rounds run.
 
     experts_per_node: routed experts per layer that travel to a node (capped by what the node declares).
-    assignment: ``all``, ``random``, or ``balanced`` (every expert gets its minimum holders first).
-    min_holders: an expert that fewer nodes returned keeps its value.
+    assignment: ``all``, ``random``, ``balanced`` (holders as even as capacities allow, new ones every round) or
+        ``sticky`` (a node keeps its experts while every expert has ``min_holders``), see :mod:`server.assignment`.
+    min_holders: an expert that fewer nodes returned keeps its value. A federation that has not the places for so many
+        holders of every expert in a round is refused; 0 lets a round pass experts by.
     weights: average deltas uniformly or by declared size.
+    capacities: experts per layer that simulated nodes can hold, in turn; a real node declares its own.
     """
+
+    younger = frozenset({"capacities"})
 
     rounds: int = Field(ge=1, le=1_000_000)
     experts_per_node: int = Field(ge=1)
-    assignment: Literal["all", "random", "balanced"] = "balanced"
-    min_holders: int = Field(default=1, ge=1)
+    assignment: Literal["all", "random", "balanced", "sticky"] = "balanced"
+    min_holders: int = Field(default=1, ge=0)
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
     optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
+    capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), strict=False, max_length=4096)

@@ -14,6 +14,7 @@ from privacy.accounting import charge_units, epsilon_of, fixed_order
 from privacy.dpsgd import DpSgd, train_privately
 from privacy.mechanisms import SampledGaussian
 from privacy.randomness import derive
+from server.coverage import outlook
 from server.receipts import EMPTY_RECEIPT
 from server.scenario import Scenario
 from server.traffic import wire_bytes
@@ -28,6 +29,9 @@ class PlanEstimate:
     plan_hash: names the plan; an owner may allow it by this hash.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
+    parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
+    holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
+        :func:`server.coverage.outlook`.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
 
@@ -44,6 +48,8 @@ class PlanEstimate:
     bytes_down: int
     bytes_up: int
     bytes_full_model: int
+    holders_per_expert: float
+    short_of_holders: float
     seconds_per_node_round: float
     seconds_total: float
 
@@ -70,6 +76,9 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up, full = exchange_bytes_of(scenario)
+    capacities = {f"node {number}": capacity for number, capacity in enumerate(scenario.capacities)}
+    layers, routed = scenario.model.layers, scenario.model.experts.routed
+    expected = outlook(scenario.federation, routed, layers, capacities, scenario.seed)
     seconds = _seconds(scenario, plan, held, units_per_node)
     return PlanEstimate(
         plan_hash=plan.hash,
@@ -85,6 +94,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         bytes_down=down,
         bytes_up=up,
         bytes_full_model=full,
+        holders_per_expert=expected.holders,
+        short_of_holders=expected.short,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
     )
@@ -142,7 +153,7 @@ def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> f
 
 
 def _expected_cohort(scenario: Scenario) -> float:
-    cohort, nodes = scenario.federation.cohort, scenario.partition.nodes
+    cohort, nodes = scenario.federation.cohort, scenario.nodes
     if cohort.kind == "fixed":
         return float(min(cohort.size, nodes))
     return cohort.rate * nodes if cohort.kind == "poisson" else float(nodes)

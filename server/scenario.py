@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from clients.protocol import Plan, TrainingConfig
-from data.config import DataConfig, PartitionConfig
+from data.config import DataConfig, PartitionConfig, taking_part
 from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
@@ -19,6 +19,7 @@ from model.explain import explain, keys_of
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
 from server.config import FederationConfig
+from server.coverage import shortage
 
 Overrides = Mapping[str, Any]
 
@@ -54,10 +55,27 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.experts_per_node is {per_node}, must be {experts.routed} with assignment 'all'"
             )
+        least = min(self.capacities)
+        if least < experts.top_k:
+            raise ValueError(f"federation.capacities has {least}, must be at least model.experts.top_k {experts.top_k}")
+        short = shortage(self.federation, experts.routed, self.capacities)
+        if short is not None:
+            raise ValueError(short)
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
         return self
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes a simulation has."""
+        return len(taking_part(self.partition))
+
+    @property
+    def capacities(self) -> list[int]:
+        """How many experts of a layer each simulated node can hold."""
+        given = self.federation.capacities or (self.model.experts.routed,)
+        return [given[number % len(given)] for number in taking_part(self.partition)]
 
     def plan(self) -> Plan:
         """Return what the run will ask of every node, with σ calibrated for taking part in every round.

@@ -49,7 +49,8 @@ class RoundTally:
     """What one round came to. Bytes count Flower's objects on the wire.
 
     refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
-    shape, for another assignment, or over the norm bound. missing: nodes that sent nothing in time.
+    shape, for another assignment, or over the norm bound. missing: nodes that sent nothing in time. trained: the
+    experts of each accepted reply.
     """
 
     asked: int = 0
@@ -60,6 +61,7 @@ class RoundTally:
     bytes_down: int = 0
     bytes_up: int = 0
     held_back: int = 0
+    trained: list[HeldExperts] = field(default_factory=list)
 
 
 class ExpertStrategy(Strategy):
@@ -127,6 +129,8 @@ class ExpertStrategy(Strategy):
             layers=self.plan.model.layers,
             seed=self.seed,
             round_number=server_round,
+            roster={name: description.expert_capacity for name, (_, description) in self.nodes.items()},
+            min_holders=self.config.min_holders,
         )
         self._asked = {self.nodes[name][0]: (name, assignment[name]) for name in cohort}
         tensors: dict[str, ArrayRecord] = {}  # nodes with equal assignments share the tensors, encoded once
@@ -156,7 +160,9 @@ class ExpertStrategy(Strategy):
                 continue
             name, held = asked
             contribution = self._validated(reply, name, held, server_round)
-            self.tally.accepted += contribution is not None
+            if contribution is not None:
+                self.tally.accepted += 1
+                self.tally.trained.append(held)
             averager.add(name, contribution)
         self.receipts.save()  # before anything is done with the replies
         self.tally.missing = len(self._asked)  # who answered has been struck off

@@ -80,7 +80,7 @@ def simulate(
     deal(scenario.to_toml())  # a partition that cannot be made is the caller's mistake, not each node's
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    nodes, run_id = scenario.partition.nodes, run_number(scenario)
+    nodes, run_id = scenario.nodes, run_number(scenario)
     run_config = {"scenario": scenario.to_toml(), "run-dir": str(run.path)}
     try:
         with contextlib.ExitStack() as stack:

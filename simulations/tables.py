@@ -73,6 +73,9 @@ def print_plan(estimate: PlanEstimate) -> None:
     table.add_row(
         "", f"{(estimate.bytes_down + estimate.bytes_up) / estimate.bytes_full_model:.0%} of the whole model's"
     )
+    table.add_row("holders", f"{estimate.holders_per_expert:.1f} expected of an expert in a round")
+    if estimate.short_of_holders:
+        table.add_row("", f"below federation.min_holders: {estimate.short_of_holders:.1%} of experts and rounds")
     table.add_row(
         "time",
         f"{estimate.seconds_total:.1f} s of local training in all, "

@@ -176,6 +176,7 @@ def test_crafted_non_finite_weights_are_refused(node):
         ({"max_steps": 2}, {"training": {"learning_rate": 1.0, "steps": 3}}),
         ({"max_parameters": 100}, {}),
         ({"expert_capacity": 2}, {}),
+        ({"memory_mb": 1024}, {}),
         ({"releases": {}}, {}),
         ({"releases": {"delta": 0.9}}, {}),
         ({"scenarios": ("other", "plan:" + "0" * 64)}, {}),
@@ -222,6 +223,19 @@ def test_what_a_node_says_about_itself_is_public(node):
     described = node.describe()
     assert set(described.model_dump()) == {"version", "public_key", "rotations", "declared_size", "expert_capacity"}
     assert described.declared_size == 40
+
+
+def test_a_node_declares_as_many_experts_of_a_model_as_its_memory_holds(tmp_path):
+    node = make_node(tmp_path, memory_mb=2048)
+    assert node.describe().expert_capacity == 4096
+    assert node.describe(make_config()).expert_capacity == 6
+    wide = make_config(hidden=65_536).model_copy(update={"width": 64})
+    # 384 MiB for each expert and for the shared one, 1024 for activations: of 2048 there are 640 left for experts.
+    assert node.describe(wide).expert_capacity == 1
+    object.__setattr__(node, "policy", Policy(simulation=True, memory_mb=1024))
+    with pytest.raises(ProtocolError) as caught:
+        node.describe(make_config())
+    assert caught.value.code == "not-allowed"
 
 
 def test_the_divisor_is_the_declared_size(tmp_path):

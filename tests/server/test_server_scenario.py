@@ -105,7 +105,20 @@ def without(key) -> str:
         ("federation.cohort.size", 0, "federation.cohort.size is 0, must be greater than or equal to 1"),
         ("federation.optimizer.momentum", 1.0, "federation.optimizer.momentum is 1.0, must be less than 1"),
         # not among the choices
-        ("federation.assignment", "sticky", "federation.assignment is 'sticky', must be 'all', 'random' or 'balanced'"),
+        (
+            "federation.assignment",
+            "fixed",
+            "federation.assignment is 'fixed', must be 'all', 'random', 'balanced' or 'sticky'",
+        ),
+        ("partition.only", 5, "partition: only is 5, must be below the 5 nodes"),
+        ("federation.capacities", [3, 0], "federation.capacities.1 is 0, must be greater than or equal to 1"),
+        ("federation.capacities", [3, 1], "federation.capacities has 1, must be at least model.experts.top_k 2"),
+        (
+            "federation.min_holders",
+            2,
+            "federation.min_holders is 2, must be at most 1: 3 nodes a round × 3 experts hold 9 places, "
+            "6 experts × min_holders 2 need 12",
+        ),
         ("data.source", "mnist", "data.source is 'mnist', must be 'digits'"),
         ("privacy.unit", "node", "privacy.unit is 'node', must be 'record'"),
         # what does not fit together
@@ -304,7 +317,7 @@ def test_a_budget_that_no_noise_can_meet_is_bad_input():
 
 
 def test_another_scheme_or_kind_by_one_key_forgets_what_only_the_old_one_had():
-    assert parse(partition__scheme="iid").partition.model_dump() == {"scheme": "iid", "nodes": 5}
+    assert parse(partition__scheme="iid").partition.model_dump(exclude_none=True) == {"scheme": "iid", "nodes": 5}
     assert parse(federation__cohort__kind="all").federation.cohort.kind == "all"
     both = parse(partition__scheme="pathological", partition__labels_per_node=2).partition
     assert (both.scheme, both.nodes, both.labels_per_node) == ("pathological", 5, 2)

@@ -107,6 +107,17 @@ def test_a_node_exchanges_its_part_of_the_model_and_no_more(finished):
     assert 2 * whole < line["bytes_full_model"] < 2 * (whole + overhead)
 
 
+def test_the_metrics_count_the_holders_of_every_expert(tmp_path):
+    changes = {"federation.capacities": [8, 2], "federation.assignment": "sticky", "federation.min_holders": 1}
+    _, directory = run(tmp_path / "h", **changes)
+    first, *others = directory.metrics()
+    assert all(line["holders"] == first["holders"] for line in others)
+    assert sum(first["holders"][0]) == 4 + 2 + 4 + 2
+    assert min(first["holders"][0]) >= 1
+    assert others[-1]["holders_mean"] == first["holders"]
+    assert others[-1]["rounds_without_holder"] == [[0] * 8]
+
+
 def test_without_privacy_says_so_everywhere(tmp_path):
     summary, directory = run(tmp_path / "d", **{"privacy.mechanism": "none"})
     assert summary.epsilon == float("inf")

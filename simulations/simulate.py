@@ -19,6 +19,7 @@ from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
+from simulations.baseline_note import BaselineNote, read_note
 from simulations.inline_engine import run_inline
 from simulations.ray_engine import run_on_ray
 from simulations.worker_pool import WorkerPool
@@ -31,7 +32,8 @@ class Summary:
     accuracy, bits_per_byte: of the final model on public test records; None where the task has none.
     order0_bits_per_byte: the entropy of the same bytes without context.
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
-    bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire.
+    bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire; 0 in a baseline without federation.
+    baseline: which one the run is, if it is one.
     """
 
     accuracy: float | None
@@ -43,6 +45,7 @@ class Summary:
     bytes_per_node: int
     bytes_full_model: int
     run: Path
+    baseline: BaselineNote | None = None
 
 
 def run_number(scenario: Scenario) -> int:
@@ -115,7 +118,7 @@ def simulate(
 
 def summarize(run: RunDirectory) -> Summary:
     """Sum up a finished run from its directory."""
-    scenario, metrics = run.scenario, run.metrics()
+    scenario, metrics, note = run.scenario, run.metrics(), read_note(run.path)
     exchanged = [line["bytes_down_per_node"] + line["bytes_up_per_node"] for line in metrics]
     return Summary(
         accuracy=metrics[-1].get("accuracy"),
@@ -124,7 +127,8 @@ def summarize(run: RunDirectory) -> Summary:
         epsilon=max((budget_of(LedgerFile(path)).spent for path in run.ledgers), default=0.0),
         delta=scenario.privacy.delta,
         rounds=len(metrics),
-        bytes_per_node=round(sum(exchanged) / len(exchanged)),
+        bytes_per_node=round(sum(exchanged) / len(exchanged)) if note is None or note.federated else 0,
         bytes_full_model=metrics[-1]["bytes_full_model"],
         run=run.path,
+        baseline=note,
     )

@@ -111,7 +111,7 @@ def test_a_run_without_privacy_wears_the_banner(tmp_path):
     simulate(scenario, run)
     page = write_report(run).read_text()
     assert "NO PRIVACY" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert ">inf<" in page
 
 

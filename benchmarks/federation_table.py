@@ -29,11 +29,11 @@ from simulations.simulate import simulate
 
 Row = dict[str, object]
 
-_TEN = {"privacy.epsilon": 3.0, "privacy.delta": 1e-5}
+_BUDGET = {"privacy.epsilon": 3.0, "privacy.delta": 1e-5}
 DATA: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": ("digits", {}),
-    "mnist-iid": ("mnist", _TEN | {"partition": {"scheme": "iid", "nodes": 10}}),
-    "mnist-dirichlet": ("mnist", _TEN | {"partition": {"scheme": "dirichlet", "nodes": 10, "alpha": 0.3}}),
+    "mnist-iid": ("mnist", _BUDGET | {"partition": {"scheme": "iid", "nodes": 10}}),
+    "mnist-dirichlet": ("mnist", _BUDGET | {"partition": {"scheme": "dirichlet", "nodes": 10, "alpha": 0.3}}),
 }
 SHARES = {"moe-all": 1, "moe-1/2": 2, "moe-1/4": 4, "moe-1/8": 8}
 ROWS = ("dense-total", "dense-active", *SHARES)

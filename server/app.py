@@ -85,8 +85,9 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     full_bytes = strategy.full_model_bytes()
     done = _restore(strategy, run, plan.hash)
     if done < scenario.federation.rounds:
+        _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.keep_only(admitted(grid, scenario, plan, run_id, nodes))
-        _check_coverage(scenario, strategy)
+        _check_coverage(scenario, strategy)  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(run.metrics() if done else ())
     for round_number in range(done + 1, scenario.federation.rounds + 1):

@@ -12,6 +12,7 @@ from server.cohort import choose_cohort
 from server.config import FederationConfig
 
 _MOST_ROUNDS_TRIED = 100
+_MOST_NODES_TRIED = 20_000  # over all rounds
 
 
 def shortage(federation: FederationConfig, experts: int, capacities: Sequence[int]) -> str | None:
@@ -44,7 +45,8 @@ class Outlook:
     """What to expect of a round.
 
     holders: mean holders of an expert, exact. short: the share of experts, over rounds, that fewer than ``min_holders``
-    are asked to train: counted over the run's own cohorts and assignments, of its first 100 rounds at most.
+    are asked to train: counted over the run's own cohorts and assignments, in its first 100 rounds at most and in fewer
+    with more than 200 nodes.
     """
 
     holders: float
@@ -67,7 +69,8 @@ def outlook(
         share = cohort.rate
     places = share * sum(_held(federation, experts, capacity) for capacity in capacities.values())
     coverage = Coverage(layers, experts, federation.min_holders)
-    for round_number in range(1, min(federation.rounds, _MOST_ROUNDS_TRIED) + 1):
+    tried = min(federation.rounds, _MOST_ROUNDS_TRIED, max(1, _MOST_NODES_TRIED // len(capacities)))
+    for round_number in range(1, tried + 1):
         taking_part = choose_cohort(list(capacities), cohort, seed, round_number)
         assigned = assign(
             federation.assignment,

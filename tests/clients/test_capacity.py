@@ -6,7 +6,7 @@ import pytest
 from conftest import make_config, make_text_config
 from router_samples import ROUTERS, router_config
 
-from clients.capacity import BYTES_A_PARAMETER, experts_that_fit
+from clients.capacity import experts_that_fit
 from clients.policy import Policy
 from model import parameters
 from model.config import ModelConfig
@@ -31,7 +31,7 @@ def test_capacity_is_what_is_left_over_what_an_expert_takes():
     assert count(config, config.all_experts) == pytest.approx(shared + 64 * expert, abs=1024)
     shared = count(config, config.all_experts) - 64 * expert
     for held in (0, 1, 2, 5, 63, 64):
-        need = (1 << 30) + BYTES_A_PARAMETER * (shared + held * expert)
+        need = (1 << 30) + 48 * (shared + held * expert)
         assert experts_that_fit(config, -(-need // MIB)) == held
         assert experts_that_fit(config, need // MIB - 1) == max(0, held - 1)
     assert experts_that_fit(config, 2**30) == 64

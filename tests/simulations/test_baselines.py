@@ -11,6 +11,7 @@ from ledger_samples import entries_of
 from test_own_models import scenario as own_scenario
 
 from clients.simulated import deal, open_simulated
+from data.partition import partition
 from data.shipped_scenarios import find
 from data.sources import load as load_data
 from model import BadInputError, build, load
@@ -156,18 +157,19 @@ def test_central_trains_on_all_records_as_a_plain_loop_does(tmp_path):
 def test_nodes_alone_see_their_own_records_and_keep_who_they_are(tmp_path):
     before = digits()
     together = [open_simulated(before.to_toml(), str(tmp_path / "all"), number, 4) for number in range(4)]
-    _, dataset, _ = deal(before.to_toml())
+    records = load_data(before.data).train
+    shares = partition(records, before.partition, before.seed)
     seen = 0
     for number, alone in enumerate(baseline(before, "alone")):
         assert alone.nodes == 1
         assert len(deal(alone.to_toml())[2]) == 1
         node = open_simulated(alone.to_toml(), str(tmp_path / f"{number}"), 0, 1)
         assert node.records.keys() == together[number].records.keys()
-        assert all(torch.equal(node.records[name], together[number].records[name]) for name in node.records)
+        assert all(torch.equal(node.records[name], records[name][shares[number]]) for name in node.records)
         assert node.declared_size == together[number].declared_size
         assert node.describe().fingerprint == together[number].describe().fingerprint
         seen += len(node.records["label"])
-    assert seen == len(dataset.train["label"])
+    assert seen == len(records["label"])
     open_simulated.cache_clear()
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from flwr.app import RecordDict
 
+from clients.local_experts import local_experts, packed, state_name
 from clients.policy import Policy
 from clients.protocol import (
     Admission,
@@ -108,8 +109,9 @@ class Node:
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
         check_held(request.held, plan, self.policy.capacity(plan.model))
-        expected = parameters.shapes(plan.model, request.held)
-        if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
+        expected = plan.travelling(request.held)
+        whole = parameters.shapes(plan.model, request.held)
+        if sum(shape.numel() for shape in whole.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
         self._check_receipt(request.receipt)
         tensors = tensors_of(content, expected)
@@ -118,17 +120,19 @@ class Node:
         if not self.ledger.knows(charge_id) and not self.ledger.is_open(request.run_id, plan.hash):
             self._set_aside(plan, request.run_id)
         with self.ledger.lease():
-            clip_name = f"{request.run_id}/{plan.hash}/clip"
-            start = self.ledger.local_state(clip_name)
+            clip_name, experts_name = f"{request.run_id}/{plan.hash}/clip", state_name(request.run_id, plan)
+            start, kept = self.ledger.local_state(clip_name), self.ledger.local_state(experts_name)
             secret = self.new_secret(charge_id)
+            key = repeat_key(torch.device("cpu"), start if kept is None else (start or b"") + sha256(kept).encode())
             with _as_codes():
-                reservation = self.ledger.reserve(charge, secret, repeat_key=repeat_key(torch.device("cpu"), start))
+                reservation = self.ledger.reserve(charge, secret, repeat_key=key)
             if isinstance(reservation, StoredReply):
                 return _reply(reservation)
+            own = local_experts(plan, request.held, kept)
             trained = train(
                 plan,
                 request.held,
-                tensors,
+                {**tensors, **own},
                 self.records,
                 self.declared_size,
                 reservation.secret,
@@ -136,8 +140,12 @@ class Node:
             )
             # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
             state = {} if trained.clip is None else {clip_name: repr(trained.clip).encode()}
+            if own:
+                after = {name: tensor + trained.delta[name] for name, tensor in own.items()}
+                state[experts_name] = packed(kept, after)
+            delta = {name: trained.delta[name] for name in expected}
             with _as_codes():
-                return _reply(release(self.ledger, reservation, trained.delta, expected, state))
+                return _reply(release(self.ledger, reservation, delta, expected, state))
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
         self.policy.check(plan, scenario)

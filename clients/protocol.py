@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Self, TypeVar, get_args
+from typing import ClassVar, Literal, Self, TypeVar, get_args
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -20,6 +20,7 @@ from torch import Size, Tensor
 
 from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
+from model.parameters import owner, shapes
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
 from privacy.ledger.entry import ledger_id_of
@@ -72,13 +73,34 @@ class Plan(Frozen):
     """What a run will ask of every node, fixed before the first round and independent of private data.
 
     noise_multiplier: σ, calibrated for all ``rounds``; None only where ``privacy.mechanism`` is ``none``.
+    local_experts: so many of each layer's routed experts, those with the highest ids, never travel: every node trains
+        its own.
     """
+
+    younger: ClassVar[frozenset[str]] = frozenset({"local_experts"})
 
     model: ModelConfig
     privacy: PrivacyConfig
     training: TrainingConfig
     rounds: int = Field(ge=1, le=1_000_000)
     noise_multiplier: float | None = Field(gt=0.0)
+    local_experts: int = Field(default=0, ge=0)
+
+    def stays(self, wire_name: str) -> bool:
+        """Whether a tensor is of an expert that never travels. Its router's row does travel."""
+        group, _, expert = owner(wire_name)
+        return group == "expert" and expert is not None and expert >= self.model.experts.routed - self.local_experts
+
+    def travelling(self, held: HeldExperts) -> dict[str, Size]:
+        """Wire name → shape of every tensor that goes to a holder of ``held``, and comes back."""
+        every = shapes(self.model, held)
+        return {name: shape for name, shape in every.items() if not self.stays(name)} if self.local_experts else every
+
+    @model_validator(mode="after")
+    def _experts_exist(self) -> Self:
+        if self.local_experts > self.model.experts.routed:
+            raise ValueError(f"local_experts is {self.local_experts}, must be at most {self.model.experts.routed}")
+        return self
 
     @property
     def hash(self) -> str:

@@ -35,6 +35,7 @@ from model.config import Frozen
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
+from server.node_account import NodeAccount, NodeLevel
 from server.receipts import ReceiptBook
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
@@ -80,6 +81,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         tensors=parameters.split(network.state_dict(), network.held),
         scenario=scenario.name,
         receipts=ReceiptBook(run.receipts),
+        node_level=_node_level(scenario, plan, run, run_id),
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
@@ -107,10 +109,33 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         log.info("round %d: loss %.4f", round_number, evaluation.loss)
     run.save_model(scenario.model, strategy.optimizer.snapshot())
     close_run(grid, scenario, nodes, run_id)
+    if strategy.node_level is not None:
+        strategy.node_level.close()
+
+
+def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) -> NodeLevel | None:
+    """Open the server's account where the node is the unit."""
+    mechanism = scenario.node_mechanism()
+    if scenario.node_privacy is None or mechanism is None:
+        return None
+    return NodeLevel(
+        NodeAccount.open(run.node_account, scenario.node_privacy, scenario.seed),
+        config=scenario.node_privacy,
+        mechanism=mechanism,
+        plan=plan,
+        run_id=run_id,
+        experts_per_node=scenario.federation.experts_per_node,
+        seed=scenario.seed,
+    )
 
 
 def _check_coverage(scenario: Scenario, strategy: ExpertStrategy) -> None:
-    """Refuse to start where the nodes that are there cannot give every expert its holders."""
+    """Refuse to start where the nodes that are there cannot give every expert its holders.
+
+    Not where the node is the unit: there, whether a run starts may not depend on who is there.
+    """
+    if scenario.node_privacy is not None:
+        return
     capacities = [description.expert_capacity for _, description in strategy.nodes.values()]
     short = shortage(scenario.federation, scenario.model.experts.routed, capacities)
     if short is not None:

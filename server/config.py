@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -57,10 +57,13 @@ class FederationConfig(Frozen):
     min_holders: an expert that fewer nodes returned keeps its value. A federation that has not the places for so many
         holders of every expert in a round is refused; 0 lets a round pass experts by.
     weights: average deltas uniformly or by declared size.
+    expert_scope: ``federated`` averages experts over their holders; ``local`` leaves each node its own, for ever: only
+        router and shared weights travel; ``mixed`` does so with ``local_experts`` of each layer, those with the highest
+        ids (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818, with experts for layers).
     capacities: experts per layer that simulated nodes can hold, in turn; a real node declares its own.
     """
 
-    younger = frozenset({"capacities"})
+    younger: ClassVar[frozenset[str]] = frozenset({"expert_scope", "local_experts", "capacities"})
 
     rounds: int = Field(ge=1, le=1_000_000)
     experts_per_node: int = Field(ge=1)
@@ -69,5 +72,21 @@ class FederationConfig(Frozen):
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
     optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    expert_scope: Literal["federated", "local", "mixed"] = "federated"
+    local_experts: int = Field(default=0, ge=0)
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
     capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), strict=False, max_length=4096)
+
+
+class NodePrivacyConfig(Frozen):
+    """The node as the unit, protected by a trusted server beside what every node does for its records.
+
+    (epsilon, delta) holds for the model after every round, under add or remove of one node with all that it ever sends.
+    clip: bound of a node's joint delta of one round, L2; longer ones are scaled down.
+    nodes: the public number of nodes that divisors are made of; how many there are is protected.
+    """
+
+    epsilon: float = Field(gt=0.0, le=1e6)
+    delta: float = Field(gt=0.0, lt=1.0)
+    clip: float = Field(gt=0.0, le=1e6)
+    nodes: int = Field(ge=1, le=10_000_000)

@@ -24,6 +24,8 @@ def shortage(federation: FederationConfig, experts: int, capacities: Sequence[in
 
     A random assignment, and a cohort that a coin decides, may miss it by chance all the same; see :func:`outlook`.
     """
+    if federation.expert_scope == "local":  # every node has its own of each
+        return None
     held = sorted((_held(federation, experts, capacity) for capacity in capacities), reverse=True)
     cohort = federation.cohort
     if cohort.kind == "fixed":

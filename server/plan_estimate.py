@@ -32,6 +32,7 @@ class PlanEstimate:
     parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
     holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
         :func:`server.coverage.outlook`.
+    node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
 
@@ -52,6 +53,9 @@ class PlanEstimate:
     short_of_holders: float
     seconds_per_node_round: float
     seconds_total: float
+    node_noise_multiplier: float | None = None
+    node_epsilon: float | None = None
+    node_delta: float | None = None
 
 
 def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
@@ -80,6 +84,11 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
     layers, routed = scenario.model.layers, scenario.model.experts.routed
     expected = outlook(scenario.federation, routed, layers, capacities, scenario.seed)
     seconds = _seconds(scenario, plan, held, units_per_node)
+    node_level, node_mechanism = scenario.node_privacy, scenario.node_mechanism()
+    node_epsilon = None
+    if node_level is not None and node_mechanism is not None:
+        node_order = fixed_order(node_level.epsilon, node_level.delta)
+        node_epsilon = epsilon_of(rounds * charge_units(node_mechanism, node_order), node_order, node_level.delta)
     return PlanEstimate(
         plan_hash=plan.hash,
         rounds=rounds,
@@ -98,6 +107,9 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         short_of_holders=expected.short,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
+        node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,
+        node_epsilon=node_epsilon,
+        node_delta=None if node_level is None else node_level.delta,
     )
 
 
@@ -111,7 +123,8 @@ def exchange_bytes_of(scenario: Scenario) -> tuple[int, int, int]:
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up = _bytes(plan, held, scenario.name)
-    return down, up, sum(_bytes(plan, everything, scenario.name))
+    whole = plan.model_copy(update={"local_experts": 0})
+    return down, up, sum(_bytes(whole, everything, scenario.name))
 
 
 def _count(plan: Plan, held: HeldExperts) -> int:
@@ -119,7 +132,7 @@ def _count(plan: Plan, held: HeldExperts) -> int:
 
 
 def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
-    tensors = {name: torch.zeros(shape) for name, shape in parameters.shapes(plan.model, held).items()}
+    tensors = {name: torch.zeros(shape) for name, shape in plan.travelling(held).items()}
     for number, tensor in enumerate(tensors.values()):
         tensor += number  # equal chunks would be counted once
     request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from privacy.ledger.entry import Entry
+from privacy.ledger.mechanism_text import parse
 from privacy.ledger.reading import History, open_history
 from privacy.ledger.verification import LedgerAudit, audit_history
 from server.receipts import KeptReceipt, read_receipts
@@ -31,6 +32,7 @@ class RunAudit:
     lost: receipts of history that a ledger lost in a restore, for which the rest of its budget was charged.
     unreceived: committed charges of this run without a receipt: replies that were lost on the way. They are paid for.
     epsilon: the largest over the ledgers, ``inf`` without privacy.
+    node_level: the server's own account, where the node is the unit too.
     """
 
     verdict: Verdict
@@ -46,6 +48,7 @@ class RunAudit:
     ledgers: dict[str, LedgerAudit]
     missing_ledgers: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    node_level: LedgerAudit | None = None
 
 
 def audit_run(run: RunDirectory, ledgers: Sequence[Path] = ()) -> RunAudit:
@@ -142,8 +145,31 @@ class _RunAudit:
                     f"round {line['round']}: {line['accepted']} replies were averaged, but {received} have a receipt"
                 )
 
+    def _check_node_level(self) -> LedgerAudit | None:
+        """Every round whose model was published must be a committed charge of the server's own account."""
+        if self.run.scenario.node_privacy is None:
+            return None
+        path = self.run.node_account
+        if not path.is_file():
+            self.findings.append(f"{path}: missing, so nothing paid for the published models")
+            return None
+        history = open_history(path)
+        audit = audit_history(history)
+        self.findings += [f"{path}: {finding}" for finding in audit.findings]
+        entries = [Entry.parse(line) for line in history.lines()]
+        paid = {entry.round for entry in entries if entry.state in ("COMMITTED", "ABANDONED")}
+        unpaid = sorted({line["round"] for line in self.run.metrics()} - paid)
+        if unpaid:
+            self.findings.append(f"{path}: no charge paid for the model of round {unpaid[0]}")
+        mechanism = self.run.scenario.node_mechanism()
+        charged = [entry for entry in entries if entry.state == "RESERVED"]
+        if any(parse(entry.mechanism) != mechanism for entry in charged):
+            self.findings.append(f"{path}: a charge is for another mechanism than the scenario's")
+        return audit
+
     def result(self) -> RunAudit:
         self._check_metrics()
+        node_level = self._check_node_level()
         for kept in self.receipts:
             if kept.plan_hash != self.plan_hash:
                 self.findings.append(f"receipt of round {kept.round}: is for another plan than the scenario makes")
@@ -166,4 +192,5 @@ class _RunAudit:
             ledgers=self.ledgers,
             missing_ledgers=missing,
             findings=self.findings,
+            node_level=node_level,
         )

@@ -77,6 +77,11 @@ class RunDirectory:
         return self.path / "receipts.jsonl"
 
     @property
+    def node_account(self) -> Path:
+        """The server's ledger of what was published at node level, where the node is the unit."""
+        return self.path / "node-level.db"
+
+    @property
     def report(self) -> Path:
         """The report, a self-contained HTML file."""
         return self.path / "report.html"

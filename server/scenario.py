@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -18,7 +19,8 @@ from model.errors import BadInputError
 from model.explain import explain, keys_of
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
-from server.config import FederationConfig
+from privacy.mechanisms import SampledGaussian
+from server.config import FederationConfig, NodePrivacyConfig, PoissonCohort
 from server.coverage import shortage
 
 Overrides = Mapping[str, Any]
@@ -39,6 +41,28 @@ class Scenario(Frozen):
     privacy: PrivacyConfig
     training: TrainingConfig
     federation: FederationConfig
+    node_privacy: NodePrivacyConfig | None = None
+
+    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy"})
+
+    @model_validator(mode="after")
+    def _fits_node_level(self) -> Scenario:
+        """Everything that would let the step depend on who is there, other than through the noised sum, is refused."""
+        if self.node_privacy is None:
+            return self
+        federation = self.federation
+        if not isinstance(federation.cohort, PoissonCohort):
+            raise ValueError(f"federation.cohort.kind is {federation.cohort.kind}, must be poisson with node_privacy")
+        for key, value, allowed in (
+            ("assignment", federation.assignment, ("random", "all")),
+            ("weights", federation.weights, ("uniform",)),
+            ("min_holders", federation.min_holders, (1,)),
+            ("capacities", list(federation.capacities), ([],)),
+        ):
+            if value not in allowed:
+                choices = " or ".join(map(str, allowed))
+                raise ValueError(f"federation.{key} is {value}, must be {choices} with node_privacy")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Scenario:
@@ -59,8 +83,15 @@ class Scenario(Frozen):
         if least < experts.top_k:
             raise ValueError(f"federation.capacities has {least}, must be at least model.experts.top_k {experts.top_k}")
         short = shortage(self.federation, experts.routed, self.capacities)
-        if short is not None:
+        if short is not None and self.node_privacy is None:  # at node level nothing may depend on who is there
             raise ValueError(short)
+        scope, local = self.federation.expert_scope, self.federation.local_experts
+        if scope == "mixed" and not 1 <= local < experts.routed:
+            raise ValueError(
+                f"federation.local_experts is {local}, must be from 1 to {experts.routed - 1} with expert_scope 'mixed'"
+            )
+        if scope != "mixed" and local:
+            raise ValueError(f"federation.local_experts is {local}, must be left out with expert_scope '{scope}'")
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
@@ -98,7 +129,30 @@ class Scenario(Frozen):
             training=self.training,
             rounds=self.federation.rounds,
             noise_multiplier=noise,
+            local_experts=self._local_experts,
         )
+
+    @property
+    def _local_experts(self) -> int:
+        return self.model.experts.routed if self.federation.expert_scope == "local" else self.federation.local_experts
+
+    def node_mechanism(self) -> SampledGaussian | None:
+        """Return what a round is charged at node level, with σ calibrated for all rounds; None where nothing is.
+
+        Raises:
+            BadInputError: no noise multiplier satisfies (ε, δ).
+        """
+        if self.node_privacy is None or not isinstance(self.federation.cohort, PoissonCohort):
+            return None
+        rate = self.federation.cohort.rate
+        noise = calibrate_noise(
+            epsilon=self.node_privacy.epsilon,
+            delta=self.node_privacy.delta,
+            sampling_rate=rate,
+            steps_per_charge=1,
+            charges=self.federation.rounds,
+        )
+        return SampledGaussian(sampling_rate=rate, noise_multiplier=noise, steps=1)
 
     def to_toml(self) -> str:
         """Return the resolved scenario, every default written out."""
@@ -134,7 +188,7 @@ def parse_scenario(text: str, *, where: str, overrides: Overrides | None = None)
     except RecursionError as error:
         raise BadInputError(f"{where}: nested too deeply, must be a scenario in TOML") from error
     for key, value in (overrides or {}).items():
-        _put(document, key, value)
+        _put(document, key, deepcopy(value))  # a later key may lie within it
     _drop_stale_options(document, overrides or {})
     try:
         return Scenario.model_validate(document)

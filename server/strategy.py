@@ -31,13 +31,15 @@ from clients.protocol import (
     pack,
     tensors_of,
 )
-from model import HeldExperts, parameters
+from model import HeldExperts
 from privacy.canonical import sha256
 from privacy.ledger import SignedHead
 from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
 from server.assignment import assign
 from server.cohort import choose_cohort
 from server.config import FederationConfig
+from server.node_account import NodeLevel
+from server.node_level import NodeLevelSum
 from server.receipts import EMPTY_RECEIPT, KeptReceipt, ReceiptBook
 from server.traffic import exchange_bytes
 
@@ -82,12 +84,14 @@ class ExpertStrategy(Strategy):
         tensors: Mapping[str, Tensor],
         scenario: str,
         receipts: ReceiptBook | None = None,
+        node_level: NodeLevel | None = None,
     ) -> None:
         """Set up a run.
 
         Args:
             scenario: its name, which nodes may allow or not.
             receipts: what is kept of the nodes' ledgers, in memory only if not given.
+            node_level: where the node is the unit: draws cohorts, and makes of the replies what may be published.
             nodes: Flower node id → what the node said about itself; fingerprints are distinct.
             tensors: wire name → float32, the initial global model.
         """
@@ -97,6 +101,7 @@ class ExpertStrategy(Strategy):
         self.run_id = run_id
         self.scenario = scenario
         self.receipts = receipts or ReceiptBook()
+        self.node_level = node_level
         self.nodes = {description.fingerprint: (node, description) for node, description in nodes.items()}
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
         self.tally = RoundTally()
@@ -120,19 +125,7 @@ class ExpertStrategy(Strategy):
     ) -> list[Message]:
         """Return the round's requests: to each node of the cohort, its experts and the shared weights."""
         self.tally = RoundTally()
-        cohort = choose_cohort(list(self.nodes), self.config.cohort, self.seed, server_round)
-        assignment = assign(
-            self.config.assignment,
-            capacities={name: self.nodes[name][1].expert_capacity for name in cohort},
-            experts=self.plan.model.experts.routed,
-            per_node=self.config.experts_per_node,
-            layers=self.plan.model.layers,
-            seed=self.seed,
-            round_number=server_round,
-            roster={name: description.expert_capacity for name, (_, description) in self.nodes.items()},
-            min_holders=self.config.min_holders,
-        )
-        self._asked = {self.nodes[name][0]: (name, assignment[name]) for name in cohort}
+        self._asked = {self.nodes[name][0]: (name, held) for name, held in self._assignment(server_round).items()}
         tensors: dict[str, ArrayRecord] = {}  # nodes with equal assignments share the tensors, encoded once
         messages = []
         for node, (name, held) in self._asked.items():
@@ -152,7 +145,8 @@ class ExpertStrategy(Strategy):
         A reply that does not hold exactly what was asked for is dropped and counted; the run goes on. A round
         without an acceptable reply changes nothing.
         """
-        averager = Averager([name for name, _ in self._asked.values()])
+        names = [name for name, _ in self._asked.values()]
+        averager = Averager(names) if self.node_level is None else self.node_level.collect(names)
         for reply in replies:  # may be a generator that trains as it goes: a reply is added and forgotten
             asked = self._asked.pop(reply.metadata.src_node_id, None)
             if asked is None:  # not asked this round, or answered already
@@ -166,9 +160,12 @@ class ExpertStrategy(Strategy):
             averager.add(name, contribution)
         self.receipts.save()  # before anything is done with the replies
         self.tally.missing = len(self._asked)  # who answered has been struck off
-        if not self.tally.accepted:
+        if isinstance(averager, NodeLevelSum) and self.node_level is not None:
+            averaged = self.node_level.publish(averager)  # also where nobody answered: that nobody did must not show
+        elif isinstance(averager, Averager) and self.tally.accepted:
+            averaged = averager.result(self.config.min_holders)
+        else:
             return None, None
-        averaged = averager.result(self.config.min_holders)
         self.tally.held_back = len(self.optimizer.tensors) - len(averaged)
         self.optimizer.step(averaged, self.config.optimizer.rate(server_round, self.plan.rounds))
         return ArrayRecord(self.optimizer.snapshot()), MetricRecord({"accepted": self.tally.accepted})
@@ -186,9 +183,26 @@ class ExpertStrategy(Strategy):
     def full_model_bytes(self) -> int:
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
-        request = encode(self._request(1, held, EMPTY_RECEIPT), self._tensors(held))
+        request = encode(self._request(1, held, EMPTY_RECEIPT), encode_tensors(self.optimizer.snapshot()))
         reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), pack(self.optimizer.snapshot()))
         return exchange_bytes(request) + exchange_bytes(reply)
+
+    def _assignment(self, server_round: int) -> dict[str, HeldExperts]:
+        """Return who takes part in a round, and with which experts."""
+        if self.node_level is not None:
+            return self.node_level.begin(list(self.nodes), server_round)
+        cohort = choose_cohort(list(self.nodes), self.config.cohort, self.seed, server_round)
+        return assign(
+            self.config.assignment,
+            capacities={name: self.nodes[name][1].expert_capacity for name in cohort},
+            experts=self.plan.model.experts.routed,
+            per_node=self.config.experts_per_node,
+            layers=self.plan.model.layers,
+            seed=self.seed,
+            round_number=server_round,
+            roster={name: description.expert_capacity for name, (_, description) in self.nodes.items()},
+            min_holders=self.config.min_holders,
+        )
 
     def _request(self, server_round: int, held: HeldExperts, receipt: SignedHead | None) -> TrainRequest:
         return TrainRequest(
@@ -197,7 +211,7 @@ class ExpertStrategy(Strategy):
 
     def _tensors(self, held: HeldExperts) -> ArrayRecord:
         snapshot = self.optimizer.snapshot()
-        return encode_tensors({name: snapshot[name] for name in parameters.select(snapshot, held)})
+        return encode_tensors({name: snapshot[name] for name in self.plan.travelling(held)})
 
     def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
         if not reply.has_content():
@@ -205,7 +219,7 @@ class ExpertStrategy(Strategy):
             log.warning("node %s failed to answer", name)
             return None
         self.tally.bytes_up += exchange_bytes(reply.content)
-        expected = parameters.shapes(self.plan.model, held)
+        expected = self.plan.travelling(held)
         try:
             answer = decode(reply.content, TrainReply)
             delta = tensors_of(reply.content, expected)
@@ -234,7 +248,7 @@ class ExpertStrategy(Strategy):
         size = description.declared_size
         count = sum(shape.numel() for shape in expected.values())
         norm = math.hypot(*norms(delta))
-        if norm > norm_bound(self.plan, count, size, server_round):
+        if self.node_level is None and norm > norm_bound(self.plan, count, size, server_round):
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)
             return None

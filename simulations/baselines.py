@@ -17,7 +17,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _STEP = 8  # hidden layers are multiples of it
 _MOST = 65_536
-_WHOLE_MODEL = {"federation.assignment": "all", "federation.cohort": {"kind": "all"}, "federation.capacities": []}
+_ALL_TRAVEL = {
+    "federation.assignment": "all",
+    "federation.capacities": [],
+    "federation.expert_scope": "federated",
+    "federation.local_experts": 0,
+}
 
 
 def baseline(scenario: Scenario, kind: Kind) -> list[Scenario]:
@@ -28,11 +33,18 @@ def baseline(scenario: Scenario, kind: Kind) -> list[Scenario]:
     * ``dense-total``, ``dense-active``: the same federation with one expert in place of all, as wide as makes the
       model's parameters, or those active for a token, come closest; see :func:`dense`.
 
+    No baseline has experts that stay on their nodes: there would be no model to compare.
+
     Raises:
         BadInputError: the model has no such baseline.
     """
     routed, least = scenario.model.experts.routed, min(1, scenario.federation.min_holders)
-    whole = _WHOLE_MODEL | {"federation.experts_per_node": routed, "federation.min_holders": least}
+    whole = {
+        **_ALL_TRAVEL,
+        "federation.cohort": {"kind": "all"},
+        "federation.experts_per_node": routed,
+        "federation.min_holders": least,
+    }
     if kind == "central":
         pooled = {"partition": {"scheme": "iid", "nodes": 1}}
         return [_changed(scenario, kind, "all records on one node", whole | pooled)]
@@ -41,12 +53,8 @@ def baseline(scenario: Scenario, kind: Kind) -> list[Scenario]:
         return [_changed(scenario, kind, f"node {n} alone", whole | {"partition.only": n}) for n in nodes]
     model = dense(scenario.model, kind)
     wanted, got = size_match(scenario.model, model, kind)
-    changes = {
-        "model.experts": model.experts.model_dump(mode="json"),
-        "federation.assignment": "all",
-        "federation.experts_per_node": 1,
-        "federation.capacities": [],
-    }
+    experts = model.experts.model_dump(mode="json")
+    changes = {**_ALL_TRAVEL, "model.experts": experts, "federation.experts_per_node": 1}
     what = f"dense, {model.experts.hidden} hidden values, {got:,} parameters for {wanted:,}"
     return [_changed(scenario, kind, what, changes)]
 

@@ -17,6 +17,7 @@ import server.app
 from clients.simulated import deal, open_simulated
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
+from server.node_account import NodeAccount
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
 from simulations.baseline_note import BaselineNote, read_note
@@ -32,6 +33,7 @@ class Summary:
     accuracy, bits_per_byte: of the final model on public test records; None where the task has none.
     order0_bits_per_byte: the entropy of the same bytes without context.
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
+    node_epsilon: of the server's account at ``node_delta``, where the node is the unit too; the two stand side by side.
     bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire; 0 in a baseline without federation.
     baseline: which one the run is, if it is one.
     """
@@ -45,6 +47,8 @@ class Summary:
     bytes_per_node: int
     bytes_full_model: int
     run: Path
+    node_epsilon: float | None = None
+    node_delta: float | None = None
     baseline: BaselineNote | None = None
 
 
@@ -80,6 +84,8 @@ def simulate(
         if reply.metadata.group_id:
             on_round(int(reply.metadata.group_id))
 
+    if scenario.node_privacy is not None:
+        NodeAccount.begin_simulated(run.node_account, scenario.node_privacy, scenario.seed)
     deal(scenario.to_toml())  # a partition that cannot be made is the caller's mistake, not each node's
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -130,5 +136,7 @@ def summarize(run: RunDirectory) -> Summary:
         bytes_per_node=round(sum(exchanged) / len(exchanged)) if note is None or note.federated else 0,
         bytes_full_model=metrics[-1]["bytes_full_model"],
         run=run.path,
+        node_epsilon=None if scenario.node_privacy is None else budget_of(LedgerFile(run.node_account)).spent,
+        node_delta=None if scenario.node_privacy is None else scenario.node_privacy.delta,
         baseline=note,
     )

@@ -48,6 +48,13 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
     else:
         budget = f"budget {scenario.privacy.epsilon:g}, per {scenario.privacy.unit} and node"
         table.add_row("epsilon", f"{summary.epsilon:.4f} at delta {summary.delta:g} ({budget})")
+    if scenario.node_privacy is not None:
+        node = scenario.node_privacy
+        table.add_row(
+            "node level",
+            f"epsilon {summary.node_epsilon:.4f} at delta {node.delta:g} (budget {node.epsilon:g}, per node, "
+            "for the published model; the server is trusted)",
+        )
     if note is None or note.federated:
         share = summary.bytes_per_node / summary.bytes_full_model
         table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
@@ -79,6 +86,12 @@ def print_plan(estimate: PlanEstimate) -> None:
         table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
         others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
         table.add_row("", f"for comparison: {others}")
+    if estimate.node_epsilon is not None:
+        table.add_row(
+            "node level",
+            f"sigma {estimate.node_noise_multiplier:g}, epsilon {estimate.node_epsilon:.4f} "
+            f"at delta {estimate.node_delta:g} for the published model",
+        )
     share = estimate.parameters_per_node / estimate.parameters_total
     table.add_row(
         "parameters",
@@ -149,6 +162,9 @@ def print_run_audit(audit: RunAudit) -> None:
         table.add_row("lost", f"{audit.lost} receipts of what a restored ledger lost; its whole budget was charged")
     if audit.unreceived:
         table.add_row("unreceived", f"{audit.unreceived} paid replies that did not arrive")
+    if audit.node_level is not None:
+        spent = f"epsilon {audit.node_level.epsilon:.4f} for the published model, the node as the unit"
+        table.add_row("node level", f"{spent}{', findings below' if audit.node_level.findings else ''}")
     if audit.missing_ledgers:
         table.add_row("missing", f"the ledgers of {', '.join(audit.missing_ledgers)}: give them with --ledger")
     table.add_row("verdict", audit.verdict)

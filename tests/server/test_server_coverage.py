@@ -9,7 +9,7 @@ import pytest
 from server_samples import ask, delta_for, make_strategy, train_reply
 
 from model import BadInputError
-from server.config import FederationConfig
+from server.config import FederationConfig, NodePrivacyConfig
 from server.coverage import Coverage, outlook, shortage
 
 
@@ -45,6 +45,8 @@ def federation(**changes) -> FederationConfig:
         ({"min_holders": 6, "cohort": {"kind": "poisson", "rate": 1.0}}, [4] * 10, "must be at most 5: 10 nodes × 4"),
         ({"min_holders": 11, "assignment": "all", "experts_per_node": 8}, [8] * 10, "10 nodes × 8 experts hold 80"),
         ({"min_holders": 10, "assignment": "all", "experts_per_node": 8}, [8] * 10, None),
+        ({"min_holders": 6, "expert_scope": "local"}, [8] * 10, None),  # nobody holds for others
+        ({"min_holders": 6, "expert_scope": "mixed", "local_experts": 2}, [8] * 10, "must be at most 5"),
     ],
 )
 def test_a_shortage_is_told_with_its_arithmetic(changes, capacities, sentence):
@@ -130,3 +132,5 @@ def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
     strategy.keep_only([11, 12, 13])
     with pytest.raises(BadInputError, match="3 nodes × 3 experts hold 9 places, 6 experts × min_holders 2 need 12"):
         _check_coverage(scenario, strategy)
+    level = NodePrivacyConfig(epsilon=8.0, delta=1e-3, clip=1.0, nodes=4)
+    _check_coverage(scenario.model_copy(update={"node_privacy": level}), strategy)  # who is there must not show

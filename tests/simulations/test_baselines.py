@@ -49,6 +49,22 @@ def test_a_baseline_changes_what_it_says_and_nothing_else():
             assert after.federation.experts_per_node == after.model.experts.routed  # every node has the whole model
 
 
+def test_experts_that_stay_travel_in_a_baseline_and_one_node_has_no_node_level():
+    for kind in KINDS:
+        for after in baseline(digits(**{"federation.expert_scope": "mixed", "federation.local_experts": 3}), kind):
+            assert (after.federation.expert_scope, after.plan().local_experts) == ("federated", 0)
+    level = {
+        "node_privacy": {"epsilon": 8.0, "delta": 1e-3, "clip": 1.0, "nodes": 4},
+        "federation.cohort": {"kind": "poisson", "rate": 0.5},
+        "federation.assignment": "random",
+        "federation.weights": "uniform",
+    }
+    assert baseline(digits(**level), "dense-total")[0].node_privacy is not None
+    for kind in ("central", "alone"):
+        with pytest.raises(BadInputError, match=f"--baseline {kind}: .* must be poisson with node_privacy"):
+            baseline(digits(**level), kind)
+
+
 def test_a_long_name_stays_a_name():
     assert len(baseline(digits(name="x" * 64), "dense-active")[0].name) == 64
 

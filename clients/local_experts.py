@@ -1,0 +1,40 @@
+"""Experts that never leave a node: where they begin, and how they are kept between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from safetensors.torch import load
+from torch import Tensor
+
+from clients.protocol import Plan, pack
+from model import HeldExperts, build, parameters
+
+_SEED_DIGITS = 15
+
+
+def state_name(run_id: str, plan: Plan) -> str:
+    """Return the name under which the ledger keeps a run's local experts; other than the clip, they outlive the run."""
+    return f"local-experts/{run_id}/{plan.hash}"
+
+
+def local_experts(plan: Plan, held: HeldExperts, kept: bytes | None) -> dict[str, Tensor]:
+    """Return wire name → float32 of those of the held experts that stay on the node; none where all travel.
+
+    An expert that the node has not trained yet begins as the plan's hash says, which is public and the same everywhere.
+
+    Args:
+        kept: what :func:`packed` made of them after the last round.
+    """
+    names = [name for name in parameters.shapes(plan.model, held) if plan.stays(name)]
+    trained = {} if kept is None else load(kept)
+    if all(name in trained for name in names):
+        return {name: trained[name] for name in names}
+    network = build(plan.model, int(plan.hash[:_SEED_DIGITS], 16))
+    fresh = parameters.split(network.state_dict(), network.held)
+    return {name: trained.get(name, fresh[name]) for name in names}
+
+
+def packed(kept: bytes | None, trained: Mapping[str, Tensor]) -> bytes:
+    """Return all local experts as bytes: those just trained, and the others as they were."""
+    return pack({**({} if kept is None else load(kept)), **trained})

@@ -1,0 +1,203 @@
+"""The server's own ledger: what it published at node level, charged before it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import load
+from torch import Tensor
+
+from clients.protocol import Plan, pack
+from model.config import HeldExperts
+from model.errors import BadInputError
+from privacy.canonical import sha256
+from privacy.code_identity import code_hash
+from privacy.ledger import (
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    ChargeRequest,
+    Genesis,
+    Ledger,
+    Reservation,
+    StoredReply,
+)
+from privacy.ledger.heads import public_hex
+from privacy.ledger.keys import create_key, load_key
+from privacy.ledger.machine import machine_id
+from privacy.ledger.witness import Witness
+from privacy.mechanisms import SampledGaussian
+from privacy.randomness import derive, fresh_secret
+from server.config import NodePrivacyConfig
+from server.node_level import NodeLevelSum, own_experts, secret_cohort
+
+KIND = "aggregate"
+
+
+class NodeLevel:
+    """What a round asks and publishes where the node is the unit."""
+
+    def __init__(
+        self,
+        account: NodeAccount,
+        *,
+        config: NodePrivacyConfig,
+        mechanism: SampledGaussian,
+        plan: Plan,
+        run_id: str,
+        experts_per_node: int,
+        seed: int,
+    ) -> None:
+        """Set up a run; ``mechanism`` is what one round is charged as."""
+        self._account, self._config, self._mechanism = account, config, mechanism
+        self._plan, self._run_id, self._count, self._seed = plan, run_id, experts_per_node, seed
+        self._plan_hash = sha256((plan.hash + config.json_for_hash()).encode())
+        self._paid: Reservation | StoredReply | None = None
+
+    def begin(self, nodes: Sequence[str], round_number: int) -> dict[str, HeldExperts]:
+        """Charge a round and return its secret cohort: node → what it trains.
+
+        Nobody is asked in a round that was committed before, or that was given up after crashes.
+
+        Raises:
+            BadInputError: the account does not allow the round.
+        """
+        try:
+            self._paid = self._account.reserve(
+                self._run_id, round_number, self._plan_hash, self._mechanism, self._config.clip
+            )
+        except ChargeAbandonedError:
+            self._paid = None
+        except BudgetExhaustedError as error:
+            raise BadInputError(
+                f"node_privacy: epsilon {self._config.epsilon:g} is spent, must leave room for round {round_number}"
+            ) from error
+        if not isinstance(self._paid, Reservation):
+            return {}
+        experts = self._plan.model.experts.routed
+        return {
+            node: own_experts(
+                node,
+                experts=experts,
+                count=self._count,
+                layers=self._plan.model.layers,
+                seed=self._seed,
+                round_number=round_number,
+            )
+            for node in secret_cohort(nodes, self._mechanism.sampling_rate, self._paid.secret)
+        }
+
+    def collect(self, nodes: Sequence[str]) -> NodeLevelSum:
+        """Return what the contributions of a cohort are added to."""
+        return NodeLevelSum(
+            nodes,
+            shapes=self._plan.travelling(self._plan.model.all_experts),
+            clip=self._config.clip,
+            noise_multiplier=self._mechanism.noise_multiplier,
+            expected_nodes=self._mechanism.sampling_rate * self._config.nodes,
+            expert_share=self._count / self._plan.model.experts.routed,
+        )
+
+    def publish(self, collected: NodeLevelSum) -> dict[str, Tensor]:
+        """Commit the round's noised step and return it: every tensor, or none in a round that was given up."""
+        if self._paid is None:
+            return {}
+        body = (
+            self._account.commit(self._paid, pack(collected.result(self._paid.secret)))
+            if isinstance(self._paid, Reservation)
+            else self._paid.body
+        )
+        return load(body)
+
+    def close(self) -> None:
+        """Close the account's file."""
+        self._account.ledger.close()
+
+
+class NodeAccount:
+    """The account of one run, whose unit is the node. It lives in the run directory, as the server's own file.
+
+    Its witness lies beside it: it finds out an older database, not an older copy of the whole directory.
+    A simulation's follows from the scenario's seed, so that its run can be repeated, and says so; any other draws from
+    the operating system.
+    """
+
+    def __init__(self, ledger: Ledger, seed: int) -> None:
+        self.ledger = ledger
+        self._seed = seed
+
+    @classmethod
+    def open(cls, path: Path, config: NodePrivacyConfig, seed: int) -> NodeAccount:
+        """Open the account of a run, or begin one.
+
+        Raises:
+            BadInputError: the account, or its key, is damaged or missing.
+        """
+        key_path = path.with_suffix(".key")
+        if not path.exists():
+            if key_path.exists():
+                raise BadInputError(f"{path}: missing, must lie beside {key_path.name}")
+            key = create_key(key_path)
+            genesis = _genesis(config, key, "deployment")
+            return cls(Ledger.create(path, genesis, key, witness=Witness(path.with_suffix(".witness"))), seed)
+        if not key_path.exists():
+            return cls(Ledger(path, _seeded_key(seed)), seed)
+        witness = Witness(path.with_suffix(".witness"))
+        return cls(Ledger(path, load_key(key_path), witness=witness, machine=machine_id()), seed)
+
+    @classmethod
+    def begin_simulated(cls, path: Path, config: NodePrivacyConfig, seed: int) -> None:
+        """Begin the account of a simulation, where there is none yet; it is repeatable and not private."""
+        if not path.exists():
+            key = _seeded_key(seed)
+            Ledger.create(path, _genesis(config, key, "simulation"), key).close()
+
+    def reserve(
+        self, run_id: str, round_number: int, plan_hash: str, mechanism: SampledGaussian, clip: float
+    ) -> Reservation | StoredReply:
+        """Charge a round, durably, before its cohort is drawn; the reservation's secret seeds cohort and noise.
+
+        After a crash the same round gets the same secret, or what was committed before: it is published once.
+
+        Raises:
+            BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError: see there.
+        """
+        seeded = self.ledger.genesis.mode == "simulation"
+        request = ChargeRequest(
+            kind=KIND,
+            run_id=run_id,
+            round=round_number,
+            plan_hash=plan_hash,
+            model_in_hash="",
+            code_hash=code_hash(),
+            mechanism=mechanism,
+            clip=clip,
+            releases=("model",),
+            numeric="fast",
+            rng="seeded" if seeded else "os-entropy",
+        )
+        secret = derive(self._seed.to_bytes(32, "big"), "node level", round_number) if seeded else fresh_secret()
+        return self.ledger.reserve(request, secret)
+
+    def commit(self, reservation: Reservation, step: bytes) -> bytes:
+        """Keep the noised step, before anybody sees it; return what may be published."""
+        return self.ledger.commit(reservation, step).body
+
+
+def _seeded_key(seed: int) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(derive(seed.to_bytes(32, "big"), "node-level ledger key"))
+
+
+def _genesis(config: NodePrivacyConfig, key: Ed25519PrivateKey, mode: Literal["simulation", "deployment"]) -> Genesis:
+    return Genesis.new(
+        public_key=public_hex(key),
+        dataset_id="nodes",
+        split_key="",
+        unit="node",
+        epsilon=config.epsilon,
+        delta=config.delta,
+        mode=mode,
+        machine_id="simulation" if mode == "simulation" else machine_id(),
+    )

@@ -1,0 +1,82 @@
+"""Expert scope, seen from the server and in whole simulations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load
+from server_samples import ask, delta_for, held_of, make_plan, make_strategy, train_reply
+
+from clients.protocol import body_of
+from data.shipped_scenarios import find
+from model import BadInputError, parameters
+from server.run_audit import audit_run
+from server.run_directory import RunDirectory
+from server.scenario import read_scenario
+from simulations.simulate import simulate
+
+SMALL = {"federation.rounds": 3, "partition.nodes": 3, "model.width": 8}
+
+
+def test_requests_hold_what_travels_and_experts_that_stay_keep_their_value():
+    plan = make_plan(local_experts=2)
+    strategy = make_strategy(plan=plan)
+    before = {name: tensor.clone() for name, tensor in strategy.optimizer.snapshot().items()}
+    requests = ask(strategy)
+    replies = []
+    for request in requests:
+        travelling = plan.travelling(held_of(request))
+        assert load(body_of(request.content)).keys() == travelling.keys()
+        whole = delta_for(request, strategy)
+        replies.append(train_reply(request, {name: whole[name] for name in travelling}))
+    strategy.aggregate_train(1, replies)
+    assert strategy.tally.accepted == len(requests)
+    for name, tensor in strategy.optimizer.snapshot().items():
+        assert torch.equal(tensor, before[name]) == plan.stays(name)
+
+
+def test_a_reply_with_an_expert_that_stays_is_dropped():
+    strategy = make_strategy(plan=make_plan(local_experts=6))
+    requests = ask(strategy)
+    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy)) for request in requests])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, len(requests))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"federation.expert_scope": "mixed"}, r"federation\.local_experts is 0, must be from 1 to 7"),
+        (
+            {"federation.expert_scope": "mixed", "federation.local_experts": 8},
+            r"federation\.local_experts is 8, must be from 1 to 7",
+        ),
+        ({"federation.local_experts": 1}, r"must be left out with expert_scope 'federated'"),
+        (
+            {"federation.expert_scope": "local", "federation.local_experts": 1},
+            r"must be left out with expert_scope 'local'",
+        ),
+        ({"federation.expert_scope": "own"}, r"federation\.expert_scope is 'own', must be"),
+    ],
+)
+def test_contradictions_are_refused(changes, sentence):
+    with pytest.raises(BadInputError, match=sentence):
+        read_scenario(find("digits"), changes)
+
+
+@pytest.mark.parametrize(
+    "scope", [{"federation.expert_scope": "local"}, {"federation.expert_scope": "mixed", "federation.local_experts": 4}]
+)
+def test_a_run_is_the_same_with_workers_is_audited_and_sends_less(tmp_path, scope):
+    plain = read_scenario(find("digits"), SMALL)
+    scenario = read_scenario(find("digits"), SMALL | scope)
+    assert plain.plan().hash != scenario.plan().hash
+    summaries, models = [], []
+    for number, (what, workers) in enumerate(((plain, 1), (scenario, 1), (scenario, 2))):
+        run = RunDirectory.create(what, tmp_path / str(number))
+        summaries.append(simulate(what, run, workers=workers))
+        models.append((run.path / "model/model.safetensors").read_bytes())
+    assert models[1] == models[2]
+    assert audit_run(RunDirectory(tmp_path / "1")).verdict == "NOT_REFUTED"
+    assert summaries[1].bytes_per_node < summaries[0].bytes_per_node
+    assert summaries[1].epsilon == summaries[0].epsilon
+    assert parameters.shapes(scenario.model, scenario.model.all_experts)  # the whole model is saved

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from clients.protocol import Plan, TrainingConfig
+from clients.protocol import Plan, TrafficConfig, TrainingConfig
 from data.config import DataConfig, PartitionConfig
 from data.sources import schema_of
 from model.config import Frozen, ModelConfig
@@ -38,6 +38,8 @@ class Scenario(Frozen):
     privacy: PrivacyConfig
     training: TrainingConfig
     federation: FederationConfig
+    traffic: TrafficConfig = TrafficConfig()
+    younger: ClassVar[frozenset[str]] = frozenset({"traffic"})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Scenario:
@@ -80,6 +82,7 @@ class Scenario(Frozen):
             training=self.training,
             rounds=self.federation.rounds,
             noise_multiplier=noise,
+            traffic=self.traffic,
         )
 
     def to_toml(self) -> str:

@@ -27,9 +27,11 @@ from clients.protocol import (
     decode,
     encode,
     encode_tensors,
+    encodings_of,
+    norm_growth,
     norms,
-    pack,
     tensors_of,
+    wire_form,
 )
 from model import HeldExperts, parameters
 from privacy.canonical import sha256
@@ -181,7 +183,10 @@ class ExpertStrategy(Strategy):
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
         request = encode(self._request(1, held, EMPTY_RECEIPT), self._tensors(held))
-        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), pack(self.optimizer.snapshot()))
+        snapshot = self.optimizer.snapshot()
+        shapes = {name: tensor.shape for name, tensor in snapshot.items()}
+        delta = wire_form(shapes, encodings_of(self.plan.traffic.delta, shapes)).encode(snapshot, bytes(32))
+        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), delta)
         return exchange_bytes(request) + exchange_bytes(reply)
 
     def _request(self, server_round: int, held: HeldExperts, receipt: SignedHead | None) -> TrainRequest:
@@ -191,7 +196,10 @@ class ExpertStrategy(Strategy):
 
     def _tensors(self, held: HeldExperts) -> ArrayRecord:
         snapshot = self.optimizer.snapshot()
-        return encode_tensors({name: snapshot[name] for name in parameters.select(snapshot, held)})
+        chosen = {name: snapshot[name] for name in parameters.select(snapshot, held)}
+        shapes = {name: tensor.shape for name, tensor in chosen.items()}
+        # To nearest: nodes with equal experts get equal weights, and nothing adds up, for the server keeps its own.
+        return encode_tensors(wire_form(shapes, encodings_of(self.plan.traffic.model, shapes)).encode(chosen, None))
 
     def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
         if not reply.has_content():
@@ -200,9 +208,10 @@ class ExpertStrategy(Strategy):
             return None
         self.tally.bytes_up += exchange_bytes(reply.content)
         expected = parameters.shapes(self.plan.model, held)
+        encodings = encodings_of(self.plan.traffic.delta, expected)
         try:
             answer = decode(reply.content, TrainReply)
-            delta = tensors_of(reply.content, expected)
+            delta = tensors_of(reply.content, expected, encodings)
         except ProtocolError as error:
             self._count_refusal(name, error)
             return None
@@ -228,7 +237,7 @@ class ExpertStrategy(Strategy):
         size = description.declared_size
         count = sum(shape.numel() for shape in expected.values())
         norm = math.hypot(*norms(delta))
-        if norm > norm_bound(self.plan, count, size, server_round):
+        if norm > norm_bound(self.plan, count, size, server_round) * norm_growth(expected, encodings):
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)
             return None

@@ -61,12 +61,12 @@ class _Pack:
 
     shapes: dict[str, Size]
     starts: NDArray[np.intp]
-    lengths: Tensor
+    lengths: NDArray[np.intp]
 
     @classmethod
     def of(cls, shapes: dict[str, Size]) -> _Pack:
         rows = np.array([length for count, length in map(_rows, shapes.values()) for _ in range(count)], dtype=np.intp)
-        return cls(shapes, np.cumsum(rows) - rows, torch.from_numpy(rows))
+        return cls(shapes, np.cumsum(rows) - rows, rows)
 
     @property
     def size(self) -> int:
@@ -108,7 +108,7 @@ class WireForm:
         for encoding, pack in self._packs.items():
             self.shapes[_PACKED + encoding], self.dtypes[_PACKED + encoding] = Size([pack.size]), _DTYPES[encoding]
         if "int8" in self._packs:
-            self.shapes[_SCALES], self.dtypes[_SCALES] = self._packs["int8"].lengths.shape, torch.bfloat16
+            self.shapes[_SCALES], self.dtypes[_SCALES] = Size(self._packs["int8"].lengths.shape), torch.bfloat16
 
     def encode(self, tensors: Mapping[str, Tensor], secret: bytes | None) -> dict[str, Tensor]:
         """Return what travels for float32 ``tensors`` of the expected names and shapes; other names stay as they are.
@@ -188,7 +188,7 @@ def _to_int8(flat: NDArray[np.float32], pack: _Pack, secret: bytes) -> tuple[Ten
     usable = (bits > 0) & (bits < _INFINITE)
     inverse = np.divide(1.0, scale, where=usable, out=np.zeros_like(scale))
     steps = np.where(np.isfinite(flat), flat, 0.0) if not usable.all() else flat
-    scaled = np.repeat(inverse, pack.lengths.numpy())
+    scaled = np.repeat(inverse, pack.lengths)
     scaled *= steps
     return _round_randomly(scaled, draws), torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
@@ -222,6 +222,6 @@ def _from_int8(values: Tensor, scales: Tensor, pack: _Pack) -> Tensor:
     bits = scales.view(torch.int16)
     if bool(((bits != 0) & ((bits < _SMALLEST) | (bits >= _INFINITE))).any()):
         raise ValueError("a scale is negative, not finite or too small")
-    if bool((values == -128).any()):
+    if len(values) and int(values.min()) == -128:
         raise ValueError("a value of -128")
-    return values.float().mul_(scales.float().repeat_interleave(pack.lengths))
+    return values.float().mul_(torch.from_numpy(np.repeat(scales.float().numpy(), pack.lengths)))

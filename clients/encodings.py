@@ -65,7 +65,8 @@ class _Pack:
 
     @classmethod
     def of(cls, shapes: dict[str, Size]) -> _Pack:
-        rows = np.array([length for count, length in map(_rows, shapes.values()) for _ in range(count)], dtype=np.intp)
+        counts, lengths = np.array([_rows(shape) for shape in shapes.values()], dtype=np.intp).T
+        rows = np.repeat(lengths, counts)
         return cls(shapes, np.cumsum(rows) - rows, rows)
 
     @property
@@ -154,7 +155,7 @@ def wire_form(expected: Mapping[str, Size], encodings: Mapping[str, Encoding]) -
     return _wire_form(tuple(expected.items()), tuple(encodings.items()))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # a form holds 16 bytes for each row
 def _wire_form(expected: tuple[tuple[str, Size], ...], encodings: tuple[tuple[str, Encoding], ...]) -> WireForm:
     return WireForm(dict(expected), dict(encodings))
 

@@ -74,6 +74,9 @@ class _Pack:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        for name, shape in self.shapes.items():  # side by side, nobody can check them any more
+            if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != torch.float32:
+                raise ValueError("a tensor does not have the name, shape and type that were expected")
         return torch.cat([tensors[name].detach().cpu().reshape(-1) for name in self.shapes])
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -84,8 +87,8 @@ class _Pack:
 class WireForm:
     """What tensors look like on the wire.
 
-    Tensors of one encoding travel as one flat tensor, in the order of their names: a name and a header for each
-    would cost small experts more than their int8 values.
+    Tensors of one encoding travel as one flat tensor, in the order of their names. A header for each and for its scales,
+    and scales in float32, would make an int8 delta of digits 14 % longer (25.6 kB, not 22.5), and one pass many.
 
     shapes, dtypes: of what travels, by name; whoever checks a message checks for exactly these.
     """
@@ -120,6 +123,9 @@ class WireForm:
         Guarantee: the mean over secrets of what :meth:`decode` gives is the value (below 2^127), for bfloat16 exactly,
         for int8 within 2^-32 of a scale; zeros stay zeros. A value that is not finite is sent as NaN, with int8 as
         its row's scale: the receiver refuses either, as it would refuse the value itself.
+
+        Raises:
+            ValueError: a tensor is missing, of another shape or not float32; int8 without a secret.
         """
         packed = {name for pack in self._packs.values() for name in pack.shapes}
         sent = {name: tensor for name, tensor in tensors.items() if name not in packed}

@@ -244,6 +244,29 @@ def test_minus_128_is_refused():
         form.decode(sent)
 
 
+@pytest.mark.parametrize("encoding", LOSSY)
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda tensors: tensors.pop("shared/vector"),
+        lambda tensors: tensors.update({"shared/matrix": torch.ones(7, 5)}),  # as many values
+        lambda tensors: tensors.update({"shared/matrix": torch.ones(35)}),
+        lambda tensors: tensors.update({"shared/matrix": torch.ones(5, 7, dtype=torch.float64)}),
+    ],
+)
+def test_what_was_not_expected_is_not_packed(encoding, spoil):
+    """The door cannot see into a packed tensor: names, shapes and types are checked before."""
+    tensors = some()
+    spoil(tensors)
+    with pytest.raises(ValueError, match="name, shape and type"):
+        form_of(encoding).encode(tensors, SECRET)
+
+
+def test_an_extra_tensor_is_left_for_the_door_to_refuse():
+    sent = form_of("int8").encode(some() | {"loss": torch.ones(1)}, SECRET)
+    assert sent.keys() - form_of("int8").shapes.keys() == {"loss"}
+
+
 def test_int8_to_nearest_does_not_exist():
     with pytest.raises(ValueError, match="at random"):
         form_of("int8").encode(some(), None)

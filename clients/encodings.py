@@ -87,8 +87,8 @@ class _Pack:
 class WireForm:
     """What tensors look like on the wire.
 
-    Tensors of one encoding travel as one flat tensor, in the order of their names. A header for each and for its scales,
-    and scales in float32, would make an int8 delta of digits 14 % longer (25.6 kB, not 22.5), and one pass many.
+    Tensors of one encoding travel as one flat tensor, in the order of their names, and are rounded in one pass. With
+    a header for each and for its scales, and scales in float32, an int8 delta of digits would be 14 % longer.
 
     shapes, dtypes: of what travels, by name; whoever checks a message checks for exactly these.
     """

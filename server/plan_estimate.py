@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from clients.protocol import Plan, TrainReply, TrainRequest, encode
+from clients.protocol import Plan, TrainReply, TrainRequest, encode, encodings_of, wire_form
 from model import HeldExperts, build, from_state, parameters
 from privacy.accountants import epsilon_by_accountant
 from privacy.accounting import charge_units, epsilon_of, fixed_order
@@ -132,12 +132,15 @@ def _count(plan: Plan, held: HeldExperts) -> int:
 
 
 def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
-    tensors = {name: torch.zeros(shape) for name, shape in plan.travelling(held).items()}
-    for number, tensor in enumerate(tensors.values()):
-        tensor += number  # equal chunks would be counted once
+    shapes = plan.travelling(held)
+    generator = torch.Generator().manual_seed(0)
+    # Of some values: equal chunks would be counted once.
+    tensors = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    model = wire_form(shapes, encodings_of(plan.traffic.model, shapes)).encode(tensors, None)
+    delta = wire_form(shapes, encodings_of(plan.traffic.delta, shapes)).encode(tensors, bytes(32))
     request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)
     reply = TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT)
-    return wire_bytes(encode(request, tensors)), wire_bytes(encode(reply, tensors))
+    return wire_bytes(encode(request, model)), wire_bytes(encode(reply, delta))
 
 
 def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> float:

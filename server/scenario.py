@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from clients.protocol import Plan, TrainingConfig
+from clients.protocol import Plan, TrafficConfig, TrainingConfig
 from data.config import DataConfig, PartitionConfig, taking_part
 from data.sources import schema_of
 from model.config import Frozen, ModelConfig
@@ -42,8 +42,9 @@ class Scenario(Frozen):
     training: TrainingConfig
     federation: FederationConfig
     node_privacy: NodePrivacyConfig | None = None
+    traffic: TrafficConfig = TrafficConfig()
 
-    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy"})
+    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy", "traffic"})
 
     @model_validator(mode="after")
     def _fits_node_level(self) -> Scenario:
@@ -130,6 +131,7 @@ class Scenario(Frozen):
             rounds=self.federation.rounds,
             noise_multiplier=noise,
             local_experts=self._local_experts,
+            traffic=self.traffic,
         )
 
     @property

@@ -27,9 +27,11 @@ from clients.protocol import (
     decode,
     encode,
     encode_tensors,
+    encodings_of,
+    norm_growth,
     norms,
-    pack,
     tensors_of,
+    wire_form,
 )
 from model import HeldExperts
 from privacy.canonical import sha256
@@ -183,8 +185,11 @@ class ExpertStrategy(Strategy):
     def full_model_bytes(self) -> int:
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
-        request = encode(self._request(1, held, EMPTY_RECEIPT), encode_tensors(self.optimizer.snapshot()))
-        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), pack(self.optimizer.snapshot()))
+        snapshot = self.optimizer.snapshot()
+        request = encode(self._request(1, held, EMPTY_RECEIPT), self._packed(snapshot))
+        shapes = {name: tensor.shape for name, tensor in snapshot.items()}
+        delta = wire_form(shapes, encodings_of(self.plan.traffic.delta, shapes)).encode(snapshot, bytes(32))
+        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), delta)
         return exchange_bytes(request) + exchange_bytes(reply)
 
     def _assignment(self, server_round: int) -> dict[str, HeldExperts]:
@@ -211,7 +216,12 @@ class ExpertStrategy(Strategy):
 
     def _tensors(self, held: HeldExperts) -> ArrayRecord:
         snapshot = self.optimizer.snapshot()
-        return encode_tensors({name: snapshot[name] for name in self.plan.travelling(held)})
+        return self._packed({name: snapshot[name] for name in self.plan.travelling(held)})
+
+    def _packed(self, tensors: Mapping[str, Tensor]) -> ArrayRecord:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        # To nearest: nodes with equal experts get equal weights, and nothing adds up, for the server keeps its own.
+        return encode_tensors(wire_form(shapes, encodings_of(self.plan.traffic.model, shapes)).encode(tensors, None))
 
     def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
         if not reply.has_content():
@@ -220,9 +230,10 @@ class ExpertStrategy(Strategy):
             return None
         self.tally.bytes_up += exchange_bytes(reply.content)
         expected = self.plan.travelling(held)
+        encodings = encodings_of(self.plan.traffic.delta, expected)
         try:
             answer = decode(reply.content, TrainReply)
-            delta = tensors_of(reply.content, expected)
+            delta = tensors_of(reply.content, expected, encodings)
         except ProtocolError as error:
             self._count_refusal(name, error)
             return None
@@ -248,7 +259,8 @@ class ExpertStrategy(Strategy):
         size = description.declared_size
         count = sum(shape.numel() for shape in expected.values())
         norm = math.hypot(*norms(delta))
-        if self.node_level is None and norm > norm_bound(self.plan, count, size, server_round):
+        bound = norm_bound(self.plan, count, size, server_round) * norm_growth(expected, encodings)
+        if self.node_level is None and norm > bound:
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)
             return None

@@ -307,6 +307,18 @@ def test_the_plan_repeats_the_scenario():
     assert plan.hash != parse(federation__rounds=21).plan().hash
 
 
+def test_traffic_is_part_of_the_plan_and_asking_for_nothing_new_keeps_the_hash():
+    plain, same = parse(), parse(traffic__delta="fp32", traffic__model="fp32")
+    assert plain.plan().hash == same.plan().hash
+    assert plain.toml_for_hash() == same.toml_for_hash()
+    assert "traffic" not in plain.plan().json_for_hash() + plain.toml_for_hash()
+    small = parse(traffic__delta="int8", traffic__model="bf16")
+    assert (small.plan().traffic.delta, small.plan().traffic.model) == ("int8", "bf16")
+    assert small.plan().hash != plain.plan().hash
+    assert refusal(overrides={"traffic.delta": "int4"}) == "traffic.delta is 'int4', must be 'fp32', 'bf16' or 'int8'"
+    assert refusal(overrides={"traffic.model": "int8"}) == "traffic.model is 'int8', must be 'fp32' or 'bf16'"
+
+
 def test_without_privacy_the_plan_has_no_noise():
     assert parse(privacy__mechanism="none").plan().noise_multiplier is None
 

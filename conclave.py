@@ -16,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from server.scenario import Scenario
+    from simulations.baselines import Kind
 
 EXIT_VIOLATION = 1
 EXIT_BAD_INPUT = 2
@@ -59,6 +60,13 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue the run in this directory after its last round.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare with: central (all records on one node), alone (each node by itself), dense-total or "
+            "dense-active (one dense network with as many parameters in all, or active for a token)."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option(help="inline, or ray: Flower's own simulation runtime.")] = "inline",
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes that run nodes, one thread each.")] = 1,
     threads: Annotated[int, typer.Option(min=1, max=256, help="Torch threads of this process.")] = 1,
@@ -66,6 +74,7 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine and write a run directory with a report."""
     from server.run_directory import RunDirectory
+    from simulations.baseline_run import run_baseline
     from simulations.report import write_report
     from simulations.simulate import simulate as run_simulation
     from simulations.tables import print_summary
@@ -73,17 +82,25 @@ def simulate(
     kind = _engine(engine)
     if resume is None:
         resolved = _scenario(scenario or "digits", overrides or [], seed)
-        run = RunDirectory.create(resolved, out)
     else:
-        _refuse_beside_resume(scenario=scenario, set=overrides, seed=seed, out=out)
-        run = RunDirectory.open(resume)
-        resolved = _with_own_code(run.scenario)
-    with _progress(resolved.federation.rounds) as advance:
-        summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
-    report_path = write_report(run)
+        _refuse_beside_resume(scenario=scenario, set=overrides, seed=seed, out=out, baseline=baseline)
+        resolved = _with_own_code(RunDirectory.open(resume).scenario)
+    if baseline is not None:
+        other = _baseline(baseline)
+        runs = resolved.nodes if other == "alone" else 1
+        with _progress(resolved.federation.rounds * runs) as advance:
+            summary = run_baseline(resolved, other, out, advance, engine=kind, workers=workers, threads=threads)
+        report_path = summary.run / ("node-*/report.html" if other == "alone" else "report.html")
+    else:
+        run = RunDirectory.create(resolved, out) if resume is None else RunDirectory.open(resume)
+        with _progress(resolved.federation.rounds) as advance:
+            summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
+        report_path = write_report(run)
     print_summary(resolved, summary, report_path)
     if as_json:
         result = {name: value for name, value in asdict(summary).items() if value is not None}
+        if summary.baseline is not None:
+            result["baseline"] = summary.baseline.model_dump(exclude_defaults=True)
         _print_json({**result, "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
 
 
@@ -375,6 +392,16 @@ def _engine(name: str) -> Literal["inline", "ray"]:
     if name == "ray":
         return "ray"
     raise BadInputError(f"--engine is {name}, must be inline or ray")
+
+
+def _baseline(name: str) -> Kind:
+    from model.errors import BadInputError
+    from simulations.baselines import KINDS
+
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise BadInputError(f"--baseline is {name}, must be one of {', '.join(KINDS)}")
 
 
 def _refuse_beside_resume(**given: object) -> None:

@@ -12,6 +12,7 @@ from clients.node import Node
 from clients.protocol import (
     AdmitRequest,
     CloseRequest,
+    DescribeRequest,
     ProtocolError,
     Refusal,
     TrainRequest,
@@ -30,7 +31,12 @@ app = ClientApp()
 @app.query("describe")
 def describe(message: Message, context: Context) -> Message:
     """Answer what is public about this node."""
-    return _answer(message, lambda: encode(open_node(context).describe()))
+
+    def run() -> RecordDict:
+        request = decode(message.content, DescribeRequest) if message.content else DescribeRequest()
+        return encode(open_node(context).describe(request.model))
+
+    return _answer(message, run)
 
 
 @app.query("admit")

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from flwr.app import RecordDict
 
+from clients.encodings import encodings_of, wire_form
 from clients.local_experts import local_experts, packed, state_name
 from clients.policy import Policy
 from clients.protocol import (
@@ -29,7 +30,7 @@ from clients.protocol import (
 from clients.trainer import train
 from data.schema import Schema
 from data.sources import GROUP, Records
-from model import BadInputError, HeldExperts, parameters
+from model import BadInputError, HeldExperts, ModelConfig, parameters
 from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
@@ -45,6 +46,7 @@ from privacy.ledger import (
     StoredReply,
 )
 from privacy.mechanisms import SampledGaussian
+from privacy.randomness import derive
 from privacy.release import release
 from privacy.repeatability import repeat_key
 
@@ -63,13 +65,20 @@ class Node:
     ledger: Ledger
     new_secret: Callable[[str], bytes]
 
-    def describe(self) -> Description:
-        """Say what is public about this node."""
+    def describe(self, model: ModelConfig | None = None) -> Description:
+        """Say what is public about this node, and how many experts of a model's layers it can hold.
+
+        Raises:
+            ProtocolError: ``not-allowed``, not one expert of the model fits.
+        """
+        capacity = self.policy.expert_capacity if model is None else self.policy.capacity(model)
+        if capacity < 1:
+            raise ProtocolError("not-allowed", "not one expert of this model fits into policy.memory_mb")
         return Description(
             public_key=self.ledger.genesis.public_key,
             rotations=tuple(self.ledger.rotations),
             declared_size=self.declared_size,
-            expert_capacity=self.policy.expert_capacity,
+            expert_capacity=capacity,
         )
 
     def admit(self, request: AdmitRequest) -> Admission:
@@ -101,13 +110,13 @@ class Node:
         self._check_plan(plan, request.scenario)
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
-        check_held(request.held, plan, self.policy.expert_capacity)
+        check_held(request.held, plan, self.policy.capacity(plan.model))
         expected = plan.travelling(request.held)
         whole = parameters.shapes(plan.model, request.held)
         if sum(shape.numel() for shape in whole.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
         self._check_receipt(request.receipt)
-        tensors = tensors_of(content, expected)
+        tensors = tensors_of(content, expected, encodings_of(plan.traffic.model, expected))
         charge = _charge_for(request, body_of(content), seeded=self.policy.simulation)
         charge_id = charge.charge_id(self.ledger.genesis.ledger_id)
         if not self.ledger.knows(charge_id) and not self.ledger.is_open(request.run_id, plan.hash):
@@ -131,14 +140,17 @@ class Node:
                 reservation.secret,
                 clip=None if start is None else float(start),
             )
+            # Rounded after the noise, by the charge's own secret: the same charge always gives the same bytes.
+            form = wire_form(expected, encodings_of(plan.traffic.delta, expected))
+            delta = {name: trained.delta[name] for name in expected}
+            output = form.encode(delta, derive(reservation.secret, "encoding"))
             # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
             state = {} if trained.clip is None else {clip_name: repr(trained.clip).encode()}
             if own:
                 after = {name: tensor + trained.delta[name] for name, tensor in own.items()}
                 state[experts_name] = packed(kept, after)
-            delta = {name: trained.delta[name] for name in expected}
             with _as_codes():
-                return _reply(release(self.ledger, reservation, delta, expected, state))
+                return _reply(release(self.ledger, reservation, output, form.shapes, state, form.dtypes))
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
         self.policy.check(plan, scenario)

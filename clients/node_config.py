@@ -124,6 +124,8 @@ max_steps = {policy.max_steps}
 max_parameters = {policy.max_parameters}
 # Experts of one layer that fit into this machine.
 expert_capacity = {policy.expert_capacity}
+# MiB that training may take, beside program and records; from it follows how many experts of a given model fit.
+# memory_mb = 4096
 # Refuse gradient modes whose clip bound is not certified.
 certified_only = true
 # Only these scenarios: by name, or by the hash of a plan, which "conclave plan" prints.

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from clients.capacity import experts_that_fit
 from clients.protocol import Plan, ProtocolError
-from model.config import Frozen
+from model.config import Frozen, ModelConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -19,6 +20,8 @@ class Policy(Frozen):
         allowed. The owner's side decides it, never a message.
     max_steps: local steps of one round. max_rounds: rounds of one plan.
     expert_capacity: experts of one layer that this node can hold.
+    memory_mb: MiB that training may take, beside program and records; it too bounds the experts, see
+        :mod:`clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is allowed.
     certified_only: refuse gradient modes without a certified clip bound.
     releases: what may leave, each with the largest share of a plan's budget it may take.
     scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
@@ -33,10 +36,18 @@ class Policy(Frozen):
     max_steps: int = Field(default=10_000, ge=1)
     max_parameters: int = Field(default=500_000_000, ge=1)
     expert_capacity: int = Field(default=4096, ge=1)
+    memory_mb: int | None = Field(default=None, ge=1, le=2**30)
     certified_only: bool = True
     releases: dict[str, Share] = Field(default_factory=lambda: {"delta": 1.0})
     scenarios: tuple[str, ...] | None = None
     models: tuple[str, ...] = ()
+
+    def capacity(self, model: ModelConfig) -> int:
+        """Return how many experts of each layer of a model this node can hold, perhaps none."""
+        unknown = model.source is not None and not self.simulation and model.source not in self.models
+        if self.memory_mb is None or unknown:
+            return self.expert_capacity
+        return min(self.expert_capacity, experts_that_fit(model, self.memory_mb))
 
     def check(self, plan: Plan, scenario: str) -> None:
         """Check a plan against the policy, before anything is charged.

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Size, Tensor
 
+from clients.encodings import Encoding, TrafficConfig, WireForm, encodings_of, norm_growth, wire_form
 from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
 from model.parameters import owner, shapes
@@ -77,7 +78,7 @@ class Plan(Frozen):
         its own.
     """
 
-    younger: ClassVar[frozenset[str]] = frozenset({"local_experts"})
+    younger: ClassVar[frozenset[str]] = frozenset({"local_experts", "traffic"})
 
     model: ModelConfig
     privacy: PrivacyConfig
@@ -85,6 +86,7 @@ class Plan(Frozen):
     rounds: int = Field(ge=1, le=1_000_000)
     noise_multiplier: float | None = Field(gt=0.0)
     local_experts: int = Field(default=0, ge=0)
+    traffic: TrafficConfig = TrafficConfig()
 
     def stays(self, wire_name: str) -> bool:
         """Whether a tensor is of an expert that never travels. Its router's row does travel."""
@@ -111,6 +113,13 @@ class Plan(Frozen):
     def releases(self) -> dict[str, float]:
         """What leaves a node under this plan, and each one's share of the plan's budget."""
         return {"delta": 1.0}
+
+
+class DescribeRequest(Frozen):
+    """Ask a node what is public about it. With a model, its capacity is for experts of that size."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    model: ModelConfig | None = None
 
 
 class AdmitRequest(Frozen):
@@ -299,7 +308,9 @@ def body_of(content: RecordDict) -> bytes:
     return array_of(content).data
 
 
-def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, Tensor]:
+def tensors_of(
+    content: RecordDict, expected: Mapping[str, Size], encodings: Mapping[str, Encoding] | None = None
+) -> dict[str, Tensor]:
     """Return the tensors of a message, which must be exactly ``expected``; see :func:`unpack`.
 
     A sender in this very process may have shared them; they are checked all the same and must not be changed.
@@ -309,12 +320,12 @@ def tensors_of(content: RecordDict, expected: Mapping[str, Size]) -> dict[str, T
     """
     blob = array_of(content)
     if not isinstance(blob, TensorArray):
-        return unpack(blob.data, expected)
-    _check_names_and_shapes(blob.tensors, expected)
+        return unpack(blob.data, expected, encodings)
+    tensors = _checked(blob.tensors, wire_form(expected, encodings or {}))
     if not blob.found_finite:  # a broadcast is looked at once, not once per node
-        _check_finite(blob.tensors)
+        _check_finite(tensors)
         blob.found_finite = True
-    return dict(blob.tensors)
+    return tensors
 
 
 def array_of(content: RecordDict) -> Array:
@@ -330,30 +341,44 @@ def array_of(content: RecordDict) -> Array:
     return blob
 
 
-def unpack(body: bytes, expected: Mapping[str, Size]) -> dict[str, Tensor]:
-    """Decode a blob that must hold exactly ``expected`` (name → shape), all float32, finite, of norm below 1e19.
+def unpack(
+    body: bytes, expected: Mapping[str, Size], encodings: Mapping[str, Encoding] | None = None
+) -> dict[str, Tensor]:
+    """Decode a blob that must hold exactly ``expected`` (name → shape), finite, of norm below 1e19.
+
+    Args:
+        encodings: name → how it must have travelled; float32 where none is given.
+
+    Returns:
+        Name → float32.
 
     Raises:
         ProtocolError: ``bad-request``.
     """
-    allowed = 4 * sum(shape.numel() for shape in expected.values()) + 4096 + 256 * len(expected)
+    form = wire_form(expected, encodings or {})
+    size = sum(shape.numel() * form.dtypes[name].itemsize for name, shape in form.shapes.items())
+    allowed = size + 4096 + 256 * len(form.shapes)
     if len(body) > allowed:
         raise ProtocolError("bad-request", f"{len(body)} bytes, must be at most {allowed}")
     try:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ProtocolError("bad-request", "the tensors cannot be decoded") from error
-    _check_names_and_shapes(tensors, expected)
-    _check_finite(tensors)
-    return tensors
+    decoded = _checked(tensors, form)
+    _check_finite(decoded)
+    return decoded
 
 
-def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Size]) -> None:
-    if tensors.keys() != expected.keys():
+def _checked(tensors: Mapping[str, Tensor], form: WireForm) -> dict[str, Tensor]:
+    if tensors.keys() != form.shapes.keys():
         raise ProtocolError("bad-request", "the tensors are not those that were asked for")
     for name, tensor in tensors.items():
-        if tensor.shape != expected[name] or tensor.dtype != torch.float32:
+        if tensor.shape != form.shapes[name] or tensor.dtype != form.dtypes[name]:
             raise ProtocolError("bad-request", f"{name} has the wrong shape or type")
+    try:
+        return form.decode(tensors)
+    except ValueError as error:
+        raise ProtocolError("bad-request", str(error)) from error
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -375,7 +400,8 @@ CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
     "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN", "Admission", "AdmitRequest",
-    "CloseRequest", "Closed", "Code", "Description", "Plan", "ProtocolError", "Refusal", "TrainReply", "TrainRequest",
-    "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors", "fingerprint", "lengths", "norms",
-    "pack", "tensors_of", "unpack",
+    "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "Plan", "ProtocolError", "Refusal",
+    "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode",
+    "encode_tensors", "encodings_of", "fingerprint", "lengths", "norm_growth", "norms", "pack", "tensors_of", "unpack",
+    "wire_form",
 ]  # fmt: skip

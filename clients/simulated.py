@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from clients.node import Node
 from clients.policy import Policy
 from clients.protocol import ProtocolError
-from data.config import DataConfig, PartitionConfig
+from data.config import DataConfig, PartitionConfig, taking_part
 from data.partition import partition
 from data.sources import GROUP, DataSet, declared_size, load
 from model.config import Frozen
@@ -22,6 +22,20 @@ from privacy.config import PrivacyConfig
 from privacy.ledger import Genesis, Ledger
 from privacy.ledger.heads import public_hex
 from privacy.randomness import derive
+
+
+class SimulatedCapacities(Frozen):
+    """How many experts of a layer simulated nodes can hold, in turn; without any, as many as there are."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    capacities: tuple[int, ...] = Field(default=(), strict=False)
+
+    def policy_of(self, number: int) -> Policy:
+        """Return the policy of simulated node ``number``."""
+        if not self.capacities:
+            return Policy(simulation=True)
+        return Policy(simulation=True, expert_capacity=self.capacities[number % len(self.capacities)])
 
 
 class SimulatedData(Frozen):
@@ -33,6 +47,7 @@ class SimulatedData(Frozen):
     data: DataConfig
     partition: PartitionConfig
     privacy: PrivacyConfig
+    federation: SimulatedCapacities
 
 
 def ledger_path(run_dir: Path, node: int) -> Path:
@@ -42,7 +57,7 @@ def ledger_path(run_dir: Path, node: int) -> Path:
 
 @lru_cache(maxsize=1024)
 def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> Node:
-    """Open simulated node ``number`` of ``of`` of a scenario, creating its ledger on first use.
+    """Open the simulated node in place ``number`` of ``of`` of a scenario, creating its ledger on first use.
 
     Its identity, secrets and records follow from the scenario's seed, so a run can be repeated exactly. The
     ledger is a simulation ledger and says so.
@@ -53,8 +68,9 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
     sections, dataset, shares = deal(scenario_toml)
     if of != len(shares):
         raise ProtocolError("schema-mismatch", f"{of} simulated nodes, must be the scenario's {len(shares)}")
-    root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     index = torch.from_numpy(shares[number])
+    number = taking_part(sections.partition)[number]
+    root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     # Groups decide who holds what. No model sees them, and where they are not the unit, no node.
     grouped = sections.privacy.unit == "group"
     records = {name: tensor[index] for name, tensor in dataset.train.items() if grouped or name != GROUP}
@@ -70,7 +86,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
         records=records,
         schema=dataset.schema,
         declared_size=declared_size(units),
-        policy=Policy(simulation=True),
+        policy=sections.federation.policy_of(number),
         ledger=ledger,
         new_secret=lambda charge_id: derive(root, "charge", charge_id),
     )
@@ -78,14 +94,15 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
 
 @lru_cache(maxsize=4)
 def deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
-    """Load a scenario's data and deal it: its sections, the data set, and each node's record indices.
+    """Load a scenario's data and deal it: its sections, the data set, and record indices of each node that takes part.
 
     Raises:
         BadInputError: the records cannot be dealt as the scenario asks.
     """
     sections = SimulatedData.model_validate(tomllib.loads(scenario_toml))
     dataset = load(sections.data)
-    return sections, dataset, partition(dataset.train, sections.partition, sections.seed)
+    shares = partition(dataset.train, sections.partition, sections.seed)
+    return sections, dataset, [shares[number] for number in taking_part(sections.partition)]
 
 
 def _genesis(sections: SimulatedData, root: bytes, number: int, key: Ed25519PrivateKey) -> Genesis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from model.config import Frozen
 
@@ -20,14 +20,28 @@ class DataConfig(Frozen):
     window: int = Field(default=64, ge=2, le=65_536)
 
 
-class IidPartition(Frozen):
+class _Partition(Frozen):
+    """What every scheme has: ``only`` leaves all nodes but that one out, their shares unread."""
+
+    younger = frozenset({"only"})
+    only: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _only_exists(self) -> _Partition:
+        nodes: int = self.nodes  # type: ignore[attr-defined]  # each scheme has it, at its old place in the order of keys
+        if self.only is not None and self.only >= nodes:
+            raise ValueError(f"only is {self.only}, must be below the {nodes} nodes")
+        return self
+
+
+class IidPartition(_Partition):
     """Equal shares, drawn at random."""
 
     scheme: Literal["iid"]
     nodes: int = Field(ge=1, le=1_000_000)
 
 
-class DirichletPartition(Frozen):
+class DirichletPartition(_Partition):
     """Label proportions drawn from Dirichlet(alpha): the smaller alpha, the more the nodes differ."""
 
     scheme: Literal["dirichlet"]
@@ -36,7 +50,7 @@ class DirichletPartition(Frozen):
     min_records: int = Field(default=10, ge=1)
 
 
-class PathologicalPartition(Frozen):
+class PathologicalPartition(_Partition):
     """Every node sees ``labels_per_node`` labels only."""
 
     scheme: Literal["pathological"]
@@ -44,7 +58,7 @@ class PathologicalPartition(Frozen):
     labels_per_node: int = Field(ge=1)
 
 
-class GroupsPartition(Frozen):
+class GroupsPartition(_Partition):
     """Whole groups of records (for text: packages), dealt so that the nodes' sizes come out alike."""
 
     scheme: Literal["groups"]
@@ -54,3 +68,8 @@ class GroupsPartition(Frozen):
 PartitionConfig = Annotated[
     IidPartition | DirichletPartition | PathologicalPartition | GroupsPartition, Field(discriminator="scheme")
 ]
+
+
+def taking_part(partition: PartitionConfig) -> range:
+    """The numbers of the nodes that a simulation has: all, or the only one."""
+    return range(partition.nodes) if partition.only is None else range(partition.only, partition.only + 1)

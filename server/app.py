@@ -20,6 +20,7 @@ from clients.protocol import (
     AdmitRequest,
     Closed,
     CloseRequest,
+    DescribeRequest,
     Description,
     Plan,
     ProtocolError,
@@ -32,6 +33,7 @@ from data.sources import load
 from model import BadInputError, build, parameters
 from model.config import Frozen
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
 from server.node_account import NodeAccount, NodeLevel
 from server.receipts import ReceiptBook
@@ -85,7 +87,11 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     full_bytes = strategy.full_model_bytes()
     done = _restore(strategy, run, plan.hash)
     if done < scenario.federation.rounds:
+        _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.keep_only(admitted(grid, scenario, plan, run_id, nodes))
+        _check_coverage(scenario, strategy)  # what is set aside stays: with more nodes the run can still go on
+    coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
+    coverage.restore(run.metrics() if done else ())
     for round_number in range(done + 1, scenario.federation.rounds + 1):
         started = time.perf_counter()
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
@@ -95,7 +101,9 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         evaluation = evaluate(scenario.model, wire, test)
         seconds = time.perf_counter() - started
         # Metrics first: a round that has a checkpoint has its metrics, and resuming drops those without one.
-        run.append_metrics(_metrics(round_number, strategy, evaluation, full_bytes, seconds))
+        coverage.add(strategy.tally.trained)
+        line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
+        run.append_metrics({**line, **coverage.metrics()})
         checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.momentum())
         write_checkpoint(run.checkpoint, checkpoint)
         log.info("round %d: loss %.4f", round_number, evaluation.loss)
@@ -121,6 +129,19 @@ def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) 
     )
 
 
+def _check_coverage(scenario: Scenario, strategy: ExpertStrategy) -> None:
+    """Refuse to start where the nodes that are there cannot give every expert its holders.
+
+    Not where the node is the unit: there, whether a run starts may not depend on who is there.
+    """
+    if scenario.node_privacy is not None:
+        return
+    capacities = [description.expert_capacity for _, description in strategy.nodes.values()]
+    short = shortage(scenario.federation, scenario.model.experts.routed, capacities)
+    if short is not None:
+        raise BadInputError(short)
+
+
 def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int:
     """Put the checkpointed state back, if there is one; return the last round that is done."""
     if not run.checkpoint.exists():
@@ -140,9 +161,10 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
     Raises:
         BadInputError: none can.
     """
+    request = DescribeRequest(model=scenario.model)
     requests = [
-        Message(content=RecordDict(), dst_node_id=node, message_type=QUERY_DESCRIBE)
-        for node in _connected(grid, scenario.partition.nodes)
+        Message(content=encode(request), dst_node_id=node, message_type=QUERY_DESCRIBE)
+        for node in _connected(grid, scenario.nodes)
     ]
     replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
     refused: Counter[str] = Counter()
@@ -151,7 +173,7 @@ def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
         why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
         hint = ""
         if refused["schema-mismatch"]:
-            hint = f"; a simulation of this scenario needs {scenario.partition.nodes} nodes"
+            hint = f"; a simulation of this scenario needs {scenario.nodes} nodes"
         raise BadInputError(f"no node can take part ({why}), must be at least one{hint}")
     return described
 

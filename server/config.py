@@ -52,26 +52,30 @@ class FederationConfig(Frozen):
     """How rounds run.
 
     experts_per_node: routed experts per layer that travel to a node (capped by what the node declares).
-    assignment: ``all``, ``random``, or ``balanced`` (every expert gets its minimum holders first).
-    min_holders: an expert that fewer nodes returned keeps its value.
+    assignment: ``all``, ``random``, ``balanced`` (holders as even as capacities allow, new ones every round) or
+        ``sticky`` (a node keeps its experts while every expert has ``min_holders``), see :mod:`server.assignment`.
+    min_holders: an expert that fewer nodes returned keeps its value. A federation that has not the places for so many
+        holders of every expert in a round is refused; 0 lets a round pass experts by.
     weights: average deltas uniformly or by declared size.
     expert_scope: ``federated`` averages experts over their holders; ``local`` leaves each node its own, for ever: only
         router and shared weights travel; ``mixed`` does so with ``local_experts`` of each layer, those with the highest
         ids (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818, with experts for layers).
+    capacities: experts per layer that simulated nodes can hold, in turn; a real node declares its own.
     """
 
-    younger: ClassVar[frozenset[str]] = frozenset({"expert_scope", "local_experts"})
+    younger: ClassVar[frozenset[str]] = frozenset({"expert_scope", "local_experts", "capacities"})
 
     rounds: int = Field(ge=1, le=1_000_000)
     experts_per_node: int = Field(ge=1)
-    assignment: Literal["all", "random", "balanced"] = "balanced"
-    min_holders: int = Field(default=1, ge=1)
+    assignment: Literal["all", "random", "balanced", "sticky"] = "balanced"
+    min_holders: int = Field(default=1, ge=0)
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
     optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
     expert_scope: Literal["federated", "local", "mixed"] = "federated"
     local_experts: int = Field(default=0, ge=0)
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
+    capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), strict=False, max_length=4096)
 
 
 class NodePrivacyConfig(Frozen):

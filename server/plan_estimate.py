@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from clients.protocol import Plan, TrainReply, TrainRequest, encode
+from clients.protocol import Plan, TrainReply, TrainRequest, encode, encodings_of, wire_form
 from model import HeldExperts, build, from_state, parameters
 from privacy.accountants import epsilon_by_accountant
 from privacy.accounting import charge_units, epsilon_of, fixed_order
 from privacy.dpsgd import DpSgd, train_privately
 from privacy.mechanisms import SampledGaussian
 from privacy.randomness import derive
+from server.coverage import outlook
 from server.receipts import EMPTY_RECEIPT
 from server.scenario import Scenario
 from server.traffic import wire_bytes
@@ -28,6 +29,9 @@ class PlanEstimate:
     plan_hash: names the plan; an owner may allow it by this hash.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
+    parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
+    holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
+        :func:`server.coverage.outlook`.
     node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
@@ -45,6 +49,8 @@ class PlanEstimate:
     bytes_down: int
     bytes_up: int
     bytes_full_model: int
+    holders_per_expert: float
+    short_of_holders: float
     seconds_per_node_round: float
     seconds_total: float
     node_noise_multiplier: float | None = None
@@ -74,6 +80,9 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up, full = exchange_bytes_of(scenario)
+    capacities = {f"node {number}": capacity for number, capacity in enumerate(scenario.capacities)}
+    layers, routed = scenario.model.layers, scenario.model.experts.routed
+    expected = outlook(scenario.federation, routed, layers, capacities, scenario.seed)
     seconds = _seconds(scenario, plan, held, units_per_node)
     node_level, node_mechanism = scenario.node_privacy, scenario.node_mechanism()
     node_epsilon = None
@@ -94,6 +103,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         bytes_down=down,
         bytes_up=up,
         bytes_full_model=full,
+        holders_per_expert=expected.holders,
+        short_of_holders=expected.short,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
         node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,
@@ -121,12 +132,15 @@ def _count(plan: Plan, held: HeldExperts) -> int:
 
 
 def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
-    tensors = {name: torch.zeros(shape) for name, shape in plan.travelling(held).items()}
-    for number, tensor in enumerate(tensors.values()):
-        tensor += number  # equal chunks would be counted once
+    shapes = plan.travelling(held)
+    generator = torch.Generator().manual_seed(0)
+    # Of some values: equal chunks would be counted once.
+    tensors = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    model = wire_form(shapes, encodings_of(plan.traffic.model, shapes)).encode(tensors, None)
+    delta = wire_form(shapes, encodings_of(plan.traffic.delta, shapes)).encode(tensors, bytes(32))
     request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)
     reply = TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT)
-    return wire_bytes(encode(request, tensors)), wire_bytes(encode(reply, tensors))
+    return wire_bytes(encode(request, model)), wire_bytes(encode(reply, delta))
 
 
 def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> float:
@@ -155,7 +169,7 @@ def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> f
 
 
 def _expected_cohort(scenario: Scenario) -> float:
-    cohort, nodes = scenario.federation.cohort, scenario.partition.nodes
+    cohort, nodes = scenario.federation.cohort, scenario.nodes
     if cohort.kind == "fixed":
         return float(min(cohort.size, nodes))
     return cohort.rate * nodes if cohort.kind == "poisson" else float(nodes)

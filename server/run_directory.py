@@ -33,15 +33,7 @@ class RunDirectory:
         Raises:
             BadInputError: the directory is not empty, or cannot be created.
         """
-        if out is None:
-            stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-            out = _unused(Path("runs") / f"{scenario.name}-{stamp}")
-        try:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise BadInputError(f"--out {out}: not empty, must be a new or empty directory")
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInputError(f"--out {out}: cannot be created ({error.strerror})") from error
+        out = fresh_directory(scenario.name, out)
         run = cls(out)
         write_atomically(out / "environment.json", json.dumps(_environment(scenario.seed), indent=2).encode())
         write_atomically(out / "scenario.toml", scenario.to_toml().encode())  # last: it makes this a run directory
@@ -132,6 +124,24 @@ class RunDirectory:
     def save_model(self, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:
         """Write the final model."""
         save_model(self.path / "model", config, wire)
+
+
+def fresh_directory(name: str, out: Path | None = None) -> Path:
+    """Create an empty directory and return it: exactly ``out``, or ``runs/<name>-<utc time>``.
+
+    Raises:
+        BadInputError: it is not empty, or cannot be created.
+    """
+    if out is None:
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        out = _unused(Path("runs") / f"{name}-{stamp}")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise BadInputError(f"--out {out}: not empty, must be a new or empty directory")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"--out {out}: cannot be created ({error.strerror})") from error
+    return out
 
 
 def _unused(path: Path) -> Path:

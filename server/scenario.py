@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from clients.protocol import Plan, TrainingConfig
-from data.config import DataConfig, PartitionConfig
+from clients.protocol import Plan, TrafficConfig, TrainingConfig
+from data.config import DataConfig, PartitionConfig, taking_part
 from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
@@ -21,6 +21,7 @@ from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
 from privacy.mechanisms import SampledGaussian
 from server.config import FederationConfig, NodePrivacyConfig, PoissonCohort
+from server.coverage import shortage
 
 Overrides = Mapping[str, Any]
 
@@ -41,8 +42,9 @@ class Scenario(Frozen):
     training: TrainingConfig
     federation: FederationConfig
     node_privacy: NodePrivacyConfig | None = None
+    traffic: TrafficConfig = TrafficConfig()
 
-    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy"})
+    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy", "traffic"})
 
     @model_validator(mode="after")
     def _fits_node_level(self) -> Scenario:
@@ -56,6 +58,7 @@ class Scenario(Frozen):
             ("assignment", federation.assignment, ("random", "all")),
             ("weights", federation.weights, ("uniform",)),
             ("min_holders", federation.min_holders, (1,)),
+            ("capacities", list(federation.capacities), ([],)),
         ):
             if value not in allowed:
                 choices = " or ".join(map(str, allowed))
@@ -77,6 +80,12 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.experts_per_node is {per_node}, must be {experts.routed} with assignment 'all'"
             )
+        least = min(self.capacities)
+        if least < experts.top_k:
+            raise ValueError(f"federation.capacities has {least}, must be at least model.experts.top_k {experts.top_k}")
+        short = shortage(self.federation, experts.routed, self.capacities)
+        if short is not None and self.node_privacy is None:  # at node level nothing may depend on who is there
+            raise ValueError(short)
         scope, local = self.federation.expert_scope, self.federation.local_experts
         if scope == "mixed" and not 1 <= local < experts.routed:
             raise ValueError(
@@ -88,6 +97,17 @@ class Scenario(Frozen):
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
         return self
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes a simulation has."""
+        return len(taking_part(self.partition))
+
+    @property
+    def capacities(self) -> list[int]:
+        """How many experts of a layer each simulated node can hold."""
+        given = self.federation.capacities or (self.model.experts.routed,)
+        return [given[number % len(given)] for number in taking_part(self.partition)]
 
     def plan(self) -> Plan:
         """Return what the run will ask of every node, with σ calibrated for taking part in every round.
@@ -111,6 +131,7 @@ class Scenario(Frozen):
             rounds=self.federation.rounds,
             noise_multiplier=noise,
             local_experts=self._local_experts,
+            traffic=self.traffic,
         )
 
     @property

@@ -27,9 +27,11 @@ from clients.protocol import (
     decode,
     encode,
     encode_tensors,
+    encodings_of,
+    norm_growth,
     norms,
-    pack,
     tensors_of,
+    wire_form,
 )
 from model import HeldExperts
 from privacy.canonical import sha256
@@ -51,7 +53,8 @@ class RoundTally:
     """What one round came to. Bytes count Flower's objects on the wire.
 
     refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
-    shape, for another assignment, or over the norm bound. missing: nodes that sent nothing in time.
+    shape, for another assignment, or over the norm bound. missing: nodes that sent nothing in time. trained: the
+    experts of each accepted reply.
     """
 
     asked: int = 0
@@ -62,6 +65,7 @@ class RoundTally:
     bytes_down: int = 0
     bytes_up: int = 0
     held_back: int = 0
+    trained: list[HeldExperts] = field(default_factory=list)
 
 
 class ExpertStrategy(Strategy):
@@ -152,7 +156,9 @@ class ExpertStrategy(Strategy):
                 continue
             name, held = asked
             contribution = self._validated(reply, name, held, server_round)
-            self.tally.accepted += contribution is not None
+            if contribution is not None:
+                self.tally.accepted += 1
+                self.tally.trained.append(held)
             averager.add(name, contribution)
         self.receipts.save()  # before anything is done with the replies
         self.tally.missing = len(self._asked)  # who answered has been struck off
@@ -179,8 +185,11 @@ class ExpertStrategy(Strategy):
     def full_model_bytes(self) -> int:
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
         held = self.plan.model.all_experts
-        request = encode(self._request(1, held, EMPTY_RECEIPT), encode_tensors(self.optimizer.snapshot()))
-        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), pack(self.optimizer.snapshot()))
+        snapshot = self.optimizer.snapshot()
+        request = encode(self._request(1, held, EMPTY_RECEIPT), self._packed(snapshot))
+        shapes = {name: tensor.shape for name, tensor in snapshot.items()}
+        delta = wire_form(shapes, encodings_of(self.plan.traffic.delta, shapes)).encode(snapshot, bytes(32))
+        reply = encode(TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT), delta)
         return exchange_bytes(request) + exchange_bytes(reply)
 
     def _assignment(self, server_round: int) -> dict[str, HeldExperts]:
@@ -196,6 +205,8 @@ class ExpertStrategy(Strategy):
             layers=self.plan.model.layers,
             seed=self.seed,
             round_number=server_round,
+            roster={name: description.expert_capacity for name, (_, description) in self.nodes.items()},
+            min_holders=self.config.min_holders,
         )
 
     def _request(self, server_round: int, held: HeldExperts, receipt: SignedHead | None) -> TrainRequest:
@@ -205,7 +216,12 @@ class ExpertStrategy(Strategy):
 
     def _tensors(self, held: HeldExperts) -> ArrayRecord:
         snapshot = self.optimizer.snapshot()
-        return encode_tensors({name: snapshot[name] for name in self.plan.travelling(held)})
+        return self._packed({name: snapshot[name] for name in self.plan.travelling(held)})
+
+    def _packed(self, tensors: Mapping[str, Tensor]) -> ArrayRecord:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        # To nearest: nodes with equal experts get equal weights, and nothing adds up, for the server keeps its own.
+        return encode_tensors(wire_form(shapes, encodings_of(self.plan.traffic.model, shapes)).encode(tensors, None))
 
     def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
         if not reply.has_content():
@@ -214,9 +230,10 @@ class ExpertStrategy(Strategy):
             return None
         self.tally.bytes_up += exchange_bytes(reply.content)
         expected = self.plan.travelling(held)
+        encodings = encodings_of(self.plan.traffic.delta, expected)
         try:
             answer = decode(reply.content, TrainReply)
-            delta = tensors_of(reply.content, expected)
+            delta = tensors_of(reply.content, expected, encodings)
         except ProtocolError as error:
             self._count_refusal(name, error)
             return None
@@ -242,7 +259,8 @@ class ExpertStrategy(Strategy):
         size = description.declared_size
         count = sum(shape.numel() for shape in expected.values())
         norm = math.hypot(*norms(delta))
-        if self.node_level is None and norm > norm_bound(self.plan, count, size, server_round):
+        bound = norm_bound(self.plan, count, size, server_round) * norm_growth(expected, encodings)
+        if self.node_level is None and norm > bound:
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)
             return None

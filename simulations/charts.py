@@ -115,6 +115,21 @@ def load(shares: Sequence[float], title: str) -> str:
         return _svg(figure)
 
 
+def holders(mean: Sequence[float], without: Sequence[int], title: str) -> str:
+    """Mean holders a round of each expert of one layer; above the bar, in how many rounds it had none, if any."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new("expert", "holders a round")
+        axes.bar(range(len(mean)), mean, color=_ACCENT, width=0.6)
+        for expert, rounds in enumerate(without):
+            if rounds:
+                axes.annotate(
+                    f"{rounds} × 0", (expert, mean[expert]), ha="center", va="bottom", color=_WARN, fontsize=7
+                )
+        _name_ticks(axes, [str(index) for index in range(len(mean))])
+        axes.set_title(title, loc="left", fontsize=9)
+        return _svg(figure)
+
+
 def traffic(rounds: Sequence[int], down: Sequence[int], up: Sequence[int], full: int) -> str:
     """Bytes per node and round, both ways, against sending the whole model both ways."""
     with mpl.rc_context(_STYLE):

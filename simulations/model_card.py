@@ -44,15 +44,16 @@ def model_card(scenario: Scenario, plot: Path | None) -> ModelCard:
         BadInputError: the picture cannot be written, or the scenario cannot be carried out.
     """
     model, federation = scenario.model, scenario.federation
-    nodes = [f"node {number}" for number in range(scenario.partition.nodes)]
+    nodes = [f"node {number}" for number in range(scenario.nodes)]
     held = assign(
         federation.assignment,
-        capacities=dict.fromkeys(nodes, model.experts.routed),
+        capacities=dict(zip(nodes, scenario.capacities, strict=True)),
         experts=model.experts.routed,
         per_node=federation.experts_per_node,
         layers=model.layers,
         seed=scenario.seed,
         round_number=1,
+        min_holders=federation.min_holders,
     )
     down, up, full = exchange_bytes_of(scenario)
     if plot is not None:

@@ -53,6 +53,11 @@ def write_report(run: RunDirectory) -> Path:
             [row.name for row in nodes], [row.audit.epsilon for row in nodes], scenario.privacy.epsilon
         )
     layers = [charts.load(shares, f"layer {layer}") for layer, shares in enumerate(last["load"])]
+    without_holder = last.get("rounds_without_holder", [])  # a run of an older version did not count
+    holders = [
+        charts.holders(mean, without, f"layer {layer}")
+        for layer, (mean, without) in enumerate(zip(last.get("holders_mean", []), without_holder, strict=True))
+    ]
     exchanged = last["bytes_down_per_node"] + last["bytes_up_per_node"]
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -69,6 +74,8 @@ def write_report(run: RunDirectory) -> Path:
         audit=audit,
         figures={name: Markup(svg) for name, svg in figures.items()},  # noqa: S704  (our own SVG)
         layers=[Markup(svg) for svg in layers],  # noqa: S704
+        holders=[Markup(svg) for svg in holders],  # noqa: S704
+        without_holder=sum(map(sum, without_holder)),
         traffic_share=exchanged / last["bytes_full_model"],
         exchanged=exchanged,
         refused=sum(sum(line["refused"].values()) for line in metrics),

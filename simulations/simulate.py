@@ -20,6 +20,7 @@ from privacy.ledger.spending import budget_of
 from server.node_account import NodeAccount
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
+from simulations.baseline_note import BaselineNote, read_note
 from simulations.inline_engine import run_inline
 from simulations.ray_engine import run_on_ray
 from simulations.worker_pool import WorkerPool
@@ -33,7 +34,8 @@ class Summary:
     order0_bits_per_byte: the entropy of the same bytes without context.
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
     node_epsilon: of the server's account at ``node_delta``, where the node is the unit too; the two stand side by side.
-    bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire.
+    bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire; 0 in a baseline without federation.
+    baseline: which one the run is, if it is one.
     """
 
     accuracy: float | None
@@ -47,6 +49,7 @@ class Summary:
     run: Path
     node_epsilon: float | None = None
     node_delta: float | None = None
+    baseline: BaselineNote | None = None
 
 
 def run_number(scenario: Scenario) -> int:
@@ -86,7 +89,7 @@ def simulate(
     deal(scenario.to_toml())  # a partition that cannot be made is the caller's mistake, not each node's
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    nodes, run_id = scenario.partition.nodes, run_number(scenario)
+    nodes, run_id = scenario.nodes, run_number(scenario)
     run_config = {"scenario": scenario.to_toml(), "run-dir": str(run.path)}
     try:
         with contextlib.ExitStack() as stack:
@@ -121,7 +124,7 @@ def simulate(
 
 def summarize(run: RunDirectory) -> Summary:
     """Sum up a finished run from its directory."""
-    scenario, metrics = run.scenario, run.metrics()
+    scenario, metrics, note = run.scenario, run.metrics(), read_note(run.path)
     exchanged = [line["bytes_down_per_node"] + line["bytes_up_per_node"] for line in metrics]
     return Summary(
         accuracy=metrics[-1].get("accuracy"),
@@ -130,9 +133,10 @@ def summarize(run: RunDirectory) -> Summary:
         epsilon=max((budget_of(LedgerFile(path)).spent for path in run.ledgers), default=0.0),
         delta=scenario.privacy.delta,
         rounds=len(metrics),
-        bytes_per_node=round(sum(exchanged) / len(exchanged)),
+        bytes_per_node=round(sum(exchanged) / len(exchanged)) if note is None or note.federated else 0,
         bytes_full_model=metrics[-1]["bytes_full_model"],
         run=run.path,
         node_epsilon=None if scenario.node_privacy is None else budget_of(LedgerFile(run.node_account)).spent,
         node_delta=None if scenario.node_privacy is None else scenario.node_privacy.delta,
+        baseline=note,
     )

@@ -15,6 +15,7 @@ from server.plan_estimate import PlanEstimate
 from server.run_audit import RunAudit
 from server.scenario import Scenario
 from simulations.audit_ledger import LedgersAudit
+from simulations.baseline_note import BaselineNote
 from simulations.budget import BudgetReport
 from simulations.model_card import ModelCard
 from simulations.simulate import Summary
@@ -31,6 +32,9 @@ def _console() -> Console:
 def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
     """Print what a simulation came to."""
     table = Table(show_header=False, box=None, pad_edge=False)
+    note = summary.baseline
+    if note is not None:
+        table.add_row("baseline", f"{note.kind} of {note.of}{_said_of(note)}")
     if summary.accuracy is not None:
         table.add_row("accuracy", f"{summary.accuracy:.4f} on {scenario.data.test_records} public test records")
     if summary.bits_per_byte is not None:
@@ -51,12 +55,23 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
             f"epsilon {summary.node_epsilon:.4f} at delta {node.delta:g} (budget {node.epsilon:g}, per node, "
             "for the published model; the server is trusted)",
         )
-    share = summary.bytes_per_node / summary.bytes_full_model
-    table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
+    if note is None or note.federated:
+        share = summary.bytes_per_node / summary.bytes_full_model
+        table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
     table.add_row("rounds", str(summary.rounds))
     table.add_row("run", str(summary.run))
     table.add_row("report", str(report_path))
     _console().print(table)
+
+
+def _said_of(note: BaselineNote) -> str:
+    if note.parameters is not None and note.parameters_wanted is not None:
+        match = note.parameters / note.parameters_wanted
+        return f": {note.parameters:,} parameters for {note.parameters_wanted:,}, {match:.1%}"
+    if note.quality_of_nodes:
+        low, high = min(note.quality_of_nodes), max(note.quality_of_nodes)
+        return f": mean of {len(note.quality_of_nodes)} nodes, from {low:.4f} to {high:.4f}"
+    return ""
 
 
 def print_plan(estimate: PlanEstimate) -> None:
@@ -86,6 +101,9 @@ def print_plan(estimate: PlanEstimate) -> None:
     table.add_row(
         "", f"{(estimate.bytes_down + estimate.bytes_up) / estimate.bytes_full_model:.0%} of the whole model's"
     )
+    table.add_row("holders", f"{estimate.holders_per_expert:.1f} expected of an expert in a round")
+    if estimate.short_of_holders:
+        table.add_row("", f"below federation.min_holders: {estimate.short_of_holders:.1%} of experts and rounds")
     table.add_row(
         "time",
         f"{estimate.seconds_total:.1f} s of local training in all, "

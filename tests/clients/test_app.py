@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -13,6 +13,7 @@ import clients.app
 from clients.protocol import (
     QUERY_DESCRIBE,
     TRAIN,
+    DescribeRequest,
     Description,
     ProtocolError,
     TrainRequest,
@@ -54,6 +55,22 @@ def test_describe(context):
     described = decode(ask(context, QUERY_DESCRIBE), Description)
     assert described.declared_size >= 10
     assert described.fingerprint
+
+
+def test_describe_answers_for_a_model_and_refuses_what_is_no_request(context):
+    model = read_scenario(find("digits")).model
+    assert (
+        decode(ask(context, QUERY_DESCRIBE, encode(DescribeRequest(model=model))), Description).expert_capacity == 4096
+    )
+    request = encode(DescribeRequest())
+    request["document"] = ConfigRecord({"json": '{"version": 2, "model": {"width": 3}}'})
+    assert refusal(ask(context, QUERY_DESCRIBE, request)) == "bad-request"
+
+
+def test_simulated_nodes_declare_the_scenarios_capacities_in_turn(context, tmp_path):
+    text = read_scenario(find("digits"), {"federation.capacities": [8, 4, 2]}).to_toml()
+    declared = [open_simulated(text, str(tmp_path / "run"), n, 10).describe().expert_capacity for n in range(10)]
+    assert declared == [8, 4, 2, 8, 4, 2, 8, 4, 2, 8]
 
 
 def test_a_malformed_request_gets_a_code(context):

@@ -13,6 +13,7 @@ from test_protocol import plan, request
 
 import clients.node
 from clients import trainer
+from clients.encodings import WireForm
 from clients.node import Node, charged_mechanism
 from clients.policy import Policy
 from clients.protocol import (
@@ -29,6 +30,7 @@ from clients.protocol import (
 from data.schema import ImageSchema
 from model import build, parameters
 from privacy.accounting import charge_units
+from privacy.canonical import sha256
 from privacy.ledger import SignedHead
 from privacy.ledger.witness import Witness
 from privacy.randomness import derive
@@ -176,6 +178,7 @@ def test_crafted_non_finite_weights_are_refused(node):
         ({"max_steps": 2}, {"training": {"learning_rate": 1.0, "steps": 3}}),
         ({"max_parameters": 100}, {}),
         ({"expert_capacity": 2}, {}),
+        ({"memory_mb": 1024}, {}),
         ({"releases": {}}, {}),
         ({"releases": {"delta": 0.9}}, {}),
         ({"scenarios": ("other", "plan:" + "0" * 64)}, {}),
@@ -222,6 +225,19 @@ def test_what_a_node_says_about_itself_is_public(node):
     described = node.describe()
     assert set(described.model_dump()) == {"version", "public_key", "rotations", "declared_size", "expert_capacity"}
     assert described.declared_size == 40
+
+
+def test_a_node_declares_as_many_experts_of_a_model_as_its_memory_holds(tmp_path):
+    node = make_node(tmp_path, memory_mb=2048)
+    assert node.describe().expert_capacity == 4096
+    assert node.describe(make_config()).expert_capacity == 6
+    wide = make_config(hidden=65_536).model_copy(update={"width": 64})
+    # 384 MiB for each expert and for the shared one, 1024 for activations: of 2048 there are 640 left for experts.
+    assert node.describe(wide).expert_capacity == 1
+    object.__setattr__(node, "policy", Policy(simulation=True, memory_mb=1024))
+    with pytest.raises(ProtocolError) as caught:
+        node.describe(make_config())
+    assert caught.value.code == "not-allowed"
 
 
 def test_the_divisor_is_the_declared_size(tmp_path):
@@ -347,3 +363,66 @@ def test_an_adaptive_clip_goes_on_where_the_last_round_left_it(tmp_path):
     for number, start in zip((1, 2, 3), (starts[1], starts[2], starts[3]), strict=True):
         train(again, request(held=HELD, plan=adaptive, round=number), body())
         assert float(again.ledger.local_state(f"1/{adaptive.hash}/clip")) == start  # the same noise, the same bound
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "bf16", "int8"])
+def test_what_leaves_is_the_noised_delta_rounded_by_the_charges_own_secret(tmp_path, monkeypatch, encoding):
+    """Rounded after the noise: the delta has full precision, the bytes are its encoding and nothing else."""
+    trained = []
+
+    def spy(*args, **options):
+        trained.append((trainer.train(*args, **options).delta, args[5]))
+        return trainer.train(*args, **options)
+
+    monkeypatch.setattr(clients.node, "train", spy)
+    node = make_node(tmp_path)
+    torch.manual_seed(1)
+    _, sent = train(node, request(held=HELD, plan=plan(traffic={"delta": encoding})), body())
+    ((delta, secret),) = trained
+    shapes = parameters.shapes(make_config(), HELD)
+    encodings = {} if encoding == "fp32" else dict.fromkeys(shapes, encoding)
+    torch.manual_seed(2)
+    assert sent == pack(WireForm(shapes, encodings).encode(delta, derive(secret, "encoding")))
+    received = unpack(sent, shapes, encodings)
+    for name, tensor in delta.items():
+        rows = (tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)).abs()
+        step = rows.amax(1, keepdim=True) / 126 if encoding == "int8" else rows * 2**-7
+        error = (received[name] - tensor).reshape(rows.shape).abs()
+        assert (error <= (step if encoding != "fp32" else 0.0)).all()
+        fine = tensor.flatten().view(torch.int32) & 0xFFFF
+        assert (fine != 0).any()  # 16 bits more than bfloat16 has: not yet rounded when it came from training
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8"])
+def test_a_rounded_reply_is_redelivered_and_replayed_with_the_same_bytes(tmp_path, monkeypatch, encoding):
+    node, asked = make_node(tmp_path), request(held=HELD, plan=plan(traffic={"delta": encoding}))
+
+    def crash(*args, **options):
+        torch.manual_seed(7)
+        raise MemoryError("after training, before the release")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clients.node, "release", crash)
+        with pytest.raises(MemoryError):
+            train(node, asked, body())
+    first = train(node, asked, body())
+    assert train(node, asked, body()) == first
+    (tmp_path / "undisturbed").mkdir()
+    assert train(make_node(tmp_path / "undisturbed"), asked, body())[1] == first[1]
+    committed = [entry for entry in node.ledger.entries() if entry.state == "COMMITTED"]
+    assert [entry.output_hash for entry in committed] == [sha256(first[1])]
+
+
+def test_a_model_in_bfloat16_is_trained_from_what_arrived(tmp_path):
+    """A vanishing rate gives a vanishing delta: it is to the rounded weights. The charge names the bytes that came."""
+    shapes = parameters.shapes(make_config(), HELD)
+    encodings = dict.fromkeys(shapes, "bf16")
+    sent = pack(WireForm(shapes, encodings).encode(unpack(body(), shapes), None))
+    slow = plan(training={"learning_rate": 1e-30}, traffic={"model": "bf16"})
+    node, asked = make_node(tmp_path), request(held=HELD, plan=slow)
+    _, reply = train(node, asked, sent)
+    assert all(tensor.abs().max() < 1e-25 for tensor in unpack(reply, shapes).values())
+    hashes = {entry.model_in_hash for entry in node.ledger.entries() if entry.state == "RESERVED"}
+    assert hashes == {sha256(asked.model_dump_json(include={"held"}).encode() + sent)}
+    assert code_of(node, asked, body()) == "bad-request"  # float32 is not what this plan says
+    assert code_of(node, request(held=HELD), sent) == "bad-request"

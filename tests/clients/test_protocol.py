@@ -29,6 +29,7 @@ from clients.protocol import (
     pack,
     tensors_of,
     unpack,
+    wire_form,
 )
 
 EXPECTED = {"shared/a": torch.Size([2, 3]), "router/0/4/score.weight": torch.Size([3])}
@@ -66,8 +67,12 @@ def test_plan_hash_changes_with_every_field():
         plan(training={"learning_rate": 0.25}),
         plan(privacy=base.privacy.model_copy(update={"clip": 2.0})),
         plan(model=make_config(hidden=16)),
+        plan(traffic={"delta": "int8"}),
+        plan(traffic={"delta": "bf16"}),
+        plan(traffic={"model": "bf16"}),
     ]
-    assert len({base.hash, *(other.hash for other in others)}) == 6
+    assert len({base.hash, *(other.hash for other in others)}) == 9
+    assert plan(traffic={"delta": "fp32", "model": "fp32"}).hash == base.hash  # as before there was a choice
     assert Plan.model_validate_json(base.model_dump_json()).hash == base.hash
 
 
@@ -181,3 +186,74 @@ def test_shared_tensors_are_checked_like_any_others():
         tensors = {name: torch.ones(shape) for name, shape in EXPECTED.items()} | spoil
         with pytest.raises(ProtocolError):
             tensors_of(encode(request(), tensors), EXPECTED)
+
+
+ENCODED = dict.fromkeys(EXPECTED, "int8")
+
+
+def packed(**changes) -> bytes:
+    """Six values in two rows and three in one, sorted by name: the router's row comes first."""
+    good = {
+        "packed/int8": torch.arange(1, 10, dtype=torch.int8),
+        "packed/int8-scales": torch.tensor([1.0, 0.5, 0.25], dtype=torch.bfloat16),
+    }
+    return save({name: t for name, t in (good | changes).items() if t is not None})
+
+
+def test_int8_is_decoded_by_row():
+    tensors = unpack(packed(), EXPECTED, ENCODED)
+    assert tensors["router/0/4/score.weight"].tolist() == [1.0, 2.0, 3.0]
+    assert tensors["shared/a"].tolist() == [[2.0, 2.5, 3.0], [1.75, 2.0, 2.25]]
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def scales(*values) -> dict[str, torch.Tensor]:
+    return {"packed/int8-scales": torch.tensor(values, dtype=torch.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        tensors(),  # float32 where int8 was asked for
+        packed(**{"packed/int8-scales": None}),
+        packed(**{"packed/int8": None}),
+        packed(**{"shared/a": torch.ones(2, 3)}),
+        packed(**{"packed/int8": torch.ones(9)}),
+        packed(**{"packed/int8": torch.ones(9, dtype=torch.uint8)}),
+        packed(**{"packed/int8": torch.ones(10, dtype=torch.int8)}),
+        packed(**{"packed/int8": torch.ones(3, 3, dtype=torch.int8)}),
+        packed(**{"packed/int8": torch.full([9], -128, dtype=torch.int8)}),
+        packed(**{"packed/int8-scales": torch.ones(3)}),
+        packed(**scales(1.0, 1.0)),
+        packed(**scales(1.0, float("nan"), 1.0)),
+        packed(**scales(1.0, float("inf"), 1.0)),
+        packed(**scales(1.0, -1.0, 1.0)),
+        packed(**scales(1.0, 1e38, 1.0)),  # each finite, their products not
+        packed(**scales(1.0, 1e20, 1.0)),  # a norm above 1e19
+    ],
+)
+def test_int8_that_no_honest_node_sends_is_refused(body):
+    with pytest.raises(ProtocolError) as caught:
+        unpack(body, EXPECTED, ENCODED)
+    assert caught.value.code == "bad-request"
+
+
+def test_int8_where_float32_was_asked_for_is_refused():
+    with pytest.raises(ProtocolError):
+        unpack(packed(), EXPECTED)
+
+
+def test_a_shared_bfloat16_model_is_what_arrives_elsewhere():
+    """In process, packed, and after Flower's transport: the same float32 values."""
+    encodings = dict.fromkeys(EXPECTED, "bf16")
+    sent = wire_form(EXPECTED, encodings).encode({n: torch.randn(shape) for n, shape in EXPECTED.items()}, None)
+    content = encode(request(), sent)
+    arrived = recorddict_from_proto(recorddict_to_proto(content))
+    here, there = tensors_of(content, EXPECTED, encodings), tensors_of(arrived, EXPECTED, encodings)
+    assert all(torch.equal(tensor, there[name]) for name, tensor in here.items())
+    assert here.keys() == EXPECTED.keys()
+    with pytest.raises(ProtocolError):
+        tensors_of(content, EXPECTED)
+    sent["packed/bf16"] = torch.full([9], float("inf"), dtype=torch.bfloat16)
+    with pytest.raises(ProtocolError):
+        tensors_of(encode(request(), sent), EXPECTED, encodings)

@@ -55,6 +55,24 @@ def test_simulate_ends_with_one_json_object_and_leaves_a_report(run):
     assert done.stderr == ""  # no progress bar and no library chatter where there is no terminal
 
 
+def test_a_baseline_is_one_flag_and_says_which_it_is(capsys, tmp_path):
+    folder = tmp_path / "dense"
+    status, out, _ = call(capsys, "simulate", "digits", *FAST, "--baseline", "dense-total", "--out", folder, "--json")
+    result = json.loads(out.splitlines()[-1])
+    assert status == 0
+    assert result["baseline"] == json.loads((folder / "baseline.json").read_text())
+    assert result["baseline"] == {
+        "kind": "dense-total",
+        "of": "digits",
+        "parameters": 37568,
+        "parameters_wanted": 38016,
+    }
+    assert "37,568 parameters for 38,016, 98.8%" in out
+    assert "Baseline of digits: dense, 256 hidden values" in (folder / "report.html").read_text()
+    status, out, _ = call(capsys, "simulate", "--resume", folder, "--json")
+    assert json.loads(out.splitlines()[-1])["baseline"] == result["baseline"]
+
+
 def test_audit_passes_a_true_ledger_and_exits_1_on_a_forged_one(run, capsys, tmp_path):
     folder, _ = run
     status, out, _ = call(capsys, "audit", "ledger", folder, "--json")
@@ -191,6 +209,10 @@ BAD = [
     (("simulate", "--resume", "nowhere", "--seed", "3"), "cannot be combined with --seed"),
     (("simulate", "--resume", "nowhere"), "must be a run directory"),
     (("simulate", "digits", "--engine", "cloud"), "--engine is cloud, must be inline or ray"),
+    (("simulate", "digits", "--baseline", "median"), "must be one of central, alone, dense-total, dense-active"),
+    (("simulate", "--resume", "nowhere", "--baseline", "central"), "cannot be combined with --baseline"),
+    (("simulate", "digits", "--baseline", "alone", "--engine", "ray"), "--baseline alone: cannot be combined with"),
+    (("simulate", "digits", "--set", "federation.min_holders=6"), "hold 40 places, 8 experts × min_holders 6 need 48"),
     (("plan", "digit"), "did you mean digits"),
     (("report", "nowhere"), "must be a run directory"),
     (("predict", "nowhere", "digits:0"), "must be a folder that holds a saved model"),

@@ -59,3 +59,32 @@ def test_equal_outputs_give_equal_bytes(tmp_path):
         ordered = tensors if folder == "a" else dict(reversed(tensors.items()))
         bodies.append(release(ledger, ledger.reserve(request(), bytes(32)), ordered, EXPECTED).body)
     assert bodies[0] == bodies[1]
+
+
+def test_another_type_leaves_only_under_the_name_it_was_charged_for(tmp_path):
+    """The list of names, shapes and types stays exact where an output was rounded: int8 instead of float32 or the
+    other way round, and a scale more or less, stay on the node."""
+    expected = {"packed/int8": torch.Size([6]), "packed/int8-scales": torch.Size([2]), "load/0": torch.Size([3])}
+    dtypes = {"packed/int8": torch.int8, "packed/int8-scales": torch.bfloat16}
+    good = {name: torch.ones(shape, dtype=dtypes.get(name, torch.float32)) for name, shape in expected.items()}
+    ledger = new_ledger(tmp_path)
+    reservation = ledger.reserve(request(), bytes(32))
+    for spoil in (
+        {"packed/int8": torch.ones(6)},
+        {"packed/int8": torch.ones(6, dtype=torch.uint8)},
+        {"packed/int8-scales": torch.ones(2)},
+        {"packed/int8-scales": torch.ones(3, dtype=torch.bfloat16)},
+        {"load/0": torch.ones(3, dtype=torch.bfloat16)},
+        {"shared/a": torch.ones(6, dtype=torch.int8)},
+        {"packed/int8-scales": None},
+    ):
+        output = {name: tensor for name, tensor in (good | spoil).items() if tensor is not None}
+        with pytest.raises(ValueError, match="charged"):
+            release(ledger, reservation, output, expected, dtypes=dtypes)
+        with pytest.raises(ValueError, match="charged"):
+            release(ledger, reservation, good, expected)
+    assert [entry.state for entry in ledger.entries()] == ["RESERVED"]
+    body = release(ledger, reservation, good, expected, dtypes=dtypes).body
+    assert {name: (t.shape, t.dtype) for name, t in load(body).items()} == {
+        name: (t.shape, t.dtype) for name, t in good.items()
+    }

@@ -35,8 +35,8 @@ CHANGES = {"federation.rounds": 2, "partition.nodes": 3, "model.width": 8}
 class Nodes:
     """Three nodes that answer everything; ``refuses``: node → its answer to the question of admission."""
 
-    def __init__(self, refuses):
-        self.refuses = refuses
+    def __init__(self, refuses, capacity=8):
+        self.refuses, self.capacity = refuses, capacity
         self.asked = {kind: [] for kind in (QUERY_DESCRIBE, QUERY_ADMIT, TRAIN, QUERY_CLOSE)}
 
     def get_node_ids(self):
@@ -51,7 +51,7 @@ class Nodes:
 
     def answer(self, node, kind, message):
         if kind == QUERY_DESCRIBE:
-            return encode(describe(node - 10, expert_capacity=8))
+            return encode(describe(node - 10, expert_capacity=self.capacity))
         if kind == QUERY_ADMIT:
             plan = decode(message.content, AdmitRequest).plan
             return self.refuses.get(node, encode(Admission(plan_hash=plan.hash)))
@@ -94,6 +94,20 @@ def test_who_does_not_admit_the_plan_is_asked_nothing_more(tmp_path, answer):
     nodes, directory = run(tmp_path, {12: answer})
     assert set(nodes.asked[TRAIN]) == {11, 13}
     assert [line["asked"] for line in directory.metrics()] == [2, 2]
+
+
+def test_too_few_nodes_or_too_small_ones_for_every_expert_train_nothing(tmp_path):
+    be_the_server()
+    scenario = read_scenario(find("digits"), CHANGES)
+    refusal = encode(Refusal(code="budget-exhausted"))
+    for nodes, places, admissions in (
+        (Nodes({11: refusal, 12: refusal}), "1 node × 4 experts hold 4 places", 3),
+        (Nodes({}, capacity=2), "3 nodes × 2 experts hold 6 places", 0),  # told before any budget is set aside
+    ):
+        with pytest.raises(BadInputError, match=f"{places}, 8 experts × min_holders 1 need 8"):
+            run_scenario(nodes, scenario, RunDirectory.create(scenario, tmp_path / places), "5")
+        assert nodes.asked[TRAIN] == nodes.asked[QUERY_CLOSE] == []
+        assert len(nodes.asked[QUERY_ADMIT]) == admissions
 
 
 def test_where_nobody_admits_the_plan_nothing_runs(tmp_path):

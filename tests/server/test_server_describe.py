@@ -36,7 +36,7 @@ class Answers:
 
 def described(contents, backwards=False):
     be_the_server()
-    scenario = read_scenario(find("digits"), {"model.experts.top_k": 2, "partition.nodes": max(1, len(contents))})
+    scenario = read_scenario(find("digits"), {"federation.min_holders": 0, "partition.nodes": max(1, len(contents))})
     return describe_nodes(Answers(contents, backwards), scenario)
 
 

@@ -303,6 +303,7 @@ FITTING = {
         ({"federation.assignment": "balanced"}, r"federation\.assignment is balanced, must be random or all"),
         ({"federation.weights": "declared"}, r"federation\.weights is declared, must be uniform"),
         ({"federation.min_holders": 2}, r"federation\.min_holders is 2, must be 1"),
+        ({"federation.capacities": [8, 4]}, r"federation\.capacities is \[8, 4\], must be \[\]"),
         ({"node_privacy.clip": 0.0}, r"node_privacy\.clip is 0\.0, must be"),
     ],
 )

@@ -105,7 +105,20 @@ def without(key) -> str:
         ("federation.cohort.size", 0, "federation.cohort.size is 0, must be greater than or equal to 1"),
         ("federation.optimizer.momentum", 1.0, "federation.optimizer.momentum is 1.0, must be less than 1"),
         # not among the choices
-        ("federation.assignment", "sticky", "federation.assignment is 'sticky', must be 'all', 'random' or 'balanced'"),
+        (
+            "federation.assignment",
+            "fixed",
+            "federation.assignment is 'fixed', must be 'all', 'random', 'balanced' or 'sticky'",
+        ),
+        ("partition.only", 5, "partition: only is 5, must be below the 5 nodes"),
+        ("federation.capacities", [3, 0], "federation.capacities.1 is 0, must be greater than or equal to 1"),
+        ("federation.capacities", [3, 1], "federation.capacities has 1, must be at least model.experts.top_k 2"),
+        (
+            "federation.min_holders",
+            2,
+            "federation.min_holders is 2, must be at most 1: 3 nodes a round × 3 experts hold 9 places, "
+            "6 experts × min_holders 2 need 12",
+        ),
         ("data.source", "mnist", "data.source is 'mnist', must be 'digits'"),
         ("privacy.unit", "node", "privacy.unit is 'node', must be 'record'"),
         # what does not fit together
@@ -294,6 +307,18 @@ def test_the_plan_repeats_the_scenario():
     assert plan.hash != parse(federation__rounds=21).plan().hash
 
 
+def test_traffic_is_part_of_the_plan_and_asking_for_nothing_new_keeps_the_hash():
+    plain, same = parse(), parse(traffic__delta="fp32", traffic__model="fp32")
+    assert plain.plan().hash == same.plan().hash
+    assert plain.toml_for_hash() == same.toml_for_hash()
+    assert "traffic" not in plain.plan().json_for_hash() + plain.toml_for_hash()
+    small = parse(traffic__delta="int8", traffic__model="bf16")
+    assert (small.plan().traffic.delta, small.plan().traffic.model) == ("int8", "bf16")
+    assert small.plan().hash != plain.plan().hash
+    assert refusal(overrides={"traffic.delta": "int4"}) == "traffic.delta is 'int4', must be 'fp32', 'bf16' or 'int8'"
+    assert refusal(overrides={"traffic.model": "int8"}) == "traffic.model is 'int8', must be 'fp32' or 'bf16'"
+
+
 def test_without_privacy_the_plan_has_no_noise():
     assert parse(privacy__mechanism="none").plan().noise_multiplier is None
 
@@ -304,7 +329,7 @@ def test_a_budget_that_no_noise_can_meet_is_bad_input():
 
 
 def test_another_scheme_or_kind_by_one_key_forgets_what_only_the_old_one_had():
-    assert parse(partition__scheme="iid").partition.model_dump() == {"scheme": "iid", "nodes": 5}
+    assert parse(partition__scheme="iid").partition.model_dump(exclude_none=True) == {"scheme": "iid", "nodes": 5}
     assert parse(federation__cohort__kind="all").federation.cohort.kind == "all"
     both = parse(partition__scheme="pathological", partition__labels_per_node=2).partition
     assert (both.scheme, both.nodes, both.labels_per_node) == ("pathological", 5, 2)

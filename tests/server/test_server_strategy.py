@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_config, make_reply
@@ -25,7 +26,21 @@ from server_samples import (
     train_reply,
 )
 
-from clients.protocol import CODES, TRAIN, Refusal, TrainRequest, decode, encode, pack
+import clients.encodings
+from clients.protocol import (
+    CODES,
+    TRAIN,
+    Refusal,
+    TrafficConfig,
+    TrainRequest,
+    decode,
+    encode,
+    encodings_of,
+    pack,
+    tensors_of,
+    unpack,
+    wire_form,
+)
 from model import parameters
 
 NO_PRIVACY = make_plan(
@@ -371,3 +386,109 @@ def test_a_node_that_answers_often_does_not_hide_the_silent_ones():
     reply = train_reply(first, delta_for(first, strategy))
     strategy.aggregate_train(1, [reply, reply, reply])
     assert (strategy.tally.accepted, strategy.tally.dropped, strategy.tally.missing) == (1, 2, 3)
+
+
+INT8 = make_plan(traffic={"delta": "int8"})
+
+
+def encoded(request, delta, strategy, secret=bytes(32)):
+    shapes = parameters.shapes(strategy.plan.model, held_of(request))
+    return wire_form(shapes, encodings_of(strategy.plan.traffic.delta, shapes)).encode(delta, secret)
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "int8"])
+def test_rounded_deltas_are_averaged_as_what_they_stand_for(encoding):
+    strategy = make_strategy(nodes=1, plan=make_plan(traffic={"delta": encoding}))
+    before = values(strategy)
+    (request,) = ask(strategy)
+    generator = torch.Generator().manual_seed(5)
+    delta = {n: 0.01 * torch.randn(t.shape, generator=generator) for n, t in delta_for(request, strategy).items()}
+    strategy.aggregate_train(1, [train_reply(request, encoded(request, delta, strategy))])
+    assert strategy.tally.accepted == 1
+    for name, tensor in values(strategy).items():
+        if name not in delta:
+            assert torch.equal(tensor, before[name])
+            continue
+        rows = (delta[name].reshape(1, -1) if delta[name].ndim < 2 else delta[name].flatten(1)).abs()
+        step = rows.amax(1, keepdim=True) / 126 if encoding == "int8" else rows * 2**-7
+        moved = (tensor - before[name] - delta[name]).reshape(rows.shape).abs()
+        assert (moved < step + 1e-7).all()
+        assert moved.max() > 0.1 * step.min()
+
+
+SCALES = "packed/int8-scales"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda sent: sent | {SCALES: sent[SCALES].index_fill(0, torch.tensor([2]), math.nan)},
+        lambda sent: sent | {SCALES: -sent[SCALES]},
+        lambda sent: sent | {SCALES: sent[SCALES] * 1e6},  # over the norm bound
+        lambda sent: sent | {SCALES: sent[SCALES].float()},
+        lambda sent: sent | {SCALES: sent[SCALES][1:]},
+        lambda sent: sent | {"packed/int8": torch.full_like(sent["packed/int8"], -128)},
+        lambda sent: sent | {"packed/int8": sent["packed/int8"].view(torch.uint8)},
+        lambda sent: sent | {"load/0": torch.ones(6)},
+        lambda sent: {SCALES: sent[SCALES]},
+    ],
+)
+def test_a_bad_int8_reply_is_dropped_and_a_good_one_still_counts(spoil):
+    strategy = make_strategy(nodes=2, plan=INT8)
+    bad, good = ask(strategy)
+    bodies = {request: encoded(request, delta_for(request, strategy), strategy) for request in (bad, good)}
+    strategy.aggregate_train(1, [train_reply(bad, spoil(bodies[bad])), train_reply(good, bodies[good])])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (1, 1)
+
+
+def test_the_encoding_is_the_plans_and_nobody_elses():
+    for plan, other in ((INT8, make_plan()), (make_plan(), INT8)):
+        strategy, odd = make_strategy(nodes=1, plan=plan), make_strategy(nodes=1, plan=other)
+        (request,) = ask(strategy)
+        strategy.aggregate_train(1, [train_reply(request, encoded(request, delta_for(request, strategy), odd))])
+        assert (strategy.tally.accepted, strategy.tally.dropped) == (0, 1)
+
+
+@pytest.mark.parametrize(("share", "accepted"), [(0.999, 1), (1.2, 0)])
+def test_an_honest_delta_at_the_norm_bound_passes_however_it_was_rounded(monkeypatch, share, accepted):
+    """All values of a row just above a step and rounded up, a row's largest value aside: longer than the bound."""
+    strategy = make_strategy(nodes=1, plan=INT8)
+    (request,) = ask(strategy)
+    delta = delta_for(request, strategy)
+    for tensor in delta.values():
+        rows = tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.flatten(1)
+        rows.fill_(1.001 * 2**-7 * 1.015625)
+        rows[:, 0] = 1.0
+    count = sum(tensor.numel() for tensor in delta.values())
+    bound = 3 * 0.5 * 3 * (1.5 + 2.0 * 1.5 * math.sqrt(count) / (0.5 * 100))
+    long = math.hypot(*(float(tensor.norm()) for tensor in delta.values()))
+    delta = {name: tensor * (share * bound / long) for name, tensor in delta.items()}
+    monkeypatch.setattr(clients.encodings, "uniform_words", lambda secret, n: np.full(n, 2**64 - 1, dtype=np.uint64))
+    sent = encoded(request, delta, strategy)
+    shapes = parameters.shapes(strategy.plan.model, held_of(request))
+    arrived = unpack(pack(sent), shapes, encodings_of("int8", shapes))
+    assert math.hypot(*(float(tensor.norm()) for tensor in arrived.values())) > bound
+    strategy.aggregate_train(1, [train_reply(request, sent)])
+    assert (strategy.tally.accepted, strategy.tally.dropped) == (accepted, 1 - accepted)
+
+
+def test_a_model_in_bfloat16_travels_rounded_and_stays_as_it_is():
+    strategy = make_strategy(nodes=2, plan=make_plan(traffic={"model": "bf16"}))
+    before = values(strategy)
+    for request in ask(strategy):
+        shapes = parameters.shapes(strategy.plan.model, held_of(request))
+        arrived = tensors_of(request.content, shapes, encodings_of("bf16", shapes))
+        assert all(torch.equal(tensor, before[name].bfloat16().float()) for name, tensor in arrived.items())
+        assert not all(torch.equal(tensor, before[name]) for name, tensor in arrived.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(strategy).items())
+
+
+def test_an_overflowing_delta_without_privacy_is_dropped_in_every_encoding():
+    for encoding in ("fp32", "bf16", "int8"):
+        strategy = make_strategy(nodes=1, plan=NO_PRIVACY.model_copy(update={"traffic": TrafficConfig(delta=encoding)}))
+        for number, bad in enumerate((math.nan, math.inf, 3.4e38), start=1):
+            (request,) = ask(strategy, number)
+            delta = delta_for(request, strategy)
+            next(iter(delta.values())).view(-1)[0] = bad
+            strategy.aggregate_train(number, [train_reply(request, encoded(request, delta, strategy))])
+            assert (strategy.tally.accepted, strategy.tally.dropped) == (0, 1)

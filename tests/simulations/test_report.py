@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -50,10 +51,33 @@ def test_it_loads_nothing_from_elsewhere(page):
 
 
 def test_it_shows_every_chart_and_every_node(page, directory):
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert page.count("holds</td>") == len(directory.ledgers) == 3
-    for text in ("Accuracy per round", "Privacy spent per node", "Expert load", "Traffic against"):
+    for text in (
+        "Accuracy per round",
+        "Privacy spent per node",
+        "Expert load",
+        "Nodes that trained each expert",
+        "Traffic against",
+    ):
         assert text in page
+
+
+def test_it_says_how_often_an_expert_had_no_holder(page, directory, tmp_path):
+    assert "No times, counted over rounds, layers and experts, an expert was trained by nobody." in page
+    copy = tmp_path / "run"
+    shutil.copytree(directory.path, copy)
+    lines = directory.metrics()
+    lines[-1]["rounds_without_holder"] = [[0, 2, 0, 0, 1, 0, 0, 0]]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report(RunDirectory(copy)).read_text()
+    assert "3 times, counted over rounds" in text
+    assert "2 × 0" in text
+    for line in lines:  # as a version before this count left them
+        for name in ("holders", "holders_mean", "rounds_without_holder"):
+            del line[name]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Nodes that trained each expert" not in write_report(RunDirectory(copy)).read_text()
 
 
 def test_it_says_whether_the_receipts_match_the_ledgers(page, directory, tmp_path):
@@ -87,7 +111,7 @@ def test_a_run_without_privacy_wears_the_banner(tmp_path):
     simulate(scenario, run)
     page = write_report(run).read_text()
     assert "NO PRIVACY" in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert ">inf<" in page
 
 

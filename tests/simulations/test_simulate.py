@@ -16,10 +16,13 @@ from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
 from privacy.ledger.verification import audit_history
 from server.checkpoint import read_checkpoint
+from server.plan_estimate import exchange_bytes_of
+from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.simulate import simulate
 
+MODEL = "model/model.safetensors"
 FAST = {"federation.rounds": 3, "partition.nodes": 4}
 
 
@@ -107,6 +110,17 @@ def test_a_node_exchanges_its_part_of_the_model_and_no_more(finished):
     assert 2 * whole < line["bytes_full_model"] < 2 * (whole + overhead)
 
 
+def test_the_metrics_count_the_holders_of_every_expert(tmp_path):
+    changes = {"federation.capacities": [8, 2], "federation.assignment": "sticky", "federation.min_holders": 1}
+    _, directory = run(tmp_path / "h", **changes)
+    first, *others = directory.metrics()
+    assert all(line["holders"] == first["holders"] for line in others)
+    assert sum(first["holders"][0]) == 4 + 2 + 4 + 2
+    assert min(first["holders"][0]) >= 1
+    assert others[-1]["holders_mean"] == first["holders"]
+    assert others[-1]["rounds_without_holder"] == [[0] * 8]
+
+
 def test_without_privacy_says_so_everywhere(tmp_path):
     summary, directory = run(tmp_path / "d", **{"privacy.mechanism": "none"})
     assert summary.epsilon == float("inf")
@@ -125,3 +139,39 @@ def test_a_round_that_finds_nobody_changes_nothing_and_costs_nothing(tmp_path):
     assert all(line["asked"] == 0 for line in directory.metrics())
     assert len({line["loss"] for line in directory.metrics()}) == 1
     assert all([entry["state"] for entry in node] == ["ADMITTED", "CLOSED"] for node in events(directory))
+
+
+SMALL = {"traffic.delta": "int8", "traffic.model": "bf16"}
+
+
+def test_rounded_traffic_gives_the_same_on_any_number_of_workers(tmp_path):
+    """Model bytes and ledger events, output hashes included; every receipt is of a committed output."""
+    runs = {}
+    for workers in (1, 2):
+        scenario = read_scenario(find("digits"), FAST | SMALL)
+        runs[workers] = RunDirectory.create(scenario, tmp_path / str(workers))
+        simulate(scenario, runs[workers], workers=workers)
+    one, two = runs.values()
+    assert (one.path / MODEL).read_bytes() == (two.path / MODEL).read_bytes()
+    assert events(one) == events(two)
+    assert all(line["accepted"] == 4 and line["dropped"] == 0 for line in one.metrics())
+    for directory in (one, two):
+        result = audit_run(directory)
+        assert (result.verdict, result.matched, result.findings) == ("NOT_REFUTED", 12, [])
+
+
+@pytest.mark.parametrize(("delta", "model", "up", "down"), [("int8", "bf16", 1, 2), ("bf16", "fp32", 2, 4)])
+def test_rounded_traffic_takes_what_its_types_take(tmp_path, delta, model, up, down):
+    changes = FAST | {"traffic.delta": delta, "traffic.model": model, "federation.rounds": 2}
+    scenario = read_scenario(find("digits"), changes)
+    directory = RunDirectory.create(scenario, tmp_path / "run")
+    simulate(scenario, directory)
+    line = directory.metrics()[-1]
+    shapes = parameters.shapes(scenario.model, {0: (0, 1, 2, 3)}).values()
+    values, rows = sum(s.numel() for s in shapes), sum(s[0] if len(s) > 1 else 1 for s in shapes)
+    scales = 2 * rows if delta == "int8" else 0
+    assert up * values + scales < line["bytes_up_per_node"] < up * values + scales + 4096
+    assert down * values < line["bytes_down_per_node"] < down * values + 8192
+    estimate = exchange_bytes_of(scenario)
+    assert (line["bytes_down_per_node"], line["bytes_up_per_node"]) == pytest.approx(estimate[:2], abs=64)
+    assert line["bytes_full_model"] == pytest.approx(estimate[2], abs=64)

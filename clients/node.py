@@ -101,7 +101,7 @@ class Node:
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
         check_held(request.held, plan, self.policy.expert_capacity)
-        expected = parameters.shapes(plan.model, request.held)
+        expected = parameters.shapes(plan.model, request.held)  # of what comes; what leaves is in plan.reply_shapes
         if sum(shape.numel() for shape in expected.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
         self._check_receipt(request.receipt)
@@ -130,7 +130,8 @@ class Node:
             # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
             state = {} if trained.clip is None else {clip_name: repr(trained.clip).encode()}
             with _as_codes():
-                return _reply(release(self.ledger, reservation, trained.delta, expected, state))
+                output, charged = trained.delta | trained.loads, plan.reply_shapes(request.held)
+                return _reply(release(self.ledger, reservation, output, charged, state))
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
         self.policy.check(plan, scenario)
@@ -231,6 +232,7 @@ def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
         releases=tuple(plan.releases),
         numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
+        parts=tuple(plan.noise_parts.items()) if len(plan.releases) > 1 else (),
     )
 
 

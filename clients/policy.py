@@ -20,7 +20,8 @@ class Policy(Frozen):
     max_steps: local steps of one round. max_rounds: rounds of one plan.
     expert_capacity: experts of one layer that this node can hold.
     certified_only: refuse gradient modes without a certified clip bound.
-    releases: what may leave, each with the largest share of a plan's budget it may take.
+    releases: what may leave, each with the largest share of a plan's budget it may take: ``delta``, and ``loads``, the
+        histogram of expert loads, which nobody gets unless the owner names it.
     scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
         is the server's word, a plan's hash binds.
     models: each ``module:function`` that this node may import and run for a plan with a model of its own; none unless

@@ -70,7 +70,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
         records=records,
         schema=dataset.schema,
         declared_size=declared_size(units),
-        policy=Policy(simulation=True),
+        policy=Policy(simulation=True, releases={"delta": 1.0, "loads": 1.0}),
         ledger=ledger,
         new_secret=lambda charge_id: derive(root, "charge", charge_id),
     )

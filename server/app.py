@@ -78,6 +78,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         tensors=parameters.split(network.state_dict(), network.held),
         scenario=scenario.name,
         receipts=ReceiptBook(run.receipts),
+        balancing=scenario.balancing,
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
@@ -232,4 +233,5 @@ def _metrics(
         "bytes_up_per_node": round(tally.bytes_up / max(1, tally.accepted)),
         "bytes_full_model": full_bytes,
         "seconds": round(seconds, 4),
+        **({} if tally.loads is None else {"private_load": tally.loads}),
     }

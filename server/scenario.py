@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ from model.errors import BadInputError
 from model.explain import explain, keys_of
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
+from server.balancing import BalancingConfig
 from server.config import FederationConfig
 
 Overrides = Mapping[str, Any]
@@ -29,6 +30,7 @@ class Scenario(Frozen):
     ``seed`` fixes partitions, initial weights, cohorts and assignments; in a simulation also sampling and noise.
     """
 
+    younger: ClassVar[frozenset[str]] = frozenset({"balancing"})
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     description: str = ""
     seed: int = Field(default=1, ge=0, lt=2**63)
@@ -38,6 +40,7 @@ class Scenario(Frozen):
     privacy: PrivacyConfig
     training: TrainingConfig
     federation: FederationConfig
+    balancing: BalancingConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Scenario:
@@ -57,7 +60,23 @@ class Scenario(Frozen):
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
+        if self.balancing is not None:
+            self._check_balancing()
         return self
+
+    def _check_balancing(self) -> None:
+        if self.privacy.mechanism == "none":
+            raise ValueError("privacy.mechanism is none, must be gaussian with [balancing]: loads are released noised")
+        if self.model.source is not None:
+            raise ValueError(
+                "model.preset is own, must be another with [balancing]: how a model of one's own routes, it does not say"
+            )
+        if not self.model.experts.router.biased:
+            raise ValueError(
+                f"model.experts.router.kind is {self.model.experts.router.kind} without a selection bias, must have one "
+                "for [balancing] to move: sigmoid, hierarchical of style group-limited, or softmax or attention with "
+                "selection_bias = true"
+            )
 
     def plan(self) -> Plan:
         """Return what the run will ask of every node, with σ calibrated for taking part in every round.
@@ -80,6 +99,7 @@ class Scenario(Frozen):
             training=self.training,
             rounds=self.federation.rounds,
             noise_multiplier=noise,
+            load_share=0.0 if self.balancing is None else self.balancing.share,
         )
 
     def to_toml(self) -> str:

@@ -111,7 +111,7 @@ class Node:
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
         check_held(request.held, plan, self.policy.capacity(plan.model))
-        expected = plan.travelling(request.held)
+        expected = plan.travelling(request.held)  # of what comes; what leaves is in plan.reply_shapes
         whole = parameters.shapes(plan.model, request.held)
         if sum(shape.numel() for shape in whole.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
@@ -141,9 +141,9 @@ class Node:
                 clip=None if start is None else float(start),
             )
             # Rounded after the noise, by the charge's own secret: the same charge always gives the same bytes.
-            form = wire_form(expected, encodings_of(plan.traffic.delta, expected))
+            form = wire_form(plan.reply_shapes(request.held), encodings_of(plan.traffic.delta, expected))
             delta = {name: trained.delta[name] for name in expected}
-            output = form.encode(delta, derive(reservation.secret, "encoding"))
+            output = form.encode(delta | trained.loads, derive(reservation.secret, "encoding"))
             # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
             state = {} if trained.clip is None else {clip_name: repr(trained.clip).encode()}
             if own:
@@ -251,6 +251,7 @@ def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
         releases=tuple(plan.releases),
         numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
+        parts=tuple(plan.noise_parts.items()) if len(plan.releases) > 1 else (),
     )
 
 

@@ -136,6 +136,8 @@ certified_only = true
 [policy.releases]
 # What may leave, and the largest share of a plan's budget it may take.
 delta = 1.0
+# Noised histograms of expert loads, by which a server balances experts.
+# loads = 0.05
 """
 
 

@@ -23,7 +23,8 @@ class Policy(Frozen):
     memory_mb: MiB that training may take, beside program and records; it too bounds the experts, see
         :mod:`clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is allowed.
     certified_only: refuse gradient modes without a certified clip bound.
-    releases: what may leave, each with the largest share of a plan's budget it may take.
+    releases: what may leave, each with the largest share of a plan's budget it may take: ``delta``, and ``loads``, the
+        histogram of expert loads, which nobody gets unless the owner names it.
     scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
         is the server's word, a plan's hash binds.
     models: each ``module:function`` that this node may import and run for a plan with a model of its own; none unless

@@ -26,6 +26,7 @@ from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
 from privacy.ledger.entry import ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead, current_key
+from privacy.load_histogram import load_shapes, noise_parts, release_shares
 from privacy.local_optimizers import OptimizerConfig, SgdConfig
 
 PROTOCOL_VERSION: Literal[2] = 2
@@ -73,18 +74,20 @@ class TrainingConfig(Frozen):
 class Plan(Frozen):
     """What a run will ask of every node, fixed before the first round and independent of private data.
 
-    noise_multiplier: σ, calibrated for all ``rounds``; None only where ``privacy.mechanism`` is ``none``.
+    noise_multiplier: σ of everything that is released from one sample, calibrated for all ``rounds``; None only where
+        ``privacy.mechanism`` is ``none``.
+    load_share: share of σ⁻² that a histogram of expert loads gets, see :mod:`privacy.load_histogram`; 0 for none.
     local_experts: so many of each layer's routed experts, those with the highest ids, never travel: every node trains
         its own.
     """
 
-    younger: ClassVar[frozenset[str]] = frozenset({"local_experts", "traffic"})
-
+    younger: ClassVar[frozenset[str]] = frozenset({"load_share", "local_experts", "traffic"})
     model: ModelConfig
     privacy: PrivacyConfig
     training: TrainingConfig
     rounds: int = Field(ge=1, le=1_000_000)
     noise_multiplier: float | None = Field(gt=0.0)
+    load_share: float = Field(default=0.0, ge=0.0, le=0.5)
     local_experts: int = Field(default=0, ge=0)
     traffic: TrafficConfig = TrafficConfig()
 
@@ -104,6 +107,18 @@ class Plan(Frozen):
             raise ValueError(f"local_experts is {self.local_experts}, must be at most {self.model.experts.routed}")
         return self
 
+    @model_validator(mode="after")
+    def _loads_can_be_told(self) -> Self:
+        if not self.load_share:
+            return self
+        if self.load_share < 1e-4:
+            raise ValueError(f"load_share is {self.load_share}, must be 0 or at least 0.0001")
+        if self.noise_multiplier is None:
+            raise ValueError(f"load_share is {self.load_share}, must be 0 without privacy")
+        if self.model.source is not None:
+            raise ValueError(f"load_share is {self.load_share}, must be 0 for a model of the user's own")
+        return self
+
     @property
     def hash(self) -> str:
         """SHA-256 of the plan's JSON, which names every field in a fixed order."""
@@ -112,7 +127,23 @@ class Plan(Frozen):
     @property
     def releases(self) -> dict[str, float]:
         """What leaves a node under this plan, and each one's share of the plan's budget."""
-        return {"delta": 1.0}
+        return release_shares(self.load_share)
+
+    @property
+    def noise_parts(self) -> dict[str, float]:
+        """σ of each release, relative to its own sensitivity; see :func:`privacy.load_histogram.noise_parts`.
+
+        Raises:
+            ValueError: the plan is without privacy.
+        """
+        if self.noise_multiplier is None:
+            raise ValueError("there is no noise without privacy")
+        return noise_parts(self.noise_multiplier, self.load_share)
+
+    def reply_shapes(self, held: HeldExperts) -> dict[str, Size]:
+        """Return name → shape of every tensor of a reply to a request for ``held``: the delta's, and the loads'."""
+        delta = self.travelling(held)
+        return delta | load_shapes(held) if self.load_share else delta
 
 
 class DescribeRequest(Frozen):

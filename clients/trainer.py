@@ -21,11 +21,12 @@ from privacy.gradient_modes import Records
 class Trained:
     """What a round of training made.
 
-    delta: wire name → difference, to be released. clip: the bound that an adaptive rule arrived at, which the node
+    delta: wire name → difference, to be released. loads: name → noised histogram, to be released with it. clip: the bound that an adaptive rule arrived at, which the node
     keeps for the next round; None where the bound is fixed.
     """
 
     delta: dict[str, Tensor]
+    loads: dict[str, Tensor]
     clip: float | None
 
 
@@ -37,6 +38,7 @@ def mechanism_of(plan: Plan, declared_size: int) -> DpSgd:
         learning_rate=plan.training.learning_rate,
         optimizer=plan.training.optimizer,
         noise_multiplier=plan.noise_multiplier,
+        load_share=plan.load_share,
         declared_size=declared_size,
     )
 
@@ -100,7 +102,7 @@ def train(
     mechanism = mechanism_of(plan, declared_size)
     if clip is not None:
         mechanism = replace(mechanism, clip=clip)
-    clip_after = train_privately(
+    outcome = train_privately(
         network,
         network.loss,
         {name: tensor for name, tensor in records.items() if name != GROUP},
@@ -111,4 +113,4 @@ def train(
     )
     after = parameters.split(network.state_dict(), held)  # names by this round's experts
     delta = {name: after[name] - tensor for name, tensor in tensors.items()}
-    return Trained(delta, clip_after if mechanism.clipping == "adaptive" else None)
+    return Trained(delta, dict(outcome.loads), outcome.clip if mechanism.clipping == "adaptive" else None)

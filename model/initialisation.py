@@ -14,7 +14,7 @@ from model.encoders import ByteEncoder, ImagePatchEncoder, PositionTable
 from model.experts import RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
 from model.latent_attention import LatentAttention
-from model.routers import Router, SigmoidRouter
+from model.routers import Router
 
 if TYPE_CHECKING:
     from model.network import Network
@@ -65,7 +65,7 @@ def _draw_router(router: Router, gain: float, generator: torch.Generator) -> Non
     for layer in router.modules():
         if isinstance(layer, nn.Linear):
             _draw(layer.weight, layer.in_features, gain, generator)
-    if isinstance(router, SigmoidRouter):
+    if router.selection_bias is not None:
         router.selection_bias.zero_()
 
 

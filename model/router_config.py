@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,11 @@ class RouterOptions(Frozen):
     balance_loss: Literal["sequence", "uniform"] = "sequence"
     entropy: float = Field(default=0.0, ge=0.0, le=10.0)
 
+    @property
+    def biased(self) -> bool:
+        """Whether the router has a selection bias, a value per expert that changes the choice and never the weight."""
+        return False
+
 
 class NoisyRouterOptions(RouterOptions):
     """``noise`` is the scale of Gumbel noise on the choice of experts while training, never on their weights."""
@@ -27,7 +32,19 @@ class NoisyRouterOptions(RouterOptions):
     noise: float = Field(default=0.0, ge=0.0, le=100.0)
 
 
-class SoftmaxRouterConfig(NoisyRouterOptions):
+class OptionalBias(NoisyRouterOptions):
+    """``selection_bias`` gives every expert a bias on its logit, which the choice goes by and the weight does not."""
+
+    younger: ClassVar[frozenset[str]] = frozenset({"selection_bias"})
+    selection_bias: bool = False
+
+    @property
+    def biased(self) -> bool:
+        """Whether the router has a selection bias."""
+        return self.selection_bias
+
+
+class SoftmaxRouterConfig(OptionalBias):
     """Softmax over experts, the best kept. ``z_loss`` weighs the squared log-sum-exp of the scores."""
 
     kind: Literal["softmax"] = "softmax"
@@ -39,8 +56,13 @@ class SigmoidRouterConfig(NoisyRouterOptions):
 
     kind: Literal["sigmoid"] = "sigmoid"
 
+    @property
+    def biased(self) -> bool:
+        """Whether the router has a selection bias."""
+        return True
 
-class AttentionRouterConfig(NoisyRouterOptions):
+
+class AttentionRouterConfig(OptionalBias):
     """``heads`` queries of ``key_width`` values, made from a token and its context, against one key per expert."""
 
     kind: Literal["attention"] = "attention"
@@ -60,6 +82,11 @@ class HierarchicalRouterConfig(NoisyRouterOptions):
     style: Literal["learned", "group-limited"] = "learned"
     groups: int = Field(ge=1, le=4096)
     top_groups: int = Field(ge=1, le=4096)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the router has a selection bias."""
+        return self.style == "group-limited"
 
     @model_validator(mode="after")
     def _groups_exist(self) -> HierarchicalRouterConfig:

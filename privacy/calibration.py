@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from model.errors import BadInputError
 from privacy.accounting import budget_units, charge_units, epsilon_of, fixed_order
-from privacy.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
+from privacy.mechanisms import ExponentialChoice, SampledGaussian, joint_noise, split_noise
 
 _LARGEST_NOISE = 1e6
 _PRECISION = 1e-6  # of σ
@@ -110,7 +110,7 @@ def calibrate_plan(
         release = releases[number]
         available = min(math.floor(Fraction(release.share) * (budget - price)) + carried, left)
         sigma = _smallest_noise(release, order, available, epsilon, delta)
-        parts = _parts(release, sigma)
+        parts = split_noise(sigma, release.parts)
         joint = joint_noise(noise for _, noise in parts)
         calibrated[number] = CalibratedRelease(noise_multiplier=joint, parts=parts)
         spent = _price(release, joint, order)
@@ -157,21 +157,6 @@ def _smallest_noise(release: PlannedRelease, order: float, available: int, epsil
         middle = (low + high) / 2.0
         low, high = (low, middle) if fits(middle) else (middle, high)
     return math.ceil(high * 1e6) / 1e6
-
-
-def _parts(release: PlannedRelease, sigma: float) -> tuple[tuple[str, float], ...]:
-    """σ of each part, rounded up so that their joint σ is not below ``sigma``."""
-    total = _exact_sum(precision for _, precision in release.parts)
-    parts = []
-    for name, precision in release.parts:
-        exact = Fraction(sigma) ** 2 * total / Fraction(precision)  # σᵢ²
-        noise = math.sqrt(exact)
-        while Fraction(noise) ** 2 < exact:
-            noise = math.nextafter(noise, math.inf)
-        while Fraction(below := math.nextafter(noise, 0.0)) ** 2 >= exact:
-            noise = below
-        parts.append((name, noise))
-    return tuple(parts)
 
 
 def _share_of(release: PlannedRelease) -> str:

@@ -18,9 +18,10 @@ assumes that weights do not amplify rounding across units; at ``strict`` it does
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -41,6 +42,7 @@ from privacy.gradient_modes import (
     mode_for,
     unit_mean,
 )
+from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
 from privacy.physical_batch import MOST, fitting
 from privacy.randomness import derive, per_unit_uniform, standard_normal
@@ -56,8 +58,9 @@ _SMALL = 32
 class DpSgd:
     """The mechanism of one charge. Every field is public.
 
-    noise_multiplier: σ; the noise added to a clipped sum has standard deviation σ·clip. None means no privacy:
-        neither clipping nor noise (simulation only).
+    noise_multiplier: σ of everything released from one sample together; the noise added to a clipped sum has standard
+        deviation σ·clip where nothing else is. None means no privacy: neither clipping nor noise (simulation only).
+    load_share: share of σ⁻² that a histogram of expert loads gets; with 0 there is none.
     declared_size: the public number of units; with ``sampling_rate`` it fixes the divisor.
     records_per_unit: cap on a group's records, where groups are the unit.
     physical_batch: examples processed at once; None takes what fits into ``memory_bytes``. It changes the result by
@@ -78,6 +81,7 @@ class DpSgd:
     optimizer: OptimizerConfig = field(default_factory=SgdConfig)
     physical_batch: int | None = None
     memory_bytes: int = 1 << 30
+    load_share: float = 0.0
 
     @classmethod
     def of(
@@ -89,6 +93,7 @@ class DpSgd:
         optimizer: OptimizerConfig,
         noise_multiplier: float | None,
         declared_size: int,
+        load_share: float = 0.0,
     ) -> DpSgd:
         """Return the mechanism that a configuration asks for."""
         return cls(
@@ -97,6 +102,7 @@ class DpSgd:
             optimizer=optimizer,
             noise_multiplier=noise_multiplier,
             declared_size=declared_size,
+            load_share=load_share,
             sampling_rate=config.sampling_rate,
             clip=config.clip,
             clipping=config.clipping,
@@ -111,13 +117,19 @@ class DpSgd:
         return self.sampling_rate * self.declared_size
 
     @property
-    def gradient_noise_multiplier(self) -> float:
-        """σ of the gradient alone: more than the charged one where an adaptive clip counts units beside it."""
+    def noise_parts(self) -> dict[str, float]:
+        """σ of each release of a step, by name, relative to its own sensitivity: together they have the charged one."""
         if self.noise_multiplier is None:
             raise ValueError("there is no noise without privacy")
+        return noise_parts(self.noise_multiplier, self.load_share)
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """σ of the gradient alone: more than its part where an adaptive clip counts units beside it."""
+        part = self.noise_parts[DELTA]
         if self.clipping == "adaptive":
-            return self.adaptive.gradient_noise_multiplier(self.noise_multiplier, self.divisor)
-        return self.noise_multiplier
+            return self.adaptive.gradient_noise_multiplier(part, self.divisor)
+        return part
 
 
 class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
@@ -191,8 +203,8 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 class PrivateTraining:
     """DP-SGD on one module, step by step. Use as a context manager: it leaves the module clean.
 
-    What a step changes, parameters and clip bound, is the output of the mechanism; nothing else may be used that saw
-    the records.
+    What a step changes, parameters, clip bound and released loads, is the output of the mechanism; nothing else may be
+    used that saw the records.
     """
 
     def __init__(
@@ -206,7 +218,7 @@ class PrivateTraining:
         """Attach to a module whose trained parameters ``optimizer`` holds.
 
         Raises:
-            BadInputError: the module holds a layer that cannot be made private.
+            BadInputError: the module holds a layer that cannot be made private, or has no expert loads to release.
         """
         self.mechanism, self.clip, self.step_number = mechanism, mechanism.clip, 0
         self._module, self._loss, self._secret = module, example_loss, secret
@@ -214,6 +226,7 @@ class PrivateTraining:
         self._trained = [p for p in module.parameters() if p.requires_grad]
         self._most = mechanism.physical_batch
         self._mode: GradientMode = mode_for("strict" if mechanism.numeric == "strict" else mechanism.gradients, module)
+        self._loads = LoadHistogram(module, mechanism.noise_parts[LOADS]) if mechanism.load_share else None
 
     def __enter__(self) -> PrivateTraining:
         return self
@@ -229,6 +242,13 @@ class PrivateTraining:
     def close(self) -> None:
         """Leave the module as it was."""
         self._mode.close()
+        if self._loads is not None:
+            self._loads.close()
+
+    @property
+    def loads(self) -> dict[str, Tensor]:
+        """The released histograms, added up over the steps: name → float32 [E]; empty where none is asked for."""
+        return {} if self._loads is None else self._loads.released()
 
     def step(self, records: Records, index: UnitIndex | None = None) -> None:
         """Sample units, clip, add up, add noise, and let the optimizer take the step.
@@ -242,6 +262,8 @@ class PrivateTraining:
         self._module.train()
         inside = self.accumulate(records, index, chosen)
         self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
+        if self._loads is not None:
+            self._loads.add_noise(derive(self._secret, "loads", self.step_number))
         if self.mechanism.clipping == "adaptive":
             self._adapt(inside)
         self.step_number += 1
@@ -255,6 +277,19 @@ class PrivateTraining:
         self._module.train()
         self.accumulate(records, index, chosen)
         return self._optimizer.take_sums()
+
+    def loads_without_noise(self, records: Records, index: UnitIndex, chosen: Tensor) -> Tensor:
+        """Return the load histogram of given units, float64, all layers in one: for audits. Never release it.
+
+        Raises:
+            ValueError: none is asked for.
+        """
+        if self._loads is None:
+            raise ValueError("the mechanism releases no loads")
+        self._module.train()
+        self.accumulate(records, index, chosen)
+        self._optimizer.take_sums()
+        return self._loads.take_sums()
 
     def noised_gradients(self, records: Records, index: UnitIndex) -> list[Tensor]:
         """Return what the optimizer would see in this step, one tensor per parameter, without taking the step."""
@@ -273,17 +308,23 @@ class PrivateTraining:
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
         """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
         inside = 0.0
+        if self._loads is not None:
+            self._loads.begin_step()
         for batch, part, units in _parts(records, index, chosen, self._physical_batch(records, len(chosen))):
             batch[_EXAMPLE] = part  # a mode may run a part of the batch alone: each brings its number along
             clipping = Clipping(self.mechanism.clipping, self.clip)
+            if self._loads is not None:
+                self._loads.begin_batch(part)
             found = self._mode.clipped_sum(self._loss_with_draws, batch, units, clipping)
             self._optimizer.accumulate(self._trained, found.sums)
+            if self._loads is not None:
+                self._loads.end_batch(units)
             inside += found.inside
         return inside
 
     def _adapt(self, inside: float) -> None:
         rule, divisor = self.mechanism.adaptive, self.mechanism.divisor
-        std = rule.count_noise(self.mechanism.noise_multiplier or 0.0, divisor)
+        std = rule.count_noise(self.mechanism.noise_parts[DELTA], divisor)
         noise = float(standard_normal(derive(self._secret, "count", self.step_number), 1))
         self.clip = rule.next(self.clip, inside + std * noise, divisor)
         self._optimizer.max_grad_norm = self.clip
@@ -311,8 +352,10 @@ class PrivateTraining:
                 raise BadInputError(f"a random layer saw {examples} rows of {len(example_B)} examples")
             return per_unit_uniform(derive(self._secret, "draws", next(layers)), self.step_number, example_B, values)
 
-        with drawing_from(draw):
-            return self._loss({name: tensor for name, tensor in batch.items() if name != _EXAMPLE})
+        batch = {name: tensor for name, tensor in batch.items() if name != _EXAMPLE}
+        watching = nullcontext() if self._loads is None else self._loads.watching(example_B, batch)
+        with drawing_from(draw), watching:
+            return self._loss(batch)
 
 
 def _parts(
@@ -327,6 +370,13 @@ def _parts(
         yield batch, part, units
 
 
+class Outcome(NamedTuple):
+    """What training left beside the parameters: the clip bound, and the released loads by name."""
+
+    clip: float
+    loads: Mapping[str, Tensor]
+
+
 def train_privately(
     module: nn.Module,
     example_loss: ExampleLoss,
@@ -336,8 +386,8 @@ def train_privately(
     *,
     group_B: Tensor | None = None,
     scales: dict[str, float] | None = None,
-) -> float:
-    """Run ``mechanism.steps`` steps of DP-SGD on ``module`` in place; return the clip bound afterwards.
+) -> Outcome:
+    """Run ``mechanism.steps`` steps of DP-SGD on ``module`` in place.
 
     Args:
         module: its parameters are all trained. The forward pass must keep units independent and state unchanged.
@@ -348,21 +398,21 @@ def train_privately(
         group_B: int64, the group of each record, where groups are the unit; None where each record is one.
         scales: parameter name → factor on the learning rate; public.
 
-    Guarantee: the parameters and the clip bound afterwards are a release of ``steps`` composed Poisson-subsampled
+    Guarantee: the parameters, the clip bound afterwards and the loads are a release of ``steps`` composed Poisson-subsampled
     Gaussian mechanisms with the given rate and σ; nothing else leaves this function.
 
     Raises:
-        BadInputError: the module holds a layer that cannot be made private.
+        BadInputError: the module holds a layer that cannot be made private, or has no expert loads to release.
     """
     optimizer = make_optimizer(module, mechanism.optimizer, mechanism.learning_rate, scales)
     index = UnitIndex(len(next(iter(records.values()))), group_B, mechanism.records_per_unit)
     if mechanism.noise_multiplier is None:
         _train_without_privacy(module, optimizer, example_loss, records, index, mechanism, secret)
-        return mechanism.clip
+        return Outcome(mechanism.clip, {})
     with PrivateTraining(module, optimizer, example_loss, mechanism, secret) as training:
         for _ in range(mechanism.steps):
             training.step(records, index)
-        return training.clip
+        return Outcome(training.clip, training.loads)
 
 
 def _train_without_privacy(

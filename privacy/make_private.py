@@ -76,7 +76,7 @@ def make_private(
             raise BadInputError(f"{name} is {value}, must be {allowed}")
     if simulation_secret is not None and len(simulation_secret) != SECRET_BYTES:
         raise BadInputError(f"simulation_secret has {len(simulation_secret)} bytes, must have {SECRET_BYTES}")
-    known = {f.name for f in dataclasses.fields(DpSgd)} - {"steps", "learning_rate", "optimizer"}
+    known = {f.name for f in dataclasses.fields(DpSgd)} - {"steps", "learning_rate", "optimizer", "load_share"}
     unknown = sorted(options.keys() - known)
     if unknown:
         raise BadInputError(f"{unknown[0]} is no option, must be one of {', '.join(sorted(known))}")

@@ -101,6 +101,30 @@ def joint_noise(noise_multipliers: Iterable[float]) -> float:
     return joint
 
 
+def split_noise(noise_multiplier: float, shares: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
+    """Return σ of each part of what is released from one sample, ``σᵢ = σ/√shareᵢ``: the inverse of :func:`joint_noise`.
+
+    Each is the smallest float not below the exact value, so together they have at least ``noise_multiplier``; a single
+    part has exactly that.
+
+    Args:
+        noise_multiplier: σ of all parts together.
+        shares: name → share of the joint precision σ⁻², in (0, 1]; what they sum to counts as the whole.
+    """
+    shares = tuple(shares)
+    total = sum((Fraction(share) for _, share in shares), Fraction(0))
+    parts = []
+    for name, share in shares:
+        exact = Fraction(noise_multiplier) ** 2 * total / Fraction(share)  # σᵢ²
+        noise = math.sqrt(exact)
+        while Fraction(noise) ** 2 < exact:
+            noise = math.nextafter(noise, math.inf)
+        while Fraction(below := math.nextafter(noise, 0.0)) ** 2 >= exact:
+            noise = below
+        parts.append((name, noise))
+    return tuple(parts)
+
+
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise BadInputError(f"{name} is {value}, must be at least 1")

@@ -14,6 +14,7 @@ from clients.protocol import Plan
 from model.errors import BadInputError
 from model.parameters import owner
 from privacy.clipping import AdaptiveClip
+from privacy.load_histogram import DELTA
 from privacy.local_optimizers import AdamConfig
 from server.config import ServerOptimizerConfig
 
@@ -85,7 +86,7 @@ def norm_bound(plan: Plan, parameters: int, declared_size: int, round_number: in
     if plan.noise_multiplier is None:
         return math.inf
     clip, rate = plan.privacy.clip, plan.privacy.sampling_rate
-    multiplier, optimizer = plan.noise_multiplier, plan.training.optimizer
+    multiplier, optimizer = plan.noise_parts[DELTA], plan.training.optimizer
     if plan.privacy.clipping == "adaptive":
         rule = AdaptiveClip()
         multiplier = rule.gradient_noise_multiplier(multiplier, rate * declared_size)

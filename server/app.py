@@ -82,6 +82,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         scenario=scenario.name,
         receipts=ReceiptBook(run.receipts),
         node_level=_node_level(scenario, plan, run, run_id),
+        balancing=scenario.balancing,
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
@@ -274,4 +275,5 @@ def _metrics(
         "bytes_up_per_node": round(tally.bytes_up / max(1, tally.accepted)),
         "bytes_full_model": full_bytes,
         "seconds": round(seconds, 4),
+        **({} if tally.loads is None else {"private_load": tally.loads}),
     }

@@ -20,6 +20,7 @@ from model.explain import explain, keys_of
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
 from privacy.mechanisms import SampledGaussian
+from server.balancing import BalancingConfig
 from server.config import FederationConfig, NodePrivacyConfig, PoissonCohort
 from server.coverage import shortage
 
@@ -42,9 +43,10 @@ class Scenario(Frozen):
     training: TrainingConfig
     federation: FederationConfig
     node_privacy: NodePrivacyConfig | None = None
+    balancing: BalancingConfig | None = None
     traffic: TrafficConfig = TrafficConfig()
 
-    younger: ClassVar[frozenset[str]] = frozenset({"node_privacy", "traffic"})
+    younger: ClassVar[frozenset[str]] = frozenset({"balancing", "node_privacy", "traffic"})
 
     @model_validator(mode="after")
     def _fits_node_level(self) -> Scenario:
@@ -52,6 +54,10 @@ class Scenario(Frozen):
         if self.node_privacy is None:
             return self
         federation = self.federation
+        if self.balancing is not None:
+            raise ValueError(
+                "balancing is set, must be left out with node_privacy: biases follow from who is there"
+            )
         if not isinstance(federation.cohort, PoissonCohort):
             raise ValueError(f"federation.cohort.kind is {federation.cohort.kind}, must be poisson with node_privacy")
         for key, value, allowed in (
@@ -96,6 +102,8 @@ class Scenario(Frozen):
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
+        if self.balancing is not None:
+            self._check_balancing()
         return self
 
     @property
@@ -108,6 +116,20 @@ class Scenario(Frozen):
         """How many experts of a layer each simulated node can hold."""
         given = self.federation.capacities or (self.model.experts.routed,)
         return [given[number % len(given)] for number in taking_part(self.partition)]
+
+    def _check_balancing(self) -> None:
+        if self.privacy.mechanism == "none":
+            raise ValueError("privacy.mechanism is none, must be gaussian with [balancing]: loads are released noised")
+        if self.model.source is not None:
+            raise ValueError(
+                "model.preset is own, must be another with [balancing]: how a model of one's own routes, it does not say"
+            )
+        if not self.model.experts.router.biased:
+            raise ValueError(
+                f"model.experts.router.kind is {self.model.experts.router.kind} without a selection bias, must have one "
+                "for [balancing] to move: sigmoid, hierarchical of style group-limited, or softmax or attention with "
+                "selection_bias = true"
+            )
 
     def plan(self) -> Plan:
         """Return what the run will ask of every node, with σ calibrated for taking part in every round.
@@ -132,6 +154,7 @@ class Scenario(Frozen):
             noise_multiplier=noise,
             local_experts=self._local_experts,
             traffic=self.traffic,
+            load_share=0.0 if self.balancing is None else self.balancing.share,
         )
 
     @property

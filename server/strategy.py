@@ -38,6 +38,7 @@ from privacy.canonical import sha256
 from privacy.ledger import SignedHead
 from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
 from server.assignment import assign
+from server.balancing import BIAS, Balancer, BalancingConfig, load_bound, plausible, split_loads
 from server.cohort import choose_cohort
 from server.config import FederationConfig
 from server.node_account import NodeLevel
@@ -53,8 +54,10 @@ class RoundTally:
     """What one round came to. Bytes count Flower's objects on the wire.
 
     refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
-    shape, for another assignment, or over the norm bound. missing: nodes that sent nothing in time. trained: the
-    experts of each accepted reply.
+    shape, for another assignment, or over a bound. missing: nodes that sent nothing in time. trained: the experts of each
+    accepted reply.
+    loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the expert,
+        or where nothing is balanced.
     """
 
     asked: int = 0
@@ -66,6 +69,7 @@ class RoundTally:
     bytes_up: int = 0
     held_back: int = 0
     trained: list[HeldExperts] = field(default_factory=list)
+    loads: list[list[float | None]] | None = None
 
 
 class ExpertStrategy(Strategy):
@@ -87,11 +91,13 @@ class ExpertStrategy(Strategy):
         scenario: str,
         receipts: ReceiptBook | None = None,
         node_level: NodeLevel | None = None,
+        balancing: BalancingConfig | None = None,
     ) -> None:
         """Set up a run.
 
         Args:
             scenario: its name, which nodes may allow or not.
+            balancing: how selection biases follow the loads that nodes release; the plan asks for them.
             receipts: what is kept of the nodes' ledgers, in memory only if not given.
             node_level: where the node is the unit: draws cohorts, and makes of the replies what may be published.
             nodes: Flower node id → what the node said about itself; fingerprints are distinct.
@@ -108,6 +114,7 @@ class ExpertStrategy(Strategy):
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
         self.tally = RoundTally()
         self._asked: dict[int, tuple[str, HeldExperts]] = {}
+        self._balancer = None if balancing is None else Balancer(plan, balancing)
 
     def summary(self) -> None:
         """Log the configuration."""
@@ -149,6 +156,8 @@ class ExpertStrategy(Strategy):
         """
         names = [name for name, _ in self._asked.values()]
         averager = Averager(names) if self.node_level is None else self.node_level.collect(names)
+        if self._balancer is not None:
+            self._balancer.begin_round()
         for reply in replies:  # may be a generator that trains as it goes: a reply is added and forgotten
             asked = self._asked.pop(reply.metadata.src_node_id, None)
             if asked is None:  # not asked this round, or answered already
@@ -169,7 +178,12 @@ class ExpertStrategy(Strategy):
         else:
             return None, None
         self.tally.held_back = len(self.optimizer.tensors) - len(averaged)
+        # A selection bias is the server's to move: what a node sends for it is 0, or not honest.
+        averaged = {name: mean for name, mean in averaged.items() if not name.endswith(f"/{BIAS}")}
         self.optimizer.step(averaged, self.config.optimizer.rate(server_round, self.plan.rounds))
+        if self._balancer is not None:
+            self.tally.loads = self._balancer.relative_loads()
+            self._balancer.move(self.optimizer.tensors, server_round)
         return ArrayRecord(self.optimizer.snapshot()), MetricRecord({"accepted": self.tally.accepted})
 
     def configure_evaluate(
@@ -233,7 +247,8 @@ class ExpertStrategy(Strategy):
         encodings = encodings_of(self.plan.traffic.delta, expected)
         try:
             answer = decode(reply.content, TrainReply)
-            delta = tensors_of(reply.content, expected, encodings)
+            answered = tensors_of(reply.content, self.plan.reply_shapes(held), encodings)
+            delta, loads = split_loads(answered, held)
         except ProtocolError as error:
             self._count_refusal(name, error)
             return None
@@ -264,7 +279,13 @@ class ExpertStrategy(Strategy):
             self.tally.dropped += 1
             log.warning("node %s: the norm of its delta is above the bound; dropped", name)
             return None
+        if loads and not plausible(loads, load_bound(self.plan, size)):
+            self.tally.dropped += 1
+            log.warning("node %s: its expert loads are above the bound; dropped", name)
+            return None
         weight = float(size) if self.config.weights == "declared" else 1.0
+        if self._balancer is not None:
+            self._balancer.take(name, held, loads, size, weight)
         return Contribution(name, weight, delta)
 
     def _count_refusal(self, name: str, error: ProtocolError) -> None:

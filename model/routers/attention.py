@@ -25,7 +25,7 @@ class AttentionRouter(Router):
     """
 
     def __init__(self, width: int, held: int, top_k: int, options: AttentionRouterConfig, *, causal: bool) -> None:
-        super().__init__(top_k, options, noise=options.noise, z_weight=options.z_loss)
+        super().__init__(held, top_k, options, noise=options.noise, z_weight=options.z_loss)
         self.heads, self.causal = options.heads, causal
         wide = options.heads * options.key_width
         self.common = nn.ModuleDict(

@@ -22,7 +22,7 @@ class HierarchicalRouter(Router):
     def __init__(
         self, width: int, held: Sequence[int], routed: int, top_k: int, options: HierarchicalRouterConfig
     ) -> None:
-        super().__init__(top_k, options, noise=options.noise)
+        super().__init__(len(held), top_k, options, noise=options.noise)
         self.groups, self.top_groups = options.groups, options.top_groups
         self.group_of = groups_of(held, routed, options.groups)
         self.common = nn.ModuleDict({"group": nn.Linear(width, options.groups, bias=False)})

@@ -67,13 +67,22 @@ class Router(nn.Module, ABC):
     of per-unit differential privacy. A forbidden expert is masked with −inf, never with 0, which a selection bias
     could lift above the allowed ones.
 
+    Where there is a selection bias, ``selection_bias`` [E, 1] has a row per expert and travels with it. It is no parameter:
+    training never changes it, so what a node returns of it is a difference of exactly 0. Whoever balances moves it
+    (:func:`model.routers.moved_bias`). It changes which experts are chosen, never their weights.
+
     A module named ``common`` holds what belongs to no single expert and travels with the shared weights
     (:mod:`model.parameters`); every other tensor has a row per expert.
     """
 
-    def __init__(self, top_k: int, options: RouterOptions, *, noise: float = 0.0, z_weight: float = 0.0) -> None:
+    selection_bias: Tensor | None
+
+    def __init__(
+        self, held: int, top_k: int, options: RouterOptions, *, noise: float = 0.0, z_weight: float = 0.0
+    ) -> None:
         super().__init__()
         self.top_k, self.options, self.noise, self.z_weight = top_k, options, noise, z_weight
+        self.register_buffer("selection_bias", torch.zeros(held, 1) if options.biased else None)
 
     def route(self, x_BTD: Tensor, allowed_E: Tensor) -> Routing:
         """Choose experts for every token.
@@ -113,7 +122,10 @@ class Router(nn.Module, ABC):
     def choose(self, scores: Scores, allowed_E: Tensor) -> Tensor:
         """Return the chosen experts, int64 [B, T, K], best first."""
         # By logit: a probability can underflow to the 0 of a forbidden expert, a logit never to its −inf.
-        return self.explored(scores.logits_BTE).topk(self.top_k, dim=-1).indices
+        logits_BTE = self.explored(scores.logits_BTE)
+        if self.selection_bias is not None:
+            logits_BTE = logits_BTE + self.selection_bias[:, 0]
+        return logits_BTE.topk(self.top_k, dim=-1).indices
 
     def used(self, logits_BTE: Tensor, experts_BTK: Tensor) -> Tensor | None:
         """Return which slots hold an expert, bool [B, T, K], or None for all."""

@@ -14,11 +14,7 @@ from model.routers.routing import Router, Scores
 
 
 class SigmoidRouter(Router):
-    """The best ``top_k`` by ``sigmoid(x·e) + bias``, weighed by their affinities alone, normalised.
-
-    ``selection_bias`` [E, 1] has a row per expert and travels with it. It is no parameter: training never changes it,
-    so what a node returns of it is a difference of exactly 0. Whoever balances moves it with :func:`moved_bias`.
-    """
+    """The best ``top_k`` by ``sigmoid(x·e) + bias``, weighed by their affinities alone, normalised."""
 
     selection_bias: Tensor
 
@@ -30,9 +26,8 @@ class SigmoidRouter(Router):
         options: SigmoidRouterConfig | HierarchicalRouterConfig | None = None,
     ) -> None:
         options = options or SigmoidRouterConfig()
-        super().__init__(top_k, options, noise=options.noise)
+        super().__init__(held, top_k, options, noise=options.noise)
         self.score = nn.Linear(width, held, bias=False)
-        self.register_buffer("selection_bias", torch.zeros(held, 1))
 
     def score_experts(self, x_BTD: Tensor, allowed_E: Tensor) -> Scores:
         """Return log-affinities: their softmax is the affinities normalised, without dividing 0 by 0 in underflow."""

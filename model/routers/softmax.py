@@ -19,7 +19,7 @@ class SoftmaxRouter(Router):
         options: SoftmaxRouterConfig | PolicyRouterConfig | TopPRouterConfig | None = None,
     ) -> None:
         options = options or SoftmaxRouterConfig()
-        super().__init__(top_k, options, noise=options.noise, z_weight=options.z_loss)
+        super().__init__(held, top_k, options, noise=options.noise, z_weight=options.z_loss)
         self.score = nn.Linear(width, held, bias=False)
 
     def score_experts(self, x_BTD: Tensor, allowed_E: Tensor) -> Scores:

@@ -22,6 +22,7 @@ from clients.encodings import Encoding, TrafficConfig, WireForm, encodings_of, n
 from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
 from model.parameters import owner, shapes
+from privacy.affinity_config import AffinityPlan
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
 from privacy.ledger.entry import ledger_id_of
@@ -77,11 +78,12 @@ class Plan(Frozen):
     noise_multiplier: σ of everything that is released from one sample, calibrated for all ``rounds``; None only where
         ``privacy.mechanism`` is ``none``.
     load_share: share of σ⁻² that a histogram of expert loads gets, see :mod:`privacy.load_histogram`; 0 for none.
+    affinity: choices of experts that nodes make; None where the server alone assigns them.
     local_experts: so many of each layer's routed experts, those with the highest ids, never travel: every node trains
         its own.
     """
 
-    younger: ClassVar[frozenset[str]] = frozenset({"load_share", "local_experts", "traffic"})
+    younger: ClassVar[frozenset[str]] = frozenset({"affinity", "load_share", "local_experts", "traffic"})
     model: ModelConfig
     privacy: PrivacyConfig
     training: TrainingConfig
@@ -89,6 +91,7 @@ class Plan(Frozen):
     noise_multiplier: float | None = Field(gt=0.0)
     load_share: float = Field(default=0.0, ge=0.0, le=0.5)
     local_experts: int = Field(default=0, ge=0)
+    affinity: AffinityPlan | None = None
     traffic: TrafficConfig = TrafficConfig()
 
     def stays(self, wire_name: str) -> bool:
@@ -127,7 +130,7 @@ class Plan(Frozen):
     @property
     def releases(self) -> dict[str, float]:
         """What leaves a node under this plan, and each one's share of the plan's budget."""
-        return release_shares(self.load_share)
+        return release_shares(self.load_share) | ({} if self.affinity is None else {"choice": 1.0})
 
     @property
     def noise_parts(self) -> dict[str, float]:
@@ -139,6 +142,12 @@ class Plan(Frozen):
         if self.noise_multiplier is None:
             raise ValueError("there is no noise without privacy")
         return noise_parts(self.noise_multiplier, self.load_share)
+
+    @property
+    def choosing_shapes(self) -> dict[str, Size]:
+        """Name → shape of what a node needs to choose: the shared weights and every expert's router row."""
+        every = shapes(self.model, self.model.all_experts)
+        return {name: shape for name, shape in every.items() if owner(name).group != "expert"}
 
     def reply_shapes(self, held: HeldExperts) -> dict[str, Size]:
         """Return name → shape of every tensor of a reply to a request for ``held``: the delta's, and the loads'."""

@@ -55,9 +55,7 @@ class Scenario(Frozen):
             return self
         federation = self.federation
         if self.balancing is not None:
-            raise ValueError(
-                "balancing is set, must be left out with node_privacy: biases follow from who is there"
-            )
+            raise ValueError("balancing is set, must be left out with node_privacy: biases follow from who is there")
         if not isinstance(federation.cohort, PoissonCohort):
             raise ValueError(f"federation.cohort.kind is {federation.cohort.kind}, must be poisson with node_privacy")
         for key, value, allowed in (

@@ -1,0 +1,89 @@
+"""Which experts a node would have: each one's worth to its units, and the private choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Size, Tensor
+
+from clients.protocol import Plan
+from data.sources import GROUP, Records
+from model import parameters
+from model.building import empty
+from privacy.bookkeeping import Units
+from privacy.choice import choose
+from privacy.load_histogram import LoadHistogram
+from privacy.randomness import derive
+from privacy.unit_index import UnitIndex
+
+_AT_ONCE = 512
+SENSITIVITY = 1.0
+"""A unit's tokens can all choose an expert, and no more: it moves a worth by at most 1."""
+
+
+def choice_shapes(plan: Plan, capacity: int) -> dict[str, Size]:
+    """Return name → shape of what a choice releases: for each layer, ids of experts, the most wanted first."""
+    if plan.affinity is None:
+        return {}
+    count = min(plan.affinity.experts, capacity)
+    return {f"choice/{layer}": Size([count]) for layer in range(plan.model.layers)}
+
+
+def choice(
+    plan: Plan, tensors: Mapping[str, Tensor], records: Records, capacity: int, secret: bytes
+) -> dict[str, Tensor]:
+    """Choose experts for every layer; float32 ids under the names of :func:`choice_shapes`.
+
+    Guarantee: for each layer as many choices as are returned, of the plan's ε each, under add/remove of one unit.
+
+    Args:
+        tensors: the shared weights and every expert's router row: nothing of the experts themselves.
+        secret: of this charge.
+    """
+    if plan.affinity is None:
+        raise ValueError("the plan has no choices")
+    chosen = {}
+    for layer, worth_E in enumerate(worths(plan, tensors, records)):
+        name = f"choice/{layer}"
+        ids = choose(
+            worth_E,
+            count=min(plan.affinity.experts, capacity),
+            epsilon=plan.affinity.epsilon,
+            sensitivity=SENSITIVITY,
+            secret=derive(secret, name),
+        )
+        chosen[name] = torch.tensor(ids, dtype=torch.float32)
+    return chosen
+
+
+def worths(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[Tensor]:
+    """Return each expert's worth by layer, float64 [E]: the units' shares of tokens that choose it, added up.
+
+    Where several layers follow each other, what the experts of one add is left out of what the next sees. Never
+    release them.
+    """
+    held = plan.model.all_experts
+    network = empty(plan.model, held)
+    shapes = parameters.shapes(plan.model, held)
+    whole = {name: tensors[name] if name in tensors else torch.zeros(shape) for name, shape in shapes.items()}
+    network.load_state_dict(
+        {name: tensor.clone() for name, tensor in parameters.join(whole, held).items()}, assign=True
+    )
+    network.eval()
+    count = len(next(iter(records.values())))
+    index = UnitIndex(count, records[GROUP] if plan.privacy.unit == "group" else None, plan.privacy.records_per_unit)
+    inputs = {name: tensor for name, tensor in records.items() if name != GROUP}
+    histogram = LoadHistogram(network, noise_multiplier=0.0)
+    at_once = 1 if plan.privacy.numeric == "strict" else _AT_ONCE
+    with torch.inference_mode():
+        for part, unit_B in index.parts(torch.arange(index.count), at_once):
+            batch = {name: tensor[part] for name, tensor in inputs.items()}
+            units = Units.one_each(len(part)) if unit_B is None else Units(len(part), int(unit_B[-1]) + 1, unit_B)
+            histogram.begin_batch(part)
+            with histogram.watching(part, batch):
+                network(batch)
+            histogram.end_batch(units)
+    sums = histogram.take_sums()
+    histogram.close()
+    return list(sums.view(plan.model.layers, plan.model.experts.routed))

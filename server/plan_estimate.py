@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class PlanEstimate:
     """The arithmetic of a run. ε values are for a node that takes part in every round.
 
     plan_hash: names the plan; an owner may allow it by this hash.
+    noise_parts: σ of each release from one sample; noise_multiplier is that of all together, and would be the
+        gradient's own if load_share, what expert loads get of the precision, were 0.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
@@ -35,6 +38,8 @@ class PlanEstimate:
     rounds: int
     steps: int
     noise_multiplier: float | None
+    noise_parts: dict[str, float]
+    load_share: float
     order: float
     epsilon: float
     delta: float
@@ -76,6 +81,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         rounds=rounds,
         steps=rounds * plan.training.steps,
         noise_multiplier=plan.noise_multiplier,
+        noise_parts={} if plan.noise_multiplier is None else plan.noise_parts,
+        load_share=plan.load_share,
         order=order,
         epsilon=epsilon,
         delta=privacy.delta,
@@ -108,12 +115,15 @@ def _count(plan: Plan, held: HeldExperts) -> int:
 
 
 def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
-    tensors = {name: torch.zeros(shape) for name, shape in parameters.shapes(plan.model, held).items()}
-    for number, tensor in enumerate(tensors.values()):
-        tensor += number  # equal chunks would be counted once
+    tensors = _distinct(parameters.shapes(plan.model, held))
     request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)
     reply = TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT)
-    return wire_bytes(encode(request, tensors)), wire_bytes(encode(reply, tensors))
+    return wire_bytes(encode(request, tensors)), wire_bytes(encode(reply, _distinct(plan.reply_shapes(held))))
+
+
+def _distinct(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Return tensors of these shapes, each with a value of its own: equal chunks would be counted once."""
+    return {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(shapes.items())}
 
 
 def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> float:
@@ -131,6 +141,7 @@ def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> f
         learning_rate=plan.training.learning_rate,
         optimizer=plan.training.optimizer,
         noise_multiplier=plan.noise_multiplier,
+        load_share=plan.load_share,
         declared_size=units,
     )
     seconds = []

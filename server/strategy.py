@@ -51,8 +51,8 @@ class RoundTally:
 
     refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
     shape, for another assignment, or over a bound. missing: nodes that sent nothing in time.
-    loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the expert,
-        or where nothing is balanced.
+    loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the
+        expert, or where nothing is balanced.
     """
 
     asked: int = 0

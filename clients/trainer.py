@@ -21,8 +21,8 @@ from privacy.gradient_modes import Records
 class Trained:
     """What a round of training made.
 
-    delta: wire name → difference, to be released. loads: name → noised histogram, to be released with it. clip: the bound that an adaptive rule arrived at, which the node
-    keeps for the next round; None where the bound is fixed.
+    delta: wire name → difference, to be released. loads: name → noised histogram, to be released with it. clip: the
+    bound that an adaptive rule arrived at, which the node keeps for the next round; None where the bound is fixed.
     """
 
     delta: dict[str, Tensor]

@@ -398,8 +398,8 @@ def train_privately(
         group_B: int64, the group of each record, where groups are the unit; None where each record is one.
         scales: parameter name → factor on the learning rate; public.
 
-    Guarantee: the parameters, the clip bound afterwards and the loads are a release of ``steps`` composed Poisson-subsampled
-    Gaussian mechanisms with the given rate and σ; nothing else leaves this function.
+    Guarantee: the parameters, the clip bound afterwards and the loads are together a release of ``steps`` composed
+    Poisson-subsampled Gaussian mechanisms with the given rate and σ; nothing else leaves this function.
 
     Raises:
         BadInputError: the module holds a layer that cannot be made private, or has no expert loads to release.

@@ -109,8 +109,8 @@ class LoadHistogram:
 
     @contextmanager
     def watching(self, example_B: Tensor, batch: Mapping[str, Tensor]) -> Iterator[None]:
-        """Take note of what is chosen within, for the examples numbered ``example_B``."""
-        self._watched = (example_B, batch)
+        """Take note of what is chosen within, for the examples numbered ``example_B``; of nothing between batches."""
+        self._watched = (example_B, batch) if self._shares else None
         try:
             yield
         finally:
@@ -161,10 +161,10 @@ class LoadHistogram:
 
 
 def token_shares(routing: Routing, held: int, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the share of each example's tokens that chose each expert, int64 [B, held], in steps of 2^-30, rounded down.
+    """Return the share of each example's tokens that chose each expert, int64 [B, held], in steps of 2^-30.
 
-    Entries are at most one whole and sum to at most K wholes, whatever the routing holds. An example without tokens has
-    zeros.
+    Rounded down, entries are at most one whole and sum to at most K wholes, whatever the routing holds. An example
+    without tokens has zeros.
     """
     experts_BTK = routing.experts_BTK
     examples, tokens, _ = experts_BTK.shape

@@ -102,7 +102,7 @@ def joint_noise(noise_multipliers: Iterable[float]) -> float:
 
 
 def split_noise(noise_multiplier: float, shares: Iterable[tuple[str, float]]) -> tuple[tuple[str, float], ...]:
-    """Return σ of each part of what is released from one sample, ``σᵢ = σ/√shareᵢ``: the inverse of :func:`joint_noise`.
+    """Return σ of each part of what is released from one sample, ``σᵢ = σ/√shareᵢ``: inverse to :func:`joint_noise`.
 
     Each is the smallest float not below the exact value, so together they have at least ``noise_multiplier``; a single
     part has exactly that.

@@ -1,11 +1,11 @@
 """Balancing: selection biases are moved against the expert loads that nodes release, noised (arXiv:2408.15664).
 
-Nodes hold different experts, so a load is compared with what was there to choose from: of K choices a token and k experts
-held, an expert can expect K/k. The rest is public: ``relative = load · k / (K · q · declared size · steps)`` has mean 1 over
-the experts of a node whose declared size is its true one.
+Nodes hold different experts, so a load is compared with what was there to choose from: of K choices a token makes among
+k experts held, an expert can expect K/k. ``relative = load · k / (K · q · declared size · steps)`` has mean 1 over the
+experts of a node whose declared size is its true one; all but the load is public.
 
-Only the sign of what an expert is above or below the mean counts, so a node that lies about its loads moves a bias by at
-most the rate, whatever it claims.
+Only whether an expert is above or below the mean counts, so a node that lies about its loads moves a bias by no more
+than the rate in a round, whatever it claims.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ BIAS = "selection_bias"
 class BalancingConfig(Frozen):
     """Release expert loads and move selection biases by them.
 
-    share: of the precision σ⁻² of every sample, what the load histogram gets; the gradient's noise grows by 1/√(1 − share).
+    share: what the load histogram gets of the precision σ⁻² of every sample; the gradient's noise grows by
+        1/√(1 − share).
     rate: by how much a bias moves in round one; it falls linearly by the share ``decay`` until the last.
     """
 

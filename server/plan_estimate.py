@@ -27,6 +27,8 @@ class PlanEstimate:
     """The arithmetic of a run. ε values are for a node that takes part in every round.
 
     plan_hash: names the plan; an owner may allow it by this hash.
+    noise_parts: σ of each release from one sample; noise_multiplier is that of all together, and would be the
+        gradient's own if load_share, what expert loads get of the precision, were 0.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
     parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
@@ -40,6 +42,8 @@ class PlanEstimate:
     rounds: int
     steps: int
     noise_multiplier: float | None
+    noise_parts: dict[str, float]
+    load_share: float
     order: float
     epsilon: float
     delta: float
@@ -94,6 +98,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         rounds=rounds,
         steps=rounds * plan.training.steps,
         noise_multiplier=plan.noise_multiplier,
+        noise_parts={} if plan.noise_multiplier is None else plan.noise_parts,
+        load_share=plan.load_share,
         order=order,
         epsilon=epsilon,
         delta=privacy.delta,
@@ -132,12 +138,13 @@ def _count(plan: Plan, held: HeldExperts) -> int:
 
 
 def _bytes(plan: Plan, held: HeldExperts, scenario: str) -> tuple[int, int]:
-    shapes = plan.travelling(held)
+    shapes, answered = plan.travelling(held), plan.reply_shapes(held)
     generator = torch.Generator().manual_seed(0)
     # Of some values: equal chunks would be counted once.
-    tensors = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
-    model = wire_form(shapes, encodings_of(plan.traffic.model, shapes)).encode(tensors, None)
-    delta = wire_form(shapes, encodings_of(plan.traffic.delta, shapes)).encode(tensors, bytes(32))
+    tensors = {name: torch.rand(shape, generator=generator) for name, shape in answered.items()}
+    sent = {name: tensors[name] for name in shapes}
+    model = wire_form(shapes, encodings_of(plan.traffic.model, shapes)).encode(sent, None)
+    delta = wire_form(answered, encodings_of(plan.traffic.delta, shapes)).encode(tensors, bytes(32))
     request = TrainRequest(run_id="0" * 16, scenario=scenario, round=1, plan=plan, held=held, receipt=EMPTY_RECEIPT)
     reply = TrainReply(charge_id="0" * 64, receipt=EMPTY_RECEIPT)
     return wire_bytes(encode(request, model)), wire_bytes(encode(reply, delta))
@@ -158,6 +165,7 @@ def _seconds(scenario: Scenario, plan: Plan, held: HeldExperts, units: int) -> f
         learning_rate=plan.training.learning_rate,
         optimizer=plan.training.optimizer,
         noise_multiplier=plan.noise_multiplier,
+        load_share=plan.load_share,
         declared_size=units,
     )
     seconds = []

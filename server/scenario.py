@@ -120,13 +120,13 @@ class Scenario(Frozen):
             raise ValueError("privacy.mechanism is none, must be gaussian with [balancing]: loads are released noised")
         if self.model.source is not None:
             raise ValueError(
-                "model.preset is own, must be another with [balancing]: how a model of one's own routes, it does not say"
+                "model.preset is own, must be another with [balancing]: a model of one's own does not say how it routes"
             )
         if not self.model.experts.router.biased:
             raise ValueError(
-                f"model.experts.router.kind is {self.model.experts.router.kind} without a selection bias, must have one "
-                "for [balancing] to move: sigmoid, hierarchical of style group-limited, or softmax or attention with "
-                "selection_bias = true"
+                f"model.experts.router.kind is {self.model.experts.router.kind} without a selection bias, must have "
+                "one for [balancing] to move: sigmoid, hierarchical of style group-limited, or softmax or attention "
+                "with selection_bias = true"
             )
 
     def plan(self) -> Plan:

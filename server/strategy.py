@@ -54,10 +54,10 @@ class RoundTally:
     """What one round came to. Bytes count Flower's objects on the wire.
 
     refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
-    shape, for another assignment, or over a bound. missing: nodes that sent nothing in time. trained: the experts of each
-    accepted reply.
-    loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the expert,
-        or where nothing is balanced.
+    shape, for another assignment, or over a bound. missing: nodes that sent nothing in time. trained: the experts of
+    each accepted reply.
+    loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the
+        expert, or where nothing is balanced.
     """
 
     asked: int = 0

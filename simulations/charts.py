@@ -103,11 +103,18 @@ def experts_held(held: Mapping[str, HeldExperts], experts: int) -> str:
         return _svg(figure)
 
 
-def load(shares: Sequence[float], title: str) -> str:
-    """Share of routed tokens that each expert of one layer received, with the even share marked."""
+def load(shares: Sequence[float], title: str, private: Sequence[float | None] | None = None) -> str:
+    """Share of routed tokens that each expert of one layer received, with the even share marked.
+
+    Args:
+        private: where loads are released, each expert's noised one relative to what its holders expected.
+    """
     with mpl.rc_context(_STYLE):
         figure, axes = _new("expert", "share of routed tokens")
-        axes.bar(range(len(shares)), shares, color=_ACCENT, width=0.6)
+        axes.bar(range(len(shares)), shares, color=_ACCENT, width=0.6, label="public test records")
+        if private is not None:
+            known = [(expert, value / len(shares)) for expert, value in enumerate(private) if value is not None]
+            axes.plot(*zip(*known, strict=True), "D", color=_INK, markersize=4, label="released by nodes, noised")
         axes.axhline(1 / len(shares), color=_SECOND, linewidth=1.2, linestyle="--", label="even share")
         _name_ticks(axes, [str(index) for index in range(len(shares))])
         axes.set_title(title, loc="left", fontsize=9)

@@ -52,7 +52,11 @@ def write_report(run: RunDirectory) -> Path:
         figures["epsilon"] = charts.epsilon(
             [row.name for row in nodes], [row.audit.epsilon for row in nodes], scenario.privacy.epsilon
         )
-    layers = [charts.load(shares, f"layer {layer}") for layer, shares in enumerate(last["load"])]
+    released = last.get("private_load") or [None] * len(last["load"])
+    layers = [
+        charts.load(shares, f"layer {layer}", private)
+        for layer, (shares, private) in enumerate(zip(last["load"], released, strict=True))
+    ]
     without_holder = last.get("rounds_without_holder", [])  # a run of an older version did not count
     holders = [
         charts.holders(mean, without, f"layer {layer}")

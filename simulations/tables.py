@@ -83,6 +83,14 @@ def print_plan(estimate: PlanEstimate) -> None:
         table.add_row("privacy", "NONE (epsilon = infinity)")
     else:
         table.add_row("noise", f"sigma {estimate.noise_multiplier:g}")
+        if estimate.load_share:
+            sigma = {name: f"{noise:.6g}" for name, noise in estimate.noise_parts.items()}
+            table.add_row(
+                "",
+                f"of which expert loads get {estimate.load_share:.1%} of the precision: sigma {sigma['delta']} for the "
+                f"gradient, {sigma['loads']} for the loads; without balancing, {estimate.noise_multiplier:g} for the "
+                "gradient",
+            )
         table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
         others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
         table.add_row("", f"for comparison: {others}")
@@ -192,7 +200,7 @@ def _print_ledgers(results: Mapping[str, LedgerAudit]) -> None:
     console = _console()
     console.print(table)
     for path, result in results.items():
-        notes = [*result.findings]
+        notes = [*result.findings, *result.joint]
         if result.seeded:
             notes.append("seeded randomness, a simulation")
         if result.pending:

@@ -67,9 +67,9 @@ class Router(nn.Module, ABC):
     of per-unit differential privacy. A forbidden expert is masked with −inf, never with 0, which a selection bias
     could lift above the allowed ones.
 
-    Where there is a selection bias, ``selection_bias`` [E, 1] has a row per expert and travels with it. It is no parameter:
-    training never changes it, so what a node returns of it is a difference of exactly 0. Whoever balances moves it
-    (:func:`model.routers.moved_bias`). It changes which experts are chosen, never their weights.
+    A ``selection_bias`` [E, 1], where there is one, changes which experts are chosen and never their weights. It has a
+    row per expert and travels with it. It is no parameter: training never changes it, so what a node returns of it is a
+    difference of exactly 0. Whoever balances moves it with :func:`model.routers.moved_bias`.
 
     A module named ``common`` holds what belongs to no single expert and travels with the shared weights
     (:mod:`model.parameters`); every other tensor has a row per expert.

@@ -14,6 +14,7 @@ import torch
 from model.errors import BadInputError
 from privacy.audit.faults import check_faults
 from privacy.audit.isolation import check_gradients, check_isolation, check_state
+from privacy.audit.loads import check_load_noise, check_load_sensitivity
 from privacy.audit.sampling_and_noise import check_noise, check_participation
 from privacy.audit.sensitivity import check_numerics, check_sensitivity
 from privacy.audit.subject import Finding, Subject
@@ -28,6 +29,11 @@ CHECKS: dict[str, Callable[[Subject], Finding]] = {
     "noise": check_noise,
     "faults": check_faults,
 }
+LOAD_CHECKS: dict[str, Callable[[Subject], Finding]] = {
+    "load sensitivity": check_load_sensitivity,
+    "load noise": check_load_noise,
+}
+"""Where the mechanism releases expert loads beside the gradient."""
 
 
 def audit_model(subject: Subject) -> list[Finding]:
@@ -51,11 +57,11 @@ def _audit(subject: Subject) -> list[Finding]:
     except BadInputError as refusal:  # a layer that couples examples or keeps state: nothing else can be run
         return [Finding("layers", "every layer by name", str(refusal))]
     findings = [Finding("layers", "every layer by name")]
-    for check in CHECKS.values():
+    checks = CHECKS | (LOAD_CHECKS if subject.mechanism.load_share else {})
+    for name, check in checks.items():
         try:
             findings.append(check(subject))
         except (BadInputError, RuntimeError, ValueError) as error:
-            name = check.__name__.removeprefix("check_")
             findings.append(Finding(name, "could not be run", f"{type(error).__name__}: {error}".splitlines()[0]))
         subject.module.load_state_dict(before)
     return findings

@@ -62,7 +62,8 @@ def check_numerics(subject: Subject) -> Finding:
     for name, (x_TD, delta_TO) in cases.items():
         probe = _Probe(delta_TO, width)
         exact = float((delta_TO.double().T @ x_TD.double()).norm())
-        mechanism = replace(subject.mechanism, clip=min(max(exact * 0.1, 1e-6), 1.0), clipping="flat", physical_batch=8)
+        clip = min(max(exact * 0.1, 1e-6), 1.0)
+        mechanism = replace(subject.mechanism, clip=clip, clipping="flat", physical_batch=8, load_share=0.0)
         probed = Subject(probe, probe.loss, {"x": x_TD.unsqueeze(0)}, mechanism, subject.start)
         moved = float(probed.sums(torch.tensor([0])).norm()) / mechanism.clip
         if not moved <= 1.0:

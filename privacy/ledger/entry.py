@@ -11,7 +11,7 @@ from typing import Literal
 from model.errors import BadInputError
 from privacy.accounting import budget_units, fixed_order
 from privacy.canonical import canonical_json, decimal, sha256
-from privacy.ledger.mechanism_text import spell
+from privacy.ledger.mechanism_text import check_named, spell
 from privacy.mechanisms import Mechanism
 
 FORMAT_VERSION = 2
@@ -169,7 +169,12 @@ class ChargeRequest:
         )
 
     def mechanism_json(self) -> str:
-        """Spell the mechanism as canonical JSON, enough to recompute its cost."""
+        """Spell the mechanism as canonical JSON, enough to recompute its cost.
+
+        Raises:
+            BadInputError: several releases, and not each with a σ among the parts; or less noise than is charged.
+        """
+        check_named(self.mechanism, self.releases, dict(self.parts))
         return spell(self.mechanism, clip=self.clip, numeric=self.numeric, parts=dict(self.parts))
 
     def releases_json(self) -> str:

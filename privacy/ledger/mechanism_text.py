@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from model.errors import BadInputError
 from privacy.canonical import canonical_json, decimal
@@ -83,6 +83,26 @@ def parse(text: str) -> Mechanism | None:
     if parts:
         _check_parts(mechanism, parts)
     return mechanism
+
+
+def parts_of(text: str) -> dict[str, float]:
+    """Return the parts of a mechanism that :func:`parse` accepts: name → σ; empty where it names none."""
+    return {str(name): float(noise) for name, noise in json.loads(text).get("parts", {}).items()}
+
+
+def check_named(mechanism: Mechanism | None, releases: Collection[str], parts: Collection[str]) -> None:
+    """Refuse several releases from one Poisson sample of which not each is named with a σ.
+
+    Without that nobody could tell that the charge covers them all.
+
+    Raises:
+        BadInputError: a release is not among the parts, or a part is not released.
+    """
+    if isinstance(mechanism, SampledGaussian) and len(releases) > 1 and set(releases) != set(parts):
+        raise BadInputError(
+            f"its releases are {', '.join(releases)}, must each be a part with a sigma: what is released from one "
+            "sample is one event"
+        )
 
 
 def _check_parts(mechanism: SampledGaussian, parts: Mapping[str, float]) -> None:

@@ -22,9 +22,9 @@ from privacy.accountants import accountant_report
 from privacy.accounting import UNITS_PER_NAT, budget_units, epsilon_of, rdp_at
 from privacy.ledger.entry import ENTRY_TYPES, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead
-from privacy.ledger.mechanism_text import parse
+from privacy.ledger.mechanism_text import check_named, parse, parts_of
 from privacy.ledger.reading import History
-from privacy.mechanisms import Mechanism
+from privacy.mechanisms import Mechanism, SampledGaussian
 
 _MOST_FINDINGS = 50
 _LARGEST_EPSILON = 100.0
@@ -47,6 +47,7 @@ class LedgerAudit:
     accountants: ε of the same charges by RDP (best order), PLD and PRV; empty without privacy, above ε = 100 and where
         something was found, for they take minutes or fail on absurd charges. Right for charges that were fixed in
         advance; none of them enforces. grid: how many kinds of charges were rounded upward for them.
+    joint: one line for each kind of charge that released several things from one sample.
     restored: how often it was started from a copy. unproven: whether one of these times the rest of the budget was
         charged for what the copy may have lacked.
     witnessed: whether a witness was compared. receipts: how many receipts were.
@@ -68,6 +69,7 @@ class LedgerAudit:
     order: float = 0.0
     accountants: dict[str, float] = field(default_factory=dict)
     grid: str | None = None
+    joint: list[str] = field(default_factory=list)
     seeded: bool = False
     rotations: int = 0
     restored: int = 0
@@ -225,6 +227,8 @@ class _Audit:
         text = entry["mechanism"]
         try:
             price, mechanism = self._look_up(text)
+            if "," in entry["releases"]:
+                check_named(mechanism, [ascii(name)[1:-1] for name in json.loads(entry["releases"])], parts_of(text))
         except BadInputError as error:
             self.say(f"entry {position}: {error}")
             return 0
@@ -320,6 +324,7 @@ class _Audit:
         """Check the signed heads and sum up."""
         found = self.found
         found.pending = len(self.open)
+        found.joint = [line for text, count in self.mechanisms.items() if (line := self._joint(text, count))]
         self._check_head(head)
         for what, seen in self.seen:
             self._check_seen(what, seen)
@@ -341,6 +346,13 @@ class _Audit:
             report = accountant_report(counts, self.delta)
             found.accountants, found.grid = report.epsilon, report.grid
         return found
+
+    def _joint(self, text: str, count: int) -> str | None:
+        mechanism = self.parsed[text][1]
+        if not isinstance(mechanism, SampledGaussian) or not (parts := parts_of(text)):
+            return None
+        named = ", ".join(f"{ascii(name)[1:-1]} (sigma {noise:g})" for name, noise in parts.items())
+        return f"{count} charges of {named} from one sample each, as one event of sigma {mechanism.noise_multiplier:g}"
 
     def _check_head(self, head: SignedHead) -> None:
         entries = self.found.entries

@@ -19,7 +19,8 @@ def test_every_sample_is_accepted_and_survives_json(name):
 
 def test_the_default_is_the_plain_softmax():
     assert make_config().experts.router.model_dump() == {
-        "kind": "softmax", "balance_loss": "sequence", "entropy": 0.0, "noise": 0.0, "z_loss": 0.0
+        "kind": "softmax", "balance_loss": "sequence", "entropy": 0.0, "noise": 0.0, "z_loss": 0.0,
+        "selection_bias": False,
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from clients.node import Node
 from clients.protocol import (
     AdmitRequest,
+    ChooseRequest,
     CloseRequest,
     DescribeRequest,
     ProtocolError,
@@ -49,6 +50,17 @@ def admit(message: Message, context: Context) -> Message:
 def close(message: Message, context: Context) -> Message:
     """Give back what is set aside for a run that is over."""
     return _answer(message, lambda: encode(open_node(context).close(decode(message.content, CloseRequest))))
+
+
+@app.query("choose")
+def choose(message: Message, context: Context) -> Message:
+    """Choose experts, and reply with their order."""
+
+    def run() -> RecordDict:
+        request = decode(message.content, ChooseRequest)
+        return open_node(context).choose(request, message.content)
+
+    return _answer(message, run)
 
 
 @app.train()

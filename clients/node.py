@@ -10,12 +10,15 @@ from typing import Literal
 import torch
 from flwr.app import RecordDict
 
+from clients.chooser import choice, choice_shapes
 from clients.encodings import encodings_of, wire_form
 from clients.local_experts import local_experts, packed, state_name
 from clients.policy import Policy
 from clients.protocol import (
     Admission,
     AdmitRequest,
+    ChooseReply,
+    ChooseRequest,
     Closed,
     CloseRequest,
     Description,
@@ -31,6 +34,7 @@ from clients.trainer import train
 from data.schema import Schema
 from data.sources import GROUP, Records
 from model import BadInputError, HeldExperts, ModelConfig, parameters
+from privacy.affinity_config import AffinityPlan
 from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
@@ -45,6 +49,7 @@ from privacy.ledger import (
     SignedHead,
     StoredReply,
 )
+from privacy.load_histogram import release_shares
 from privacy.mechanisms import SampledGaussian
 from privacy.randomness import derive
 from privacy.release import release
@@ -152,6 +157,39 @@ class Node:
             with _as_codes():
                 return _reply(release(self.ledger, reservation, output, form.shapes, state, form.dtypes))
 
+    def choose(self, request: ChooseRequest, content: RecordDict) -> RecordDict:
+        """Check, charge, choose experts, commit; return the content of the reply. As :meth:`train`.
+
+        Raises:
+            ProtocolError: with the code that the server may see.
+        """
+        plan = request.plan
+        self._check_plan(plan, request.scenario)
+        if plan.affinity is None or request.round > plan.rounds or not plan.affinity.due(request.round):
+            raise ProtocolError("bad-request", "the plan has no choice before this round")
+        if sum(shape.numel() for shape in plan.choosing_shapes.values()) > self.policy.max_parameters:
+            raise ProtocolError("not-allowed", "the model is larger than this node allows")
+        self._check_receipt(request.receipt)
+        tensors = tensors_of(content, plan.choosing_shapes)
+        charge = replace(
+            _choice_charge(plan, plan.affinity, request.run_id, seeded=self.policy.simulation),
+            round=request.round,
+            model_in_hash=sha256(body_of(content)),
+        )
+        charge_id = charge.charge_id(self.ledger.genesis.ledger_id)
+        if not self.ledger.knows(charge_id) and not self.ledger.is_open(request.run_id, plan.hash):
+            self._set_aside(plan, request.run_id)
+        with self.ledger.lease():
+            secret = self.new_secret(charge_id)
+            with _as_codes():
+                reservation = self.ledger.reserve(charge, secret, repeat_key=repeat_key(torch.device("cpu"), None))
+            if isinstance(reservation, StoredReply):
+                return _choice_reply(reservation)
+            capacity = self.policy.capacity(plan.model)
+            chosen = choice(plan, tensors, self.records, capacity, reservation.secret)
+            with _as_codes():
+                return _choice_reply(release(self.ledger, reservation, chosen, choice_shapes(plan, capacity)))
+
     def _check_plan(self, plan: Plan, scenario: str) -> None:
         self.policy.check(plan, scenario)
         if plan.privacy.unit != self.ledger.genesis.unit:
@@ -164,8 +202,12 @@ class Node:
 
     def _set_aside(self, plan: Plan, run_id: str) -> None:
         charge = _charge(plan, run_id, seeded=self.policy.simulation)
+        also = []
+        if plan.affinity is not None:
+            choosing = _choice_charge(plan, plan.affinity, run_id, seeded=self.policy.simulation)
+            also.append((choosing, plan.affinity.count(plan.rounds)))
         with _as_codes():
-            self.ledger.admit(charge, plan.rounds)
+            self.ledger.admit(charge, plan.rounds, also)
 
     def _check_receipt(self, receipt: SignedHead | None) -> None:
         """Compare with what the server has of this ledger: it must not have seen more than is here."""
@@ -202,6 +244,21 @@ def _as_codes() -> Iterator[None]:
 
 def _reply(stored: StoredReply) -> RecordDict:
     return encode(TrainReply(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
+
+
+def _choice_reply(stored: StoredReply) -> RecordDict:
+    return encode(ChooseReply(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
+
+
+def _choice_charge(plan: Plan, affinity: AffinityPlan, run_id: str, *, seeded: bool) -> ChargeRequest:
+    """Return what every choice of a plan has in common."""
+    return replace(
+        _charge(plan, run_id, seeded=seeded),
+        kind="choose",
+        mechanism=affinity.mechanism(plan.model.layers),
+        releases=("choice",),
+        parts=(),
+    )
 
 
 def check_held(held: HeldExperts, plan: Plan, capacity: int) -> None:
@@ -248,7 +305,7 @@ def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
         code_hash=code_hash(),
         mechanism=charged_mechanism(plan),
         clip=plan.privacy.clip,
-        releases=tuple(plan.releases),
+        releases=tuple(release_shares(plan.load_share)),
         numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
         parts=tuple(plan.noise_parts.items()) if len(plan.releases) > 1 else (),

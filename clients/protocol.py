@@ -22,6 +22,7 @@ from clients.encodings import Encoding, TrafficConfig, WireForm, encodings_of, n
 from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
 from model.parameters import owner, shapes
+from privacy.accounting import charge_units, fixed_order
 from privacy.affinity_config import AffinityPlan
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
@@ -29,11 +30,13 @@ from privacy.ledger.entry import ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead, current_key
 from privacy.load_histogram import load_shapes, noise_parts, release_shares
 from privacy.local_optimizers import OptimizerConfig, SgdConfig
+from privacy.mechanisms import SampledGaussian
 
 PROTOCOL_VERSION: Literal[2] = 2
 QUERY_DESCRIBE = "query.describe"
 QUERY_ADMIT = "query.admit"
 QUERY_CLOSE = "query.close"
+QUERY_CHOOSE = "query.choose"
 TRAIN = "train"
 
 Code = Literal[
@@ -105,6 +108,21 @@ class Plan(Frozen):
         return {name: shape for name, shape in every.items() if not self.stays(name)} if self.local_experts else every
 
     @model_validator(mode="after")
+    def _can_choose(self) -> Self:
+        if self.affinity is None:
+            return self
+        if self.noise_multiplier is None:
+            raise ValueError("affinity is set, must be left out without privacy")
+        if self.model.source is not None:
+            raise ValueError("affinity is set, must be left out for a model of the user's own")
+        if not self.model.experts.top_k <= self.affinity.experts <= self.model.experts.routed:
+            raise ValueError(
+                f"affinity.experts is {self.affinity.experts}, must be from top_k {self.model.experts.top_k} "
+                f"to {self.model.experts.routed}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _experts_exist(self) -> Self:
         if self.local_experts > self.model.experts.routed:
             raise ValueError(f"local_experts is {self.local_experts}, must be at most {self.model.experts.routed}")
@@ -130,7 +148,7 @@ class Plan(Frozen):
     @property
     def releases(self) -> dict[str, float]:
         """What leaves a node under this plan, and each one's share of the plan's budget."""
-        return release_shares(self.load_share) | ({} if self.affinity is None else {"choice": 1.0})
+        return release_shares(self.load_share) | ({} if self.affinity is None else {"choice": self.choice_share})
 
     @property
     def noise_parts(self) -> dict[str, float]:
@@ -142,6 +160,20 @@ class Plan(Frozen):
         if self.noise_multiplier is None:
             raise ValueError("there is no noise without privacy")
         return noise_parts(self.noise_multiplier, self.load_share)
+
+    @property
+    def choice_share(self) -> float:
+        """What share of the plan's RDP, at the order of its (ε, δ), its choices of experts take; 1 without training."""
+        if self.affinity is None or self.noise_multiplier is None:
+            return 0.0
+        order = fixed_order(self.privacy.epsilon, self.privacy.delta)
+        choices = self.affinity.count(self.rounds) * charge_units(self.affinity.mechanism(self.model.layers), order)
+        step = SampledGaussian(
+            sampling_rate=self.privacy.sampling_rate,
+            noise_multiplier=self.noise_multiplier,
+            steps=self.training.steps,
+        )
+        return choices / (choices + self.rounds * charge_units(step, order))
 
     @property
     def choosing_shapes(self) -> dict[str, Size]:
@@ -208,6 +240,28 @@ class TrainRequest(Frozen):
     plan: Plan
     held: HeldExperts
     receipt: SignedHead | None = None
+
+
+class ChooseRequest(Frozen):
+    """Choose experts before a round. The shared weights and every expert's router row travel beside it.
+
+    receipt: as in :class:`TrainRequest`.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
+    run_id: str = Field(max_length=128)
+    scenario: str = Field(max_length=64)
+    round: int = Field(ge=1)
+    plan: Plan
+    receipt: SignedHead | None = None
+
+
+class ChooseReply(Frozen):
+    """A committed choice: for each layer, ids of experts travel beside it, the most wanted first."""
+
+    version: Literal[2] = PROTOCOL_VERSION
+    charge_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    receipt: SignedHead
 
 
 class TrainReply(Frozen):
@@ -439,7 +493,8 @@ def norms(tensors: Mapping[str, Tensor]) -> list[float]:
 CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
-    "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN", "Admission", "AdmitRequest",
+    "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CHOOSE", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN",
+    "Admission", "AdmitRequest", "ChooseReply", "ChooseRequest",
     "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "Plan", "ProtocolError", "Refusal",
     "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode",
     "encode_tensors", "encodings_of", "fingerprint", "lengths", "norm_growth", "norms", "pack", "tensors_of", "unpack",

@@ -33,7 +33,7 @@ class SimulatedCapacities(Frozen):
 
     def policy_of(self, number: int) -> Policy:
         """Return the policy of simulated node ``number``."""
-        policy = Policy(simulation=True, releases={"delta": 1.0, "loads": 1.0})
+        policy = Policy(simulation=True, releases={"delta": 1.0, "loads": 1.0, "choice": 1.0})
         if not self.capacities:
             return policy
         return policy.model_copy(update={"expert_capacity": self.capacities[number % len(self.capacities)]})

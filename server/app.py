@@ -40,6 +40,7 @@ from server.receipts import ReceiptBook
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
 from server.strategy import ExpertStrategy
+from server.wishes import Wishes
 
 log = logging.getLogger("conclave.server")
 
@@ -83,6 +84,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         receipts=ReceiptBook(run.receipts),
         node_level=_node_level(scenario, plan, run, run_id),
         balancing=scenario.balancing,
+        wishes=None if plan.affinity is None else Wishes(plan, run.path / "wishes.json"),
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
@@ -95,6 +97,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     coverage.restore(run.metrics() if done else ())
     for round_number in range(done + 1, scenario.federation.rounds + 1):
         started = time.perf_counter()
+        strategy.ask_wishes(round_number, grid, scenario.federation.reply_timeout_s)
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
         strategy.aggregate_train(round_number, replies)

@@ -9,7 +9,7 @@ from typing import Literal
 from model.config import HeldExperts
 from server.cohort import public_generator
 
-Assignment = Literal["all", "random", "balanced", "sticky"]
+Assignment = Literal["all", "random", "balanced", "sticky", "affinity"]
 
 _Layer = dict[str, set[int]]
 """Node → experts of one layer."""
@@ -72,7 +72,7 @@ def _by_turns(
     for node in order:
         preference = list(range(experts))
         generator.shuffle(preference)
-        if kind == "balanced":
+        if kind in ("balanced", "affinity"):
             preference.sort(key=holders.__getitem__)  # stable: ties stay in random order
         dealt[node] = set(preference[: wanted[node]])
         for expert in dealt[node]:

@@ -53,7 +53,8 @@ class FederationConfig(Frozen):
 
     experts_per_node: routed experts per layer that travel to a node (capped by what the node declares).
     assignment: ``all``, ``random``, ``balanced`` (holders as even as capacities allow, new ones every round) or
-        ``sticky`` (a node keeps its experts while every expert has ``min_holders``), see :mod:`server.assignment`.
+        ``sticky`` (a node keeps its experts while every expert has ``min_holders``), see :mod:`server.assignment`;
+        ``affinity`` follows what nodes chose by ``[affinity]``, and is balanced before they did.
     min_holders: an expert that fewer nodes returned keeps its value. A federation that has not the places for so many
         holders of every expert in a round is refused; 0 lets a round pass experts by.
     weights: average deltas uniformly or by declared size.
@@ -67,7 +68,7 @@ class FederationConfig(Frozen):
 
     rounds: int = Field(ge=1, le=1_000_000)
     experts_per_node: int = Field(ge=1)
-    assignment: Literal["all", "random", "balanced", "sticky"] = "balanced"
+    assignment: Literal["all", "random", "balanced", "sticky", "affinity"] = "balanced"
     min_holders: int = Field(default=1, ge=0)
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
@@ -76,6 +77,13 @@ class FederationConfig(Frozen):
     local_experts: int = Field(default=0, ge=0)
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
     capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), strict=False, max_length=4096)
+
+
+class AffinityConfig(Frozen):
+    """Nodes choose their experts every ``every`` rounds, each choice at ``epsilon``, by the exponential mechanism."""
+
+    epsilon: float = Field(gt=0.0, le=10.0)
+    every: int = Field(ge=1, le=1_000_000)
 
 
 class NodePrivacyConfig(Frozen):

@@ -12,7 +12,7 @@ from model import HeldExperts, build, from_state, parameters
 from privacy.accountants import epsilon_by_accountant
 from privacy.accounting import charge_units, epsilon_of, fixed_order
 from privacy.dpsgd import DpSgd, train_privately
-from privacy.mechanisms import SampledGaussian
+from privacy.mechanisms import Mechanism, SampledGaussian
 from privacy.randomness import derive
 from server.coverage import outlook
 from server.receipts import EMPTY_RECEIPT
@@ -79,8 +79,12 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         charge = SampledGaussian(
             sampling_rate=privacy.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.training.steps
         )
-        epsilon = epsilon_of(rounds * charge_units(charge, order), order, privacy.delta)
-        accountants = epsilon_by_accountant({charge: rounds}, privacy.delta)
+        charges: dict[Mechanism, int] = {charge: rounds}
+        if plan.affinity is not None and plan.affinity.count(rounds):
+            charges[plan.affinity.mechanism(plan.model.layers)] = plan.affinity.count(rounds)
+        units = sum(count * charge_units(mechanism, order) for mechanism, count in charges.items())
+        epsilon = epsilon_of(units, order, privacy.delta)
+        accountants = epsilon_by_accountant(charges, privacy.delta)
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up, full = exchange_bytes_of(scenario)

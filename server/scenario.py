@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +18,12 @@ from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
 from model.explain import explain, keys_of
-from privacy.calibration import calibrate_noise
+from privacy.affinity_config import AffinityPlan
+from privacy.calibration import PlannedChoices, PlannedRelease, calibrate_noise, calibrate_plan
 from privacy.config import PrivacyConfig
 from privacy.mechanisms import SampledGaussian
 from server.balancing import BalancingConfig
-from server.config import FederationConfig, NodePrivacyConfig, PoissonCohort
+from server.config import AffinityConfig, FederationConfig, NodePrivacyConfig, PoissonCohort
 from server.coverage import shortage
 
 Overrides = Mapping[str, Any]
@@ -44,9 +46,10 @@ class Scenario(Frozen):
     federation: FederationConfig
     node_privacy: NodePrivacyConfig | None = None
     balancing: BalancingConfig | None = None
+    affinity: AffinityConfig | None = None
     traffic: TrafficConfig = TrafficConfig()
 
-    younger: ClassVar[frozenset[str]] = frozenset({"balancing", "node_privacy", "traffic"})
+    younger: ClassVar[frozenset[str]] = frozenset({"affinity", "balancing", "node_privacy", "traffic"})
 
     @model_validator(mode="after")
     def _fits_node_level(self) -> Scenario:
@@ -102,6 +105,12 @@ class Scenario(Frozen):
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
         if self.balancing is not None:
             self._check_balancing()
+        if (self.affinity is None) == (self.federation.assignment == "affinity"):
+            raise ValueError(
+                f"federation.assignment is {self.federation.assignment}, must be affinity with [affinity], only there"
+            )
+        if self.affinity is not None and self.privacy.mechanism == "none":
+            raise ValueError("privacy.mechanism is none, must be gaussian with [affinity]: choices are charged")
         return self
 
     @property
@@ -136,14 +145,18 @@ class Scenario(Frozen):
             BadInputError: no noise multiplier satisfies (ε, δ).
         """
         noise = None
+        affinity = self._affinity_plan
         if self.privacy.mechanism == "gaussian":
-            noise = calibrate_noise(
-                epsilon=self.privacy.epsilon,
-                delta=self.privacy.delta,
+            release = PlannedRelease(
                 sampling_rate=self.privacy.sampling_rate,
-                steps_per_charge=self.training.steps,
+                steps=self.training.steps,
                 charges=self.federation.rounds,
             )
+            choices = []
+            if affinity is not None and affinity.count(self.federation.rounds):
+                mechanism = affinity.mechanism(self.model.layers)
+                choices.append(PlannedChoices(mechanism=mechanism, charges=affinity.count(self.federation.rounds)))
+            noise = _calibrated(self.privacy.epsilon, self.privacy.delta, release, tuple(choices))
         return Plan(
             model=self.model,
             privacy=self.privacy,
@@ -151,8 +164,17 @@ class Scenario(Frozen):
             rounds=self.federation.rounds,
             noise_multiplier=noise,
             local_experts=self._local_experts,
+            affinity=affinity,
             traffic=self.traffic,
             load_share=0.0 if self.balancing is None else self.balancing.share,
+        )
+
+    @property
+    def _affinity_plan(self) -> AffinityPlan | None:
+        if self.affinity is None:
+            return None
+        return AffinityPlan(
+            epsilon=self.affinity.epsilon, every=self.affinity.every, experts=self.federation.experts_per_node
         )
 
     @property
@@ -184,6 +206,12 @@ class Scenario(Frozen):
     def toml_for_hash(self) -> str:
         """Return the same without younger keys that are at their defaults; see :class:`model.config.Frozen`."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude=self.nothing_new()))
+
+
+@lru_cache(maxsize=256)
+def _calibrated(epsilon: float, delta: float, release: PlannedRelease, choices: tuple[PlannedChoices, ...]) -> float:
+    """Return σ, worked out once: the same plan is asked for again and again."""
+    return calibrate_plan(epsilon=epsilon, delta=delta, releases=[release], choices=choices)[0].noise_multiplier
 
 
 def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:

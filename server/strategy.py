@@ -17,7 +17,9 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from clients.protocol import (
+    QUERY_CHOOSE,
     TRAIN,
+    ChooseRequest,
     Description,
     Plan,
     ProtocolError,
@@ -45,6 +47,7 @@ from server.node_account import NodeLevel
 from server.node_level import NodeLevelSum
 from server.receipts import EMPTY_RECEIPT, KeptReceipt, ReceiptBook
 from server.traffic import exchange_bytes
+from server.wishes import Wishes
 
 log = logging.getLogger("conclave.server")
 
@@ -92,12 +95,14 @@ class ExpertStrategy(Strategy):
         receipts: ReceiptBook | None = None,
         node_level: NodeLevel | None = None,
         balancing: BalancingConfig | None = None,
+        wishes: Wishes | None = None,
     ) -> None:
         """Set up a run.
 
         Args:
             scenario: its name, which nodes may allow or not.
             balancing: how selection biases follow the loads that nodes release; the plan asks for them.
+            wishes: what nodes chose, where they do.
             receipts: what is kept of the nodes' ledgers, in memory only if not given.
             node_level: where the node is the unit: draws cohorts, and makes of the replies what may be published.
             nodes: Flower node id → what the node said about itself; fingerprints are distinct.
@@ -110,6 +115,7 @@ class ExpertStrategy(Strategy):
         self.scenario = scenario
         self.receipts = receipts or ReceiptBook()
         self.node_level = node_level
+        self.wishes = wishes
         self.nodes = {description.fingerprint: (node, description) for node, description in nodes.items()}
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
         self.tally = RoundTally()
@@ -211,7 +217,7 @@ class ExpertStrategy(Strategy):
         if self.node_level is not None:
             return self.node_level.begin(list(self.nodes), server_round)
         cohort = choose_cohort(list(self.nodes), self.config.cohort, self.seed, server_round)
-        return assign(
+        assigned = assign(
             self.config.assignment,
             capacities={name: self.nodes[name][1].expert_capacity for name in cohort},
             experts=self.plan.model.experts.routed,
@@ -222,6 +228,36 @@ class ExpertStrategy(Strategy):
             roster={name: description.expert_capacity for name, (_, description) in self.nodes.items()},
             min_holders=self.config.min_holders,
         )
+        return assigned if self.wishes is None else self.wishes.assign(assigned, self.config.min_holders)
+
+    def ask_wishes(self, server_round: int, grid: Grid, timeout: float) -> None:
+        """Let nodes choose experts, where that is due before a round. Who does not answer keeps what it has."""
+        if self.wishes is None or not self.wishes.due(server_round):
+            return
+        snapshot = self.optimizer.snapshot()
+        tensors = encode_tensors({name: snapshot[name] for name in self.plan.choosing_shapes})
+        asked = {node: (name, description) for name, (node, description) in self.nodes.items()}
+        messages = []
+        for node, (name, _) in asked.items():
+            request = ChooseRequest(
+                run_id=self.run_id,
+                scenario=self.scenario,
+                round=server_round,
+                plan=self.plan,
+                receipt=self.receipts.latest(name),
+            )
+            messages.append(Message(encode(request, tensors), node, QUERY_CHOOSE))
+        for reply in sorted(grid.send_and_receive(messages, timeout=timeout), key=lambda m: m.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            if node not in asked or not reply.has_content():
+                continue
+            name, description = asked.pop(node)
+            try:
+                self.wishes.take(server_round, description, self.run_id, reply.content, self.receipts)
+            except ProtocolError as error:
+                log.warning("node %s did not choose: %s", name, error)
+        self.receipts.save()
+        self.wishes.finish(server_round)
 
     def _request(self, server_round: int, held: HeldExperts, receipt: SignedHead | None) -> TrainRequest:
         return TrainRequest(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -81,8 +81,11 @@ class Ledger(Store):
         finally:
             os.close(lock)
 
-    def admit(self, request: ChargeRequest, charges: int) -> None:
+    def admit(self, request: ChargeRequest, charges: int, also: Sequence[tuple[ChargeRequest, int]] = ()) -> None:
         """Set the budget of a whole plan aside: ``charges`` charges like ``request``. Again for the same plan: nothing.
+
+        Args:
+            also: other charges of the same plan, and how many of each.
 
         Raises:
             BudgetExhaustedError: what is neither spent nor set aside does not suffice.
@@ -91,7 +94,8 @@ class Ledger(Store):
         """
         self._refuse_what_only_simulations_do(request)
         price = self._price(request)
-        set_aside = "0" if price == INFINITE else str(int(price) * charges)
+        more = sum(int(self._price(other)) * count for other, count in also)
+        set_aside = "0" if price == INFINITE else str(int(price) * charges + more)
         with self._change():
             row = self._db.execute(
                 "SELECT open FROM plans WHERE run_id = ? AND plan_hash = ?", (request.run_id, request.plan_hash)
@@ -102,9 +106,11 @@ class Ledger(Store):
                 return
             if price != INFINITE:
                 self._refuse_overspending(self._last()[1], self.units_set_aside + int(set_aside))
-            document = {
+            document: dict[str, object] = {
                 "kind": "plan", "charges": charges, "mechanism": request.mechanism_json(), "units": set_aside,
             }  # fmt: skip
+            if also:
+                document["also"] = [{"charges": count, "mechanism": other.mechanism_json()} for other, count in also]
             self._append(
                 "ADMITTED",
                 _plan_id(self.genesis.ledger_id, request.run_id, request.plan_hash),

@@ -260,18 +260,21 @@ class _Audit:
     def _admitted(self, position: int, entry: dict[str, Any]) -> None:
         plan = (entry["run_id"], entry["plan_hash"])
         document = json.loads(entry["mechanism"])
-        units, charges = int(document["units"]), int(document["charges"])
-        if units < 0 or charges < 0:
+        units = int(document["units"])
+        asked = [(document["mechanism"], int(document["charges"]))]
+        asked += [(other["mechanism"], int(other["charges"])) for other in document.get("also", ())]
+        if units < 0 or any(charges < 0 for _, charges in asked):
             raise ValueError("less than nothing")
         if plan in self.plans or plan in self.closed:
             self.say(f"entry {position}: admits a plan for the second time")
-        try:
-            price, _ = self._look_up(document["mechanism"])
-        except BadInputError as error:
-            self.say(f"entry {position}: {error}")
-            price = 0
-        if units < price * charges:
-            self.say(f"entry {position}: sets {units} aside, must be at least {price * charges} for its charges")
+        needed = 0
+        for mechanism, charges in asked:
+            try:
+                needed += self._look_up(mechanism)[0] * charges
+            except BadInputError as error:
+                self.say(f"entry {position}: {error}")
+        if units < needed:
+            self.say(f"entry {position}: sets {units} aside, must be at least {needed} for its charges")
         self.set_aside += units - self.plans.get(plan, 0)
         self.plans[plan] = units
         if self.total + self.set_aside > self.budget:

@@ -8,6 +8,7 @@ ROUTERS = {
     "softmax": {"kind": "softmax", "noise": 0.5, "z_loss": 0.01, "entropy": 0.01},
     "softmax, uniform": {"kind": "softmax", "balance_loss": "uniform"},
     "sigmoid": {"kind": "sigmoid", "noise": 0.1, "entropy": 0.01},
+    "softmax, biased": {"kind": "softmax", "noise": 0.5, "selection_bias": True},
     "attention": {"kind": "attention", "heads": 4, "key_width": 4, "noise": 0.5, "z_loss": 0.01},
     "learned groups": {"kind": "hierarchical", "groups": 2, "top_groups": 1, "noise": 0.5, "entropy": 0.01},
     "group-limited": {"kind": "hierarchical", "style": "group-limited", "groups": 2, "top_groups": 1},

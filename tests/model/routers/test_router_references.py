@@ -14,9 +14,11 @@ WIDTH, ROUTED = 8, 6
 MASKS = ["111111", "011011", "100001"]
 KINDS = {
     "softmax": {"kind": "softmax"},
+    "softmax, biased": {"kind": "softmax", "selection_bias": True},
     "sigmoid": {"kind": "sigmoid"},
     "attention": {"kind": "attention", "heads": 2, "key_width": 4},
     "causal attention": {"kind": "attention", "heads": 2, "key_width": 4},
+    "attention, biased": {"kind": "attention", "heads": 2, "key_width": 4, "selection_bias": True},
     "learned groups": {"kind": "hierarchical", "groups": 3, "top_groups": 1},
     "learned groups, two": {"kind": "hierarchical", "groups": 3, "top_groups": 2},
     "group-limited": {"kind": "hierarchical", "style": "group-limited", "groups": 3, "top_groups": 1},
@@ -51,12 +53,17 @@ def linear_scores(router, token, allowed):
     return {e: dot(row, token) for e, row in enumerate(router.score.weight.tolist()) if allowed[e]}
 
 
+def biased_logits(router, prob):
+    bias = [0.0] * ROUTED if router.selection_bias is None else router.selection_bias[:, 0].tolist()
+    return {e: math.log(p) + bias[e] for e, p in prob.items()}
+
+
 def distribution(name, router, tokens, t, allowed):
     """Probability of each allowed expert for token t, and what the choice goes by where that is something else."""
     token = tokens[t]
-    if name in ("softmax", "policy", "top-p"):
+    if name in ("softmax", "softmax, biased", "policy", "top-p"):
         prob = softmax(linear_scores(router, token, allowed))
-        return prob, prob, None
+        return prob, biased_logits(router, prob), None
     if name.startswith("learned"):
         group_rows, scores = router.common["group"].weight.tolist(), linear_scores(router, token, allowed)
         groups = softmax({g: dot(group_rows[g], token) for g in range(3) if any(e // 2 == g for e in scores)})
@@ -76,7 +83,7 @@ def distribution(name, router, tokens, t, allowed):
             keys = router.key.weight.tolist()
             heads.append(softmax({e: dot(keys[e], part) for e in range(ROUTED) if allowed[e]}))
         prob = {e: sum(head[e] for head in heads) / 2 for e in heads[0]}
-        return prob, prob, None
+        return prob, biased_logits(router, prob), None
     affinity = {e: 1 / (1 + math.exp(-s)) for e, s in linear_scores(router, token, allowed).items()}
     biased = {e: a + router.selection_bias[e, 0].item() for e, a in affinity.items()}
     prob = {e: a / sum(affinity.values()) for e, a in affinity.items()}
@@ -161,10 +168,28 @@ def test_selection_bias_moves_the_choice_and_never_the_weights():
     assert torch.equal(router.route(x, everyone).weights_BTK, before)
 
 
-def test_a_forbidden_expert_does_not_win_by_its_bias():
-    router, x = make("sigmoid")
-    router.selection_bias.fill_(-3.0)  # every allowed affinity plus bias is below 0
+@pytest.mark.parametrize("name", ["softmax, biased", "attention, biased"])
+def test_an_optional_bias_moves_the_choice_and_never_the_weights(name):
+    router, x = make(name)
+    plain, _ = make(name.removesuffix(", biased"))
+    everyone = torch.ones(ROUTED, dtype=torch.bool)
+    router.selection_bias.zero_()
+    assert torch.equal(router.route(x, everyone).experts_BTK, plain.route(x, everyone).experts_BTK)
+    router.selection_bias[3] = 50.0
+    routing = router.route(x, everyone)
+    assert bool((routing.experts_BTK[..., 0] == 3).all())
+    prob = plain.score_experts(x, everyone).logits_BTE.softmax(-1).gather(-1, routing.experts_BTK)
+    torch.testing.assert_close(routing.weights_BTK, prob / prob.sum(-1, keepdim=True))
+    assert plain.selection_bias is None
+    assert "selection_bias" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax, biased", "attention, biased"])
+def test_a_forbidden_expert_does_not_win_by_its_bias(name):
+    router, x = make(name)
     allowed = torch.tensor([True, True, False, False, False, True])
+    router.selection_bias.fill_(1e6)
+    router.selection_bias[allowed] = -3.0  # every allowed affinity plus bias is below 0
     assert bool(allowed[router.route(x, allowed).experts_BTK].all())
 
 

@@ -29,7 +29,6 @@ from clients.trainer import train
 from data.schema import Schema
 from data.sources import GROUP, Records
 from model import BadInputError, HeldExperts, parameters
-from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
     BudgetExhaustedError,
@@ -212,8 +211,7 @@ def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRe
     return replace(
         _charge(request.plan, request.run_id, seeded=seeded),
         round=request.round,
-        # What is trained on: the weights and which experts they are for.
-        model_in_hash=sha256(request.model_dump_json(include={"held"}).encode() + body),
+        model_in_hash=request.model_in_hash(body),
     )
 
 

@@ -47,12 +47,17 @@ Code = Literal[
 """Why a node refused. A code never depends on record values or counts, and no other text leaves a node."""
 
 
-class ProtocolError(Exception):
-    """A message was refused; ``code`` may be sent, the exception's text never is."""
+Flaw = Literal["document", "no-tensors", "oversized", "undecodable", "other-tensors", "wrong-shape", "not-finite"]
+"""What is wrong with a message that cannot be used. For the receiver's own records; it never travels."""
 
-    def __init__(self, code: Code, detail: str = "") -> None:
+
+class ProtocolError(Exception):
+    """A message was refused; ``code`` may be sent, the exception's text and its ``flaw`` never are."""
+
+    def __init__(self, code: Code, detail: str = "", flaw: Flaw = "document") -> None:
         super().__init__(detail or code)
         self.code: Code = code
+        self.flaw: Flaw = flaw
 
 
 class TrainingConfig(Frozen):
@@ -138,6 +143,10 @@ class TrainRequest(Frozen):
     held: HeldExperts
     receipt: SignedHead | None = None
 
+    def model_in_hash(self, body: bytes) -> str:
+        """Identify what is trained on: the weights (their ``body`` on the wire) and which experts they are for."""
+        return sha256(self.model_dump_json(include={"held"}).encode() + body)
+
 
 class TrainReply(Frozen):
     """A committed release. The delta for exactly what was sent travels beside it.
@@ -160,7 +169,7 @@ class Description(Frozen):
     version: Literal[2] = PROTOCOL_VERSION
     public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
     rotations: tuple[KeyRotation, ...] = Field(default=(), max_length=64)
-    declared_size: int = Field(ge=1)
+    declared_size: int = Field(ge=1, le=10**12)
     expert_capacity: int = Field(ge=1)
 
     @model_validator(mode="after")
@@ -304,7 +313,7 @@ def array_of(content: RecordDict) -> Array:
     record = content.get("tensors")
     blob = record.get("body") if isinstance(record, ArrayRecord) else None
     if blob is None or blob.stype != STYPE:
-        raise ProtocolError("bad-request", "the message has no tensors")
+        raise ProtocolError("bad-request", "the message has no tensors", "no-tensors")
     return blob
 
 
@@ -316,11 +325,11 @@ def unpack(body: bytes, expected: Mapping[str, Size]) -> dict[str, Tensor]:
     """
     allowed = 4 * sum(shape.numel() for shape in expected.values()) + 4096 + 256 * len(expected)
     if len(body) > allowed:
-        raise ProtocolError("bad-request", f"{len(body)} bytes, must be at most {allowed}")
+        raise ProtocolError("bad-request", f"{len(body)} bytes, must be at most {allowed}", "oversized")
     try:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ProtocolError("bad-request", "the tensors cannot be decoded") from error
+        raise ProtocolError("bad-request", "the tensors cannot be decoded", "undecodable") from error
     _check_names_and_shapes(tensors, expected)
     _check_finite(tensors)
     return tensors
@@ -328,10 +337,10 @@ def unpack(body: bytes, expected: Mapping[str, Size]) -> dict[str, Tensor]:
 
 def _check_names_and_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, Size]) -> None:
     if tensors.keys() != expected.keys():
-        raise ProtocolError("bad-request", "the tensors are not those that were asked for")
+        raise ProtocolError("bad-request", "the tensors are not those that were asked for", "other-tensors")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name] or tensor.dtype != torch.float32:
-            raise ProtocolError("bad-request", f"{name} has the wrong shape or type")
+            raise ProtocolError("bad-request", f"{name} has the wrong shape or type", "wrong-shape")
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -339,7 +348,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     # square overflows, which no honest weight or delta comes near.
     finite = [math.isfinite(value) for value in norms(tensors)]
     if not all(finite):
-        raise ProtocolError("bad-request", f"{list(tensors)[finite.index(False)]} is not finite")
+        raise ProtocolError("bad-request", f"{list(tensors)[finite.index(False)]} is not finite", "not-finite")
 
 
 def norms(tensors: Mapping[str, Tensor]) -> list[float]:
@@ -353,7 +362,7 @@ CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
     "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN", "Admission", "AdmitRequest",
-    "CloseRequest", "Closed", "Code", "Description", "Plan", "ProtocolError", "Refusal", "TrainReply", "TrainRequest",
-    "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors", "fingerprint", "lengths", "norms",
-    "pack", "tensors_of", "unpack",
+    "CloseRequest", "Closed", "Code", "Description", "Flaw", "Plan", "ProtocolError", "Refusal", "TrainReply",
+    "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode", "encode_tensors", "fingerprint",
+    "lengths", "norms", "pack", "tensors_of", "unpack",
 ]  # fmt: skip

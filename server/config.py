@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from model.config import Frozen
+from server.aggregation_config import AggregationConfig, Mean
+from server.optimizer_config import ServerOptimizerConfig, ServerSgd
 
 
 class FixedCohort(Frozen):
@@ -32,22 +34,6 @@ class AllNodes(Frozen):
 CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discriminator="kind")]
 
 
-class ServerOptimizerConfig(Frozen):
-    """The aggregate delta is a pseudo-gradient for this optimizer.
-
-    Learning rate 1 and momentum 0 is FedAvg; momentum above 0 is FedAvgM (Hsu et al. 2019, arXiv:1909.06335).
-    """
-
-    kind: Literal["sgd"] = "sgd"
-    learning_rate: float = Field(default=1.0, gt=0.0, le=1e4)
-    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
-    decay: float = Field(default=0.0, ge=0.0, le=1.0)
-
-    def rate(self, round_number: int, rounds: int) -> float:
-        """Return the learning rate of a round (1 to ``rounds``): it falls linearly by the share ``decay``."""
-        return self.learning_rate * (1.0 - self.decay * (round_number - 1) / max(1, rounds - 1))
-
-
 class FederationConfig(Frozen):
     """How rounds run.
 
@@ -55,6 +41,9 @@ class FederationConfig(Frozen):
     assignment: ``all``, ``random``, or ``balanced`` (every expert gets its minimum holders first).
     min_holders: an expert that fewer nodes returned keeps its value.
     weights: average deltas uniformly or by declared size.
+    aggregation: how the deltas of a tensor's holders become one.
+    step_scale: ``contributions`` shortens the step of an expert that fewer nodes returned than could be expected.
+    min_replies: a round with fewer acceptable replies changes nothing.
     """
 
     rounds: int = Field(ge=1, le=1_000_000)
@@ -63,5 +52,25 @@ class FederationConfig(Frozen):
     min_holders: int = Field(default=1, ge=1)
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
-    optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    optimizer: ServerOptimizerConfig = ServerSgd()
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
+    aggregation: AggregationConfig = Mean()
+    step_scale: Literal["none", "contributions"] = "none"
+    min_replies: int = Field(default=1, ge=1)
+
+    younger: ClassVar[frozenset[str]] = frozenset({"aggregation", "step_scale", "min_replies"})
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _sgd_where_no_kind_is_named(cls, value: Any) -> Any:
+        return {"kind": "sgd"} | value if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FederationConfig:
+        if self.optimizer.warmup_rounds >= self.rounds:
+            raise ValueError(
+                f"optimizer.warmup_rounds is {self.optimizer.warmup_rounds}, must be less than rounds {self.rounds}"
+            )
+        if isinstance(self.cohort, FixedCohort) and self.min_replies > self.cohort.size:
+            raise ValueError(f"min_replies is {self.min_replies}, must be at most cohort.size {self.cohort.size}")
+        return self

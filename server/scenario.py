@@ -54,6 +54,11 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.experts_per_node is {per_node}, must be {experts.routed} with assignment 'all'"
             )
+        if self.federation.min_replies > self.partition.nodes:
+            raise ValueError(
+                f"federation.min_replies is {self.federation.min_replies}, "
+                f"must be at most partition.nodes {self.partition.nodes}"
+            )
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")

@@ -17,6 +17,7 @@ import server.app
 from clients.simulated import deal, open_simulated
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
+from server.metrics import dropped_by, unchanged
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
 from simulations.inline_engine import run_inline
@@ -32,6 +33,7 @@ class Summary:
     order0_bits_per_byte: the entropy of the same bytes without context.
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
     bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire.
+    dropped_by: reason → replies over the run that did not count for it. unchanged: rounds that had too few replies.
     """
 
     accuracy: float | None
@@ -42,6 +44,8 @@ class Summary:
     rounds: int
     bytes_per_node: int
     bytes_full_model: int
+    dropped_by: dict[str, int]
+    unchanged: int
     run: Path
 
 
@@ -126,5 +130,7 @@ def summarize(run: RunDirectory) -> Summary:
         rounds=len(metrics),
         bytes_per_node=round(sum(exchanged) / len(exchanged)),
         bytes_full_model=metrics[-1]["bytes_full_model"],
+        dropped_by=dropped_by(metrics),
+        unchanged=unchanged(metrics),
         run=run.path,
     )

@@ -27,8 +27,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from clients.protocol import TRAIN, TrainReply, decode, encode, tensors_of
-from server.aggregation import Averager, Contribution, ServerOptimizer
-from server.config import ServerOptimizerConfig
+from server.aggregation import Averager, Contribution
+from server.optimizer import ServerOptimizer
+from server.optimizer_config import ServerSgd
 from server.receipts import EMPTY_RECEIPT
 from simulations.inline_engine import InlineGrid
 from simulations.worker_pool import WorkerPool
@@ -162,9 +163,9 @@ def measure(name: str, rounds: int, workers: int) -> Iterable[dict[str, object]]
 def _measure(name: str, rounds: int, workers: int, pool: WorkerPool) -> Iterable[dict[str, object]]:
     initial = {n: p.detach().clone() for n, p in module(name).named_parameters()}
     bare = {n: t.clone() for n, t in initial.items()}
-    optimizer = ServerOptimizer(ServerOptimizerConfig(), {f"shared/{n}": t for n, t in initial.items()})
-    threaded = ServerOptimizer(ServerOptimizerConfig(), {f"shared/{n}": t for n, t in initial.items()})
-    twin = ServerOptimizer(ServerOptimizerConfig(), {f"shared/{n}": t for n, t in initial.items()})
+    optimizer = ServerOptimizer(ServerSgd(), {f"shared/{n}": t for n, t in initial.items()})
+    threaded = ServerOptimizer(ServerSgd(), {f"shared/{n}": t for n, t in initial.items()})
+    twin = ServerOptimizer(ServerSgd(), {f"shared/{n}": t for n, t in initial.items()})
     grid = InlineGrid(client_app(name), SETTINGS[name].nodes, 1, {}, lambda reply: None)
     pooled = InlineGrid(client_app(name), SETTINGS[name].nodes, 1, {}, lambda reply: None, pool)
     times: dict[str, list[float]] = {"bare1": [], "bare2": [], "inline1": [], "inline2": [], "pooled": []}

@@ -289,8 +289,7 @@ def _charge_for(request: TrainRequest, body: bytes, *, seeded: bool) -> ChargeRe
     return replace(
         _charge(request.plan, request.run_id, seeded=seeded),
         round=request.round,
-        # What is trained on: the weights and which experts they are for.
-        model_in_hash=sha256(request.model_dump_json(include={"held"}).encode() + body),
+        model_in_hash=request.model_in_hash(body),
     )
 
 

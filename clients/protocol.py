@@ -54,12 +54,17 @@ Code = Literal[
 """Why a node refused. A code never depends on record values or counts, and no other text leaves a node."""
 
 
-class ProtocolError(Exception):
-    """A message was refused; ``code`` may be sent, the exception's text never is."""
+Flaw = Literal["document", "no-tensors", "oversized", "undecodable", "other-tensors", "wrong-shape", "not-finite"]
+"""What is wrong with a message that cannot be used. For the receiver's own records; it never travels."""
 
-    def __init__(self, code: Code, detail: str = "") -> None:
+
+class ProtocolError(Exception):
+    """A message was refused; ``code`` may be sent, the exception's text and its ``flaw`` never are."""
+
+    def __init__(self, code: Code, detail: str = "", flaw: Flaw = "document") -> None:
         super().__init__(detail or code)
         self.code: Code = code
+        self.flaw: Flaw = flaw
 
 
 class TrainingConfig(Frozen):
@@ -241,6 +246,10 @@ class TrainRequest(Frozen):
     held: HeldExperts
     receipt: SignedHead | None = None
 
+    def model_in_hash(self, body: bytes) -> str:
+        """Identify what is trained on: the weights (their ``body`` on the wire) and which experts they are for."""
+        return sha256(self.model_dump_json(include={"held"}).encode() + body)
+
 
 class ChooseRequest(Frozen):
     """Choose experts before a round. The shared weights and every expert's router row travel beside it.
@@ -285,7 +294,7 @@ class Description(Frozen):
     version: Literal[2] = PROTOCOL_VERSION
     public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
     rotations: tuple[KeyRotation, ...] = Field(default=(), max_length=64)
-    declared_size: int = Field(ge=1)
+    declared_size: int = Field(ge=1, le=10**12)
     expert_capacity: int = Field(ge=1)
 
     @model_validator(mode="after")
@@ -431,7 +440,7 @@ def array_of(content: RecordDict) -> Array:
     record = content.get("tensors")
     blob = record.get("body") if isinstance(record, ArrayRecord) else None
     if blob is None or blob.stype != STYPE:
-        raise ProtocolError("bad-request", "the message has no tensors")
+        raise ProtocolError("bad-request", "the message has no tensors", "no-tensors")
     return blob
 
 
@@ -453,11 +462,11 @@ def unpack(
     size = sum(shape.numel() * form.dtypes[name].itemsize for name, shape in form.shapes.items())
     allowed = size + 4096 + 256 * len(form.shapes)
     if len(body) > allowed:
-        raise ProtocolError("bad-request", f"{len(body)} bytes, must be at most {allowed}")
+        raise ProtocolError("bad-request", f"{len(body)} bytes, must be at most {allowed}", "oversized")
     try:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ProtocolError("bad-request", "the tensors cannot be decoded") from error
+        raise ProtocolError("bad-request", "the tensors cannot be decoded", "undecodable") from error
     decoded = _checked(tensors, form)
     _check_finite(decoded)
     return decoded
@@ -465,14 +474,14 @@ def unpack(
 
 def _checked(tensors: Mapping[str, Tensor], form: WireForm) -> dict[str, Tensor]:
     if tensors.keys() != form.shapes.keys():
-        raise ProtocolError("bad-request", "the tensors are not those that were asked for")
+        raise ProtocolError("bad-request", "the tensors are not those that were asked for", "other-tensors")
     for name, tensor in tensors.items():
         if tensor.shape != form.shapes[name] or tensor.dtype != form.dtypes[name]:
-            raise ProtocolError("bad-request", f"{name} has the wrong shape or type")
+            raise ProtocolError("bad-request", f"{name} has the wrong shape or type", "wrong-shape")
     try:
         return form.decode(tensors)
     except ValueError as error:
-        raise ProtocolError("bad-request", str(error)) from error
+        raise ProtocolError("bad-request", str(error), "undecodable") from error
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -480,7 +489,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     # square overflows, which no honest weight or delta comes near.
     finite = [math.isfinite(value) for value in norms(tensors)]
     if not all(finite):
-        raise ProtocolError("bad-request", f"{list(tensors)[finite.index(False)]} is not finite")
+        raise ProtocolError("bad-request", f"{list(tensors)[finite.index(False)]} is not finite", "not-finite")
 
 
 def norms(tensors: Mapping[str, Tensor]) -> list[float]:
@@ -495,7 +504,8 @@ CODES: tuple[str, ...] = get_args(Code)
 __all__ = [
     "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CHOOSE", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN",
     "Admission", "AdmitRequest", "ChooseReply", "ChooseRequest",
-    "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "Plan", "ProtocolError", "Refusal",
+    "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "Flaw",
+    "Plan", "ProtocolError", "Refusal",
     "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode",
     "encode_tensors", "encodings_of", "fingerprint", "lengths", "norm_growth", "norms", "pack", "tensors_of", "unpack",
     "wire_form",

@@ -4,39 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from clients.protocol import (
-    QUERY_ADMIT,
-    QUERY_CLOSE,
-    QUERY_DESCRIBE,
-    Admission,
-    AdmitRequest,
-    Closed,
-    CloseRequest,
-    DescribeRequest,
-    Description,
-    Plan,
-    ProtocolError,
-    decode,
-    encode,
-)
+from clients.protocol import Plan
 from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
 from data.sources import load
 from model import BadInputError, build, parameters
-from model.config import Frozen
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
 from server.node_account import NodeAccount, NodeLevel
 from server.receipts import ReceiptBook
+from server.roster import Roster
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
 from server.strategy import ExpertStrategy
@@ -45,8 +29,6 @@ from server.wishes import Wishes
 log = logging.getLogger("conclave.server")
 
 app = ServerApp()
-
-_NODES_APPEAR_WITHIN_S = 5.0
 
 
 @app.main()
@@ -72,13 +54,13 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     plan = scenario.plan()
     test = load(scenario.data).test
     network = build(scenario.model, scenario.seed)
-    nodes = describe_nodes(grid, scenario)
+    roster = Roster(grid, scenario, plan, run_id)
     strategy = ExpertStrategy(
         plan=plan,
         config=scenario.federation,
         seed=scenario.seed,
         run_id=run_id,
-        nodes=nodes,
+        nodes=roster.describe(),
         tensors=parameters.split(network.state_dict(), network.held),
         scenario=scenario.name,
         receipts=ReceiptBook(run.receipts),
@@ -91,12 +73,14 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     done = _restore(strategy, run, plan.hash)
     if done < scenario.federation.rounds:
         _check_coverage(scenario, strategy)  # before any budget is set aside
-        strategy.keep_only(admitted(grid, scenario, plan, run_id, nodes))
+        strategy.meet(roster.admit())
         _check_coverage(scenario, strategy)  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(run.metrics() if done else ())
     for round_number in range(done + 1, scenario.federation.rounds + 1):
         started = time.perf_counter()
+        if round_number > done + 1 and roster.refresh():
+            strategy.meet(roster.members())
         strategy.ask_wishes(round_number, grid, scenario.federation.reply_timeout_s)
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
@@ -108,11 +92,11 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         coverage.add(strategy.tally.trained)
         line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
         run.append_metrics({**line, **coverage.metrics()})
-        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.momentum())
+        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state())
         write_checkpoint(run.checkpoint, checkpoint)
         log.info("round %d: loss %.4f", round_number, evaluation.loss)
     run.save_model(scenario.model, strategy.optimizer.snapshot())
-    close_run(grid, scenario, nodes, run_id)
+    roster.close()
     if strategy.node_level is not None:
         strategy.node_level.close()
 
@@ -154,111 +138,9 @@ def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int
     checkpoint = read_checkpoint(run.checkpoint)
     if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
         raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
-    strategy.optimizer.restore(checkpoint.tensors, checkpoint.momentum)
+    strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
     run.keep_metrics(checkpoint.round)
     return checkpoint.round
-
-
-def describe_nodes(grid: Grid, scenario: Scenario) -> dict[int, Description]:
-    """Ask every node what is public about it; return those that can take part, by Flower node id.
-
-    Raises:
-        BadInputError: none can.
-    """
-    request = DescribeRequest(model=scenario.model)
-    requests = [
-        Message(content=encode(request), dst_node_id=node, message_type=QUERY_DESCRIBE)
-        for node in _connected(grid, scenario.nodes)
-    ]
-    replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
-    refused: Counter[str] = Counter()
-    described = dict(_descriptions(replies, scenario.model.experts.top_k, refused))
-    if not described:
-        why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
-        hint = ""
-        if refused["schema-mismatch"]:
-            hint = f"; a simulation of this scenario needs {scenario.nodes} nodes"
-        raise BadInputError(f"no node can take part ({why}), must be at least one{hint}")
-    return described
-
-
-def admitted(grid: Grid, scenario: Scenario, plan: Plan, run_id: str, nodes: Mapping[int, Description]) -> set[int]:
-    """Ask every node to admit the plan before round one; return those that set their budget aside for it.
-
-    Raises:
-        BadInputError: none did.
-    """
-    request = AdmitRequest(run_id=run_id, scenario=scenario.name, plan=plan)
-    refused: Counter[str] = Counter()
-    agreed = set()
-    for node, reply in _ask_all(grid, scenario, nodes, QUERY_ADMIT, request):
-        try:
-            if decode(reply, Admission).plan_hash != plan.hash:
-                raise ProtocolError("bad-request", "another plan than was asked for")
-        except ProtocolError as error:
-            log.warning("node %s does not admit the plan: %s", nodes[node].fingerprint, error.code)
-            refused[error.code] += 1
-        else:
-            agreed.add(node)
-    if not agreed:
-        why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
-        raise BadInputError(f"no node admits the plan ({why}), must be at least one; its owner's log says why")
-    return agreed
-
-
-def close_run(grid: Grid, scenario: Scenario, nodes: Mapping[int, Description], run_id: str) -> None:
-    """Tell the nodes that the run is over, so that they give back what it did not use."""
-    for node, reply in _ask_all(grid, scenario, nodes, QUERY_CLOSE, CloseRequest(run_id=run_id)):
-        try:
-            decode(reply, Closed)
-        except ProtocolError as error:
-            log.warning("node %s did not close the run: %s", nodes[node].fingerprint, error.code)
-
-
-def _ask_all(
-    grid: Grid, scenario: Scenario, nodes: Mapping[int, Description], message_type: str, document: Frozen
-) -> Iterator[tuple[int, RecordDict]]:
-    """Send every node the same document; yield the replies in the order of nodes. Who fails to answer is logged."""
-    requests = [Message(content=encode(document), dst_node_id=node, message_type=message_type) for node in nodes]
-    replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
-    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
-        node = reply.metadata.src_node_id
-        if node in nodes and reply.has_content():
-            yield node, reply.content
-        else:
-            log.warning("node %d failed to answer", node)
-
-
-def _connected(grid: Grid, expected: int) -> list[int]:
-    """Return the connected nodes, after giving ``expected`` of them a moment to appear.
-
-    Flower's simulation runtime starts the ServerApp before its nodes are registered.
-    """
-    deadline = time.monotonic() + _NODES_APPEAR_WITHIN_S
-    while len(nodes := list(grid.get_node_ids())) < expected and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return nodes
-
-
-def _descriptions(replies: Iterable[Message], top_k: int, refused: Counter[str]) -> Iterable[tuple[int, Description]]:
-    seen = set()
-    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
-        node = reply.metadata.src_node_id
-        try:
-            if not reply.has_content():
-                raise ProtocolError("internal-error")
-            description = decode(reply.content, Description)
-        except ProtocolError as error:
-            log.warning("node %d cannot take part: %s", node, error.code)
-            refused[error.code] += 1
-            continue
-        if description.fingerprint in seen:
-            log.warning("node %d uses the key of another node; left out", node)
-        elif description.expert_capacity < top_k:
-            log.warning("node %s can hold fewer experts than a token needs; left out", description.fingerprint)
-        else:
-            seen.add(description.fingerprint)
-            yield node, description
 
 
 def _metrics(
@@ -268,11 +150,14 @@ def _metrics(
     return {
         "round": round_number,
         **{name: value for name, value in asdict(evaluation).items() if value is not None},
+        "nodes": len(strategy.nodes),
         "asked": tally.asked,
         "accepted": tally.accepted,
         "refused": dict(tally.refused),
         "dropped": tally.dropped,
+        "dropped_by": dict(tally.dropped_by),
         "missing": tally.missing,
+        "changed": tally.changed,
         "tensors_unchanged": tally.held_back,
         "bytes_down_per_node": round(tally.bytes_down / max(1, tally.asked)),
         "bytes_up_per_node": round(tally.bytes_up / max(1, tally.accepted)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,47 +14,54 @@ from torch import Tensor
 
 from model.errors import BadInputError
 from model.store import write_atomically
+from server.optimizer import OptimizerState
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands after ``round``: global tensors, server momentum, and what they belong to."""
+    """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to."""
 
     round: int
     run_id: str
     plan_hash: str
     tensors: Mapping[str, Tensor]
-    momentum: Mapping[str, Tensor]
+    optimizer: OptimizerState
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves the previous one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"model:{name}": t.contiguous() for name, t in checkpoint.tensors.items()}
-    tensors |= {f"momentum:{name}": t.contiguous() for name, t in checkpoint.momentum.items()}
+    for name, kept in checkpoint.optimizer.items():
+        tensors |= {f"optimizer:{key}:{name}": t.contiguous() for key, t in kept.items()}
     state = {"round": checkpoint.round, "run_id": checkpoint.run_id, "plan_hash": checkpoint.plan_hash}
     write_atomically(path, save(tensors, metadata={"state": json.dumps(state)}))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint, also one from when momentum was all that an optimizer could remember.
 
     Raises:
         BadInputError: missing or damaged.
     """
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "momentum": {}}
+    tensors: dict[str, Tensor] = {}
+    optimizer: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(path, framework="pt") as stream:
             state = json.loads(stream.metadata()["state"])
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
                 kind, _, name = key.partition(":")
-                parts[kind][name] = stream.get_tensor(key)
+                if kind == "model":
+                    tensors[name] = stream.get_tensor(key)
+                    continue
+                what, _, name = {"optimizer": name, "momentum": f"momentum_buffer:{name}"}[kind].partition(":")
+                optimizer[name][what] = stream.get_tensor(key)
         return Checkpoint(
             round=int(state["round"]),
             run_id=str(state["run_id"]),
             plan_hash=str(state["plan_hash"]),
-            tensors=parts["model"],
-            momentum=parts["momentum"],
+            tensors=tensors,
+            optimizer=dict(optimizer),
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: missing or damaged, must be a checkpoint") from error

@@ -27,3 +27,10 @@ def choose_cohort(nodes: Sequence[str], config: CohortConfig, seed: int, round_n
     if isinstance(config, PoissonCohort):
         return [node for node in ordered if generator.random() < config.rate]
     return ordered
+
+
+def expected_share(config: CohortConfig, nodes: int) -> float:
+    """Return the share of ``nodes`` (at least one) that a round is expected to ask."""
+    if isinstance(config, FixedCohort):
+        return min(1.0, config.size / nodes)
+    return config.rate if isinstance(config, PoissonCohort) else 1.0

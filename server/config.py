@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from model.config import Frozen
+from server.aggregation_config import AggregationConfig, Mean
+from server.optimizer_config import ServerOptimizerConfig, ServerSgd
 
 
 class FixedCohort(Frozen):
@@ -32,22 +34,6 @@ class AllNodes(Frozen):
 CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discriminator="kind")]
 
 
-class ServerOptimizerConfig(Frozen):
-    """The aggregate delta is a pseudo-gradient for this optimizer.
-
-    Learning rate 1 and momentum 0 is FedAvg; momentum above 0 is FedAvgM (Hsu et al. 2019, arXiv:1909.06335).
-    """
-
-    kind: Literal["sgd"] = "sgd"
-    learning_rate: float = Field(default=1.0, gt=0.0, le=1e4)
-    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
-    decay: float = Field(default=0.0, ge=0.0, le=1.0)
-
-    def rate(self, round_number: int, rounds: int) -> float:
-        """Return the learning rate of a round (1 to ``rounds``): it falls linearly by the share ``decay``."""
-        return self.learning_rate * (1.0 - self.decay * (round_number - 1) / max(1, rounds - 1))
-
-
 class FederationConfig(Frozen):
     """How rounds run.
 
@@ -62,9 +48,14 @@ class FederationConfig(Frozen):
         router and shared weights travel; ``mixed`` does so with ``local_experts`` of each layer, those with the highest
         ids (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818, with experts for layers).
     capacities: experts per layer that simulated nodes can hold, in turn; a real node declares its own.
+    aggregation: how the deltas of a tensor's holders become one.
+    step_scale: ``contributions`` shortens the step of an expert that fewer nodes returned than could be expected.
+    min_replies: a round with fewer acceptable replies changes nothing.
     """
 
-    younger: ClassVar[frozenset[str]] = frozenset({"expert_scope", "local_experts", "capacities"})
+    younger: ClassVar[frozenset[str]] = frozenset(
+        {"aggregation", "capacities", "expert_scope", "local_experts", "min_replies", "step_scale"}
+    )
 
     rounds: int = Field(ge=1, le=1_000_000)
     experts_per_node: int = Field(ge=1)
@@ -72,11 +63,30 @@ class FederationConfig(Frozen):
     min_holders: int = Field(default=1, ge=0)
     weights: Literal["declared", "uniform"] = "declared"
     cohort: CohortConfig = AllNodes()
-    optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    optimizer: ServerOptimizerConfig = ServerSgd()
     expert_scope: Literal["federated", "local", "mixed"] = "federated"
     local_experts: int = Field(default=0, ge=0)
     reply_timeout_s: float = Field(default=3600.0, gt=0.0)
     capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), strict=False, max_length=4096)
+
+    aggregation: AggregationConfig = Mean()
+    step_scale: Literal["none", "contributions"] = "none"
+    min_replies: int = Field(default=1, ge=1)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _sgd_where_no_kind_is_named(cls, value: Any) -> Any:
+        return {"kind": "sgd"} | value if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FederationConfig:
+        if self.optimizer.warmup_rounds >= self.rounds:
+            raise ValueError(
+                f"optimizer.warmup_rounds is {self.optimizer.warmup_rounds}, must be less than rounds {self.rounds}"
+            )
+        if isinstance(self.cohort, FixedCohort) and self.min_replies > self.cohort.size:
+            raise ValueError(f"min_replies is {self.min_replies}, must be at most cohort.size {self.cohort.size}")
+        return self
 
 
 class AffinityConfig(Frozen):

@@ -54,6 +54,8 @@ class ReceiptBook:
         """
         self._path = path
         self._heads: dict[str, dict[int, SignedHead]] = defaultdict(dict)
+        self._seqs: dict[tuple[str, str], int] = {}  # (node, charge id) → seq of its receipt
+        self._charges: dict[tuple[str, int], str] = {}  # and back
         self._known: set[KeptReceipt] = set()
         self._new: list[KeptReceipt] = []
         if path is not None and path.is_file():
@@ -77,6 +79,15 @@ class ReceiptBook:
             return "it is older than one that was sent before"
         return None if receipt.signed_by(description.signing_key) else "it is not signed with the node's key"
 
+    def has_charge(self, node: str, charge_id: str) -> bool:
+        """Say whether a node has sent a receipt for this charge."""
+        return (node, charge_id) in self._seqs
+
+    def is_new_or_same(self, node: str, charge_id: str, receipt: SignedHead) -> bool:
+        """Say whether charge and receipt are both unknown, or were sent together before: a stored reply again."""
+        seq, charge = self._seqs.get((node, charge_id)), self._charges.get((node, receipt.seq))
+        return seq in (None, receipt.seq) and charge in (None, charge_id)
+
     def keep(self, kept: KeptReceipt) -> None:
         """Keep a receipt that nothing speaks against; :meth:`save` makes it last."""
         if kept not in self._known:
@@ -95,6 +106,8 @@ class ReceiptBook:
     def _remember(self, kept: KeptReceipt) -> None:
         self._known.add(kept)
         self._heads[kept.node][kept.receipt.seq] = kept.receipt
+        self._seqs[kept.node, kept.charge_id] = kept.receipt.seq
+        self._charges[kept.node, kept.receipt.seq] = kept.charge_id
 
     @staticmethod
     def _cut_torn_line(path: Path) -> None:

@@ -65,6 +65,9 @@ class Scenario(Frozen):
             ("assignment", federation.assignment, ("random", "all")),
             ("weights", federation.weights, ("uniform",)),
             ("min_holders", federation.min_holders, (1,)),
+            ("min_replies", federation.min_replies, (1,)),
+            ("step_scale", federation.step_scale, ("none",)),
+            ("aggregation.kind", federation.aggregation.kind, ("mean",)),
             ("capacities", list(federation.capacities), ([],)),
         ):
             if value not in allowed:
@@ -100,6 +103,10 @@ class Scenario(Frozen):
             )
         if scope != "mixed" and local:
             raise ValueError(f"federation.local_experts is {local}, must be left out with expert_scope '{scope}'")
+        if self.federation.min_replies > self.nodes:
+            raise ValueError(
+                f"federation.min_replies is {self.federation.min_replies}, must be at most partition.nodes {self.nodes}"
+            )
         mismatch = schema_of(self.data).mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")

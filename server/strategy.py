@@ -6,9 +6,8 @@ Not FedAvg: nodes train different experts, so replies have different keys, which
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -25,28 +24,25 @@ from clients.protocol import (
     ProtocolError,
     TrainReply,
     TrainRequest,
-    body_of,
-    decode,
     encode,
     encode_tensors,
     encodings_of,
-    norm_growth,
-    norms,
-    tensors_of,
     wire_form,
 )
 from model import HeldExperts
-from privacy.canonical import sha256
 from privacy.ledger import SignedHead
-from server.aggregation import Averager, Contribution, ServerOptimizer, norm_bound
+from server.aggregation import Contribution
 from server.assignment import assign
-from server.balancing import BIAS, Balancer, BalancingConfig, load_bound, plausible, split_loads
+from server.balancing import BIAS, Balancer, BalancingConfig
 from server.cohort import choose_cohort
 from server.config import FederationConfig
 from server.node_account import NodeLevel
-from server.node_level import NodeLevelSum
-from server.receipts import EMPTY_RECEIPT, KeptReceipt, ReceiptBook
+from server.optimizer import ServerOptimizer
+from server.receipts import EMPTY_RECEIPT, ReceiptBook
+from server.robust import make_aggregator
+from server.step_scale import step_scales
 from server.traffic import exchange_bytes
+from server.validation import Asked, DroppedError, Reason, ReplyChecker
 from server.wishes import Wishes
 
 log = logging.getLogger("conclave.server")
@@ -56,9 +52,9 @@ log = logging.getLogger("conclave.server")
 class RoundTally:
     """What one round came to. Bytes count Flower's objects on the wire.
 
-    refused: code → nodes that refused with it. dropped: replies that were malformed, non-finite, of the wrong
-    shape, for another assignment, or over a bound. missing: nodes that sent nothing in time. trained: the experts of
-    each accepted reply.
+    refused: code → nodes that refused with it. dropped_by: reason → replies that did not count for it. missing: nodes
+    that sent nothing in time. changed: whether the model moved; with too few acceptable replies nothing does. trained:
+    the experts of each accepted reply.
     loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the
         expert, or where nothing is balanced.
     """
@@ -66,13 +62,19 @@ class RoundTally:
     asked: int = 0
     accepted: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    dropped: int = 0
+    dropped_by: Counter[Reason] = field(default_factory=Counter)
     missing: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
     held_back: int = 0
     trained: list[HeldExperts] = field(default_factory=list)
     loads: list[list[float | None]] | None = None
+    changed: bool = False
+
+    @property
+    def dropped(self) -> int:
+        """Replies that did not count, for whatever reason."""
+        return self.dropped_by.total()
 
 
 class ExpertStrategy(Strategy):
@@ -116,10 +118,11 @@ class ExpertStrategy(Strategy):
         self.receipts = receipts or ReceiptBook()
         self.node_level = node_level
         self.wishes = wishes
-        self.nodes = {description.fingerprint: (node, description) for node, description in nodes.items()}
+        self.meet(nodes)
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
         self.tally = RoundTally()
-        self._asked: dict[int, tuple[str, HeldExperts]] = {}
+        self._asked: dict[int, Asked] = {}
+        self._answered: set[int] = set()
         self._balancer = None if balancing is None else Balancer(plan, balancing)
 
     def summary(self) -> None:
@@ -131,22 +134,26 @@ class ExpertStrategy(Strategy):
             self.config.weights,
         )
 
-    def keep_only(self, nodes: Collection[int]) -> None:
-        """Go on with these nodes (Flower ids) only."""
-        self.nodes = {name: entry for name, entry in self.nodes.items() if entry[0] in nodes}
+    def meet(self, nodes: Mapping[int, Description]) -> None:
+        """Go on with these nodes, by Flower node id; a node is the same under whatever id its key comes."""
+        self.nodes = {description.fingerprint: (node, description) for node, description in nodes.items()}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return the round's requests: to each node of the cohort, its experts and the shared weights."""
         self.tally = RoundTally()
-        self._asked = {self.nodes[name][0]: (name, held) for name, held in self._assignment(server_round).items()}
+        assignment = self._assignment(server_round)
+        self._asked, self._answered = {}, set()
         tensors: dict[str, ArrayRecord] = {}  # nodes with equal assignments share the tensors, encoded once
         messages = []
-        for node, (name, held) in self._asked.items():
+        for name, held in assignment.items():
+            node, description = self.nodes[name]
             if str(held) not in tensors:
                 tensors[str(held)] = self._tensors(held)
-            content = encode(self._request(server_round, held, self.receipts.latest(name)), tensors[str(held)])
+            request = self._request(server_round, held, self.receipts.latest(name))
+            content = encode(request, tensors[str(held)])
+            self._asked[node] = Asked(description, request, content)
             messages.append(Message(content, node, TRAIN, group_id=str(server_round)))
         self.tally.asked = len(messages)
         self.tally.bytes_down = sum(exchange_bytes(message.content) for message in messages)
@@ -157,36 +164,44 @@ class ExpertStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Validate the replies, average per group and step the global model.
 
-        A reply that does not hold exactly what was asked for is dropped and counted; the run goes on. A round
-        without an acceptable reply changes nothing.
+        A reply that does not hold exactly what was asked for is dropped and counted; the run goes on. A round with
+        fewer than ``min_replies`` acceptable replies changes nothing.
         """
-        names = [name for name, _ in self._asked.values()]
-        averager = Averager(names) if self.node_level is None else self.node_level.collect(names)
+        checker = ReplyChecker(self.plan, self.receipts, bounded=self.node_level is None)
+        names = [asked.node.fingerprint for asked in self._asked.values()]
+        aggregator = make_aggregator(self.config.aggregation, names)
+        collected = None if self.node_level is None else self.node_level.collect(names)
         if self._balancer is not None:
             self._balancer.begin_round()
         for reply in replies:  # may be a generator that trains as it goes: a reply is added and forgotten
-            asked = self._asked.pop(reply.metadata.src_node_id, None)
-            if asked is None:  # not asked this round, or answered already
-                self.tally.dropped += 1
+            node = reply.metadata.src_node_id
+            asked = self._asked.pop(node, None)
+            if asked is None:
+                self._drop(f"node {node}", "duplicate" if node in self._answered else "not-asked")
                 continue
-            name, held = asked
-            contribution = self._validated(reply, name, held, server_round)
+            self._answered.add(node)
+            contribution = self._contribution(reply, asked, checker)
             if contribution is not None:
                 self.tally.accepted += 1
-                self.tally.trained.append(held)
-            averager.add(name, contribution)
+                self.tally.trained.append(asked.request.held)
+            (aggregator if collected is None else collected).add(asked.node.fingerprint, contribution)
         self.receipts.save()  # before anything is done with the replies
         self.tally.missing = len(self._asked)  # who answered has been struck off
-        if isinstance(averager, NodeLevelSum) and self.node_level is not None:
-            averaged = self.node_level.publish(averager)  # also where nobody answered: that nobody did must not show
-        elif isinstance(averager, Averager) and self.tally.accepted:
-            averaged = averager.result(self.config.min_holders)
+        if collected is not None and self.node_level is not None:
+            aggregated = self.node_level.publish(collected)  # also where nobody answered: that must not show
+        elif self.tally.accepted >= self.config.min_replies:
+            aggregated = aggregator.result(self.config.min_holders)
         else:
             return None, None
-        self.tally.held_back = len(self.optimizer.tensors) - len(averaged)
+        self.tally.held_back = len(self.optimizer.tensors) - len(aggregated)
+        self.tally.changed = True
         # A selection bias is the server's to move: what a node sends for it is 0, or not honest.
-        averaged = {name: mean for name, mean in averaged.items() if not name.endswith(f"/{BIAS}")}
-        self.optimizer.step(averaged, self.config.optimizer.rate(server_round, self.plan.rounds))
+        aggregated = {name: delta for name, delta in aggregated.items() if not name.endswith(f"/{BIAS}")}
+        scales = {}
+        if self.config.step_scale == "contributions":
+            capacities = [description.expert_capacity for _, description in self.nodes.values()]
+            scales = step_scales(self.config, self.plan.model.experts.routed, capacities, aggregator.holders)
+        self.optimizer.step(aggregated, self.config.optimizer.rate(server_round, self.plan.rounds), scales)
         if self._balancer is not None:
             self.tally.loads = self._balancer.relative_loads()
             self._balancer.move(self.optimizer.tensors, server_round)
@@ -273,61 +288,24 @@ class ExpertStrategy(Strategy):
         # To nearest: nodes with equal experts get equal weights, and nothing adds up, for the server keeps its own.
         return encode_tensors(wire_form(shapes, encodings_of(self.plan.traffic.model, shapes)).encode(tensors, None))
 
-    def _validated(self, reply: Message, name: str, held: HeldExperts, server_round: int) -> Contribution | None:
-        if not reply.has_content():
-            self.tally.dropped += 1
-            log.warning("node %s failed to answer", name)
-            return None
-        self.tally.bytes_up += exchange_bytes(reply.content)
-        expected = self.plan.travelling(held)
-        encodings = encodings_of(self.plan.traffic.delta, expected)
+    def _contribution(self, reply: Message, asked: Asked, checker: ReplyChecker) -> Contribution | None:
+        name = asked.node.fingerprint
+        if reply.has_content():
+            self.tally.bytes_up += exchange_bytes(reply.content)
         try:
-            answer = decode(reply.content, TrainReply)
-            answered = tensors_of(reply.content, self.plan.reply_shapes(held), encodings)
-            delta, loads = split_loads(answered, held)
+            delta, loads = checker.parts_of(reply, asked)
+        except DroppedError as error:
+            self._drop(f"node {name}", error.reason, str(error))
+            return None
         except ProtocolError as error:
-            self._count_refusal(name, error)
-            return None
-        description = self.nodes[name][1]
-        wrong = self.receipts.why_refused(description, answer.receipt)
-        if wrong is not None:
-            self.tally.dropped += 1
-            log.warning("node %s: its receipt was refused: %s; dropped", name, wrong)
-            return None
-        # Kept whatever becomes of the delta: the node was charged for it.
-        self.receipts.keep(
-            KeptReceipt(
-                round=server_round,
-                node=name,
-                run_id=self.run_id,
-                plan_hash=self.plan.hash,
-                charge_id=answer.charge_id,
-                output_hash=sha256(body_of(reply.content)),
-                signing_key=description.signing_key,
-                receipt=answer.receipt,
-            )
-        )
-        size = description.declared_size
-        count = sum(shape.numel() for shape in expected.values())
-        norm = math.hypot(*norms(delta))
-        bound = norm_bound(self.plan, count, size, server_round) * norm_growth(expected, encodings)
-        if self.node_level is None and norm > bound:
-            self.tally.dropped += 1
-            log.warning("node %s: the norm of its delta is above the bound; dropped", name)
-            return None
-        if loads and not plausible(loads, load_bound(self.plan, size)):
-            self.tally.dropped += 1
-            log.warning("node %s: its expert loads are above the bound; dropped", name)
-            return None
-        weight = float(size) if self.config.weights == "declared" else 1.0
-        if self._balancer is not None:
-            self._balancer.take(name, held, loads, size, weight)
-        return Contribution(name, weight, delta)
-
-    def _count_refusal(self, name: str, error: ProtocolError) -> None:
-        if error.code == "bad-request":
-            self.tally.dropped += 1
-            log.warning("node %s sent an unusable reply: %s", name, error)
-        else:
             self.tally.refused[error.code] += 1
             log.warning("node %s refused: %s", name, error.code)
+            return None
+        weight = float(asked.node.declared_size) if self.config.weights == "declared" else 1.0
+        if self._balancer is not None:
+            self._balancer.take(name, asked.request.held, loads, asked.node.declared_size, weight)
+        return Contribution(name, weight, delta)
+
+    def _drop(self, who: str, reason: Reason, detail: str = "") -> None:
+        self.tally.dropped_by[reason] += 1
+        log.warning("%s: a reply was dropped (%s)%s", who, reason, f": {detail}" if detail else "")

@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from model.store import write_atomically
 from privacy.ledger.verification import LedgerAudit
+from server.metrics import dropped_by, unchanged
 from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from simulations import charts
@@ -83,7 +84,9 @@ def write_report(run: RunDirectory) -> Path:
         traffic_share=exchanged / last["bytes_full_model"],
         exchanged=exchanged,
         refused=sum(sum(line["refused"].values()) for line in metrics),
-        dropped=sum(line["dropped"] + line["missing"] for line in metrics),
+        dropped_by=dropped_by(metrics),
+        missing=sum(line["missing"] for line in metrics),
+        unchanged=unchanged(metrics),
         seconds=sum(line["seconds"] for line in metrics),
     )
     write_atomically(run.report, page.encode())

@@ -17,6 +17,7 @@ import server.app
 from clients.simulated import deal, open_simulated
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
+from server.metrics import dropped_by, unchanged
 from server.node_account import NodeAccount
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
@@ -35,6 +36,7 @@ class Summary:
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
     node_epsilon: of the server's account at ``node_delta``, where the node is the unit too; the two stand side by side.
     bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire; 0 in a baseline without federation.
+    dropped_by: reason → replies over the run that did not count for it. unchanged: rounds that had too few replies.
     baseline: which one the run is, if it is one.
     """
 
@@ -46,6 +48,8 @@ class Summary:
     rounds: int
     bytes_per_node: int
     bytes_full_model: int
+    dropped_by: dict[str, int]
+    unchanged: int
     run: Path
     node_epsilon: float | None = None
     node_delta: float | None = None
@@ -135,6 +139,8 @@ def summarize(run: RunDirectory) -> Summary:
         rounds=len(metrics),
         bytes_per_node=round(sum(exchanged) / len(exchanged)) if note is None or note.federated else 0,
         bytes_full_model=metrics[-1]["bytes_full_model"],
+        dropped_by=dropped_by(metrics),
+        unchanged=unchanged(metrics),
         run=run.path,
         node_epsilon=None if scenario.node_privacy is None else budget_of(LedgerFile(run.node_account)).spent,
         node_delta=None if scenario.node_privacy is None else scenario.node_privacy.delta,

@@ -58,7 +58,10 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
     if note is None or note.federated:
         share = summary.bytes_per_node / summary.bytes_full_model
         table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
-    table.add_row("rounds", str(summary.rounds))
+    unchanged = f", of which {summary.unchanged} had too few replies and changed nothing" if summary.unchanged else ""
+    table.add_row("rounds", f"{summary.rounds}{unchanged}")
+    if summary.dropped_by:
+        table.add_row("dropped", ", ".join(f"{count} {reason}" for reason, count in summary.dropped_by.items()))
     table.add_row("run", str(summary.run))
     table.add_row("report", str(report_path))
     _console().print(table)

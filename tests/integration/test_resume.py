@@ -112,6 +112,39 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(undisturbed, calls, tmp
         assert audit.epsilon == summary.epsilon <= 8.0
 
 
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "federation",
+    [
+        {"optimizer": {"kind": "adam", "learning_rate": 0.02, "schedule": "cosine", "decay": 0.9, "warmup_rounds": 2}},
+        {"optimizer": {"kind": "adamw"}, "aggregation": {"kind": "trimmed-mean"}, "step_scale": "contributions"},
+        {"optimizer": {"kind": "adagrad"}, "aggregation": {"kind": "norm-bounded"}},
+        {"optimizer": {"kind": "sgd", "momentum": 0.9, "nesterov": True}, "aggregation": {"kind": "median"}},
+    ],
+)
+def test_every_optimizer_resumes_where_it_was(federation, tmp_path):
+    changed = CHANGES | {f"federation.{key}": value for key, value in federation.items()}
+    del changed["federation.optimizer.momentum"]
+    again = read_scenario(find("digits"), changed)
+    whole, stopped = (RunDirectory.create(again, tmp_path / name) for name in ("whole", "stopped"))
+
+    def stop(round_number):
+        if round_number == 3:
+            raise StoppedError
+
+    simulate(again, whole)
+    with pytest.raises(StoppedError):
+        simulate(again, stopped, stop)
+    simulate(again, stopped)
+    models = [(run.path / "model" / "model.safetensors").read_bytes() for run in (whole, stopped)]
+    assert models[0] == models[1]
+    assert whole.checkpoint.read_bytes() == stopped.checkpoint.read_bytes()
+    assert events(whole) == events(stopped)
+
+
 def test_resuming_a_finished_run_changes_nothing(undisturbed):
     before = {path: path.read_bytes() for path in undisturbed.path.rglob("*.safetensors")}
     ledgers = events(undisturbed)

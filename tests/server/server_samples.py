@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -98,9 +100,24 @@ def receipt_for(request: Message) -> SignedHead:
     return SignedHead.sign(key_of(number), describe(number).ledger_id, seq, f"{seq:064x}")
 
 
+def charge_id_of(request: Message) -> str:
+    """The charge for a request, as PRIVACY §4 defines it: the hash of a canonical JSON array."""
+    document = decode(request.content, TrainRequest)
+    held = {str(layer): list(ids) for layer, ids in sorted(document.held.items())}
+    text = json.dumps({"held": held}, separators=(",", ":"))
+    model_in = hashlib.sha256(text.encode() + body_of(request.content)).hexdigest()
+    ledger = describe(request.metadata.dst_node_id - 10).ledger_id
+    parts = [document.run_id, document.round, ledger, document.plan.hash, model_in, "train"]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()
+
+
+def reply_to(request: Message, receipt: SignedHead | None = None) -> TrainReply:
+    """The document of an honest reply."""
+    return TrainReply(charge_id=charge_id_of(request), receipt=receipt or receipt_for(request))
+
+
 def train_reply(request: Message, delta: Mapping[str, Tensor], receipt: SignedHead | None = None) -> Message:
-    reply = TrainReply(charge_id="0" * 64, receipt=receipt or receipt_for(request))
-    return reply_with(request, encode(reply, pack(delta)))
+    return reply_with(request, encode(reply_to(request, receipt), pack(delta)))
 
 
 def document(text: str, body: bytes | None = None) -> RecordDict:

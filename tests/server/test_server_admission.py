@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from flwr.app import Error, RecordDict
-from server_samples import be_the_server, describe, key_of, reply_with
+from server_samples import be_the_server, charge_id_of, describe, key_of, reply_with
 
 from clients.protocol import (
     QUERY_ADMIT,
@@ -61,7 +61,7 @@ class Nodes:
         head = SignedHead.sign(key_of(node - 10), describe(node - 10).ledger_id, request.round, "a" * 64)
         shapes = parameters.shapes(request.plan.model, request.held)
         delta = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        return encode(TrainReply(charge_id="0" * 64, receipt=head), pack(delta))
+        return encode(TrainReply(charge_id=charge_id_of(message), receipt=head), pack(delta))
 
 
 def run(tmp_path, refuses):

@@ -140,7 +140,7 @@ def test_no_node_moves_a_bias_by_its_delta():
     strategy.aggregate_train(1, [reply_of(first, strategy, [1.0, 1.0, 1.0], value=0.01)])
     assert strategy.tally.accepted == 1
     assert biases(strategy) == [0.0] * 6
-    assert not any("selection_bias" in name for name in strategy.optimizer.momentum())
+    assert not any("selection_bias" in name for name in strategy.optimizer.state())
 
 
 @pytest.mark.parametrize("lie", [-1.0, 1.0])

@@ -10,6 +10,8 @@ from safetensors.torch import save
 
 from model import BadInputError
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from server.optimizer import ServerOptimizer
+from server.optimizer_config import ServerSgd
 
 
 def sample(round_number=3) -> Checkpoint:
@@ -18,7 +20,10 @@ def sample(round_number=3) -> Checkpoint:
         run_id="12345",
         plan_hash="ab" * 32,
         tensors={"shared/a:b": torch.tensor([-0.0, 1e-45, 1 / 3]), "expert/0/1/up.weight": torch.ones(2, 3)},
-        momentum={"shared/a:b": torch.tensor([5.0, 6.0, 7.0])},
+        optimizer={
+            "shared/a:b": {"exp_avg": torch.tensor([5.0, 6.0, 7.0]), "step": torch.tensor(3.0)},
+            "expert/0/1/up.weight": {"exp_avg": torch.full((2, 3), 1 / 7), "step": torch.tensor(1.0)},
+        },
     )
 
 
@@ -26,7 +31,10 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     def bits(tensors):
         return {name: (t.shape, t.dtype, t.view(torch.int32).flatten().tolist()) for name, t in tensors.items()}
 
-    facts = [(c.round, c.run_id, c.plan_hash, bits(c.tensors), bits(c.momentum)) for c in (a, b)]
+    def remembered(optimizer):
+        return {name: bits(kept) for name, kept in optimizer.items()}
+
+    facts = [(c.round, c.run_id, c.plan_hash, bits(c.tensors), remembered(c.optimizer)) for c in (a, b)]
     return facts[0] == facts[1]
 
 
@@ -39,6 +47,19 @@ def test_round_trip(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["round.safetensors"]
 
 
+def test_a_checkpoint_from_when_there_was_only_momentum(tmp_path):
+    path = tmp_path / "c"
+    tensors = {"model:shared/a:b": torch.ones(2), "momentum:shared/a:b": torch.tensor([3.0, 4.0])}
+    path.write_bytes(save(tensors, metadata={"state": '{"round": 7, "run_id": "1", "plan_hash": "p"}'}))
+    back = read_checkpoint(path)
+    assert (back.round, list(back.tensors)) == (7, ["shared/a:b"])
+    assert back.optimizer["shared/a:b"]["momentum_buffer"].tolist() == [3.0, 4.0]
+    optimizer = ServerOptimizer(ServerSgd(momentum=0.5), {"shared/a:b": torch.zeros(2)})
+    optimizer.restore(back.tensors, back.optimizer)
+    optimizer.step({"shared/a:b": torch.zeros(2)}, 1.0)  # torch's buffer has the gradient's sign
+    assert optimizer.snapshot()["shared/a:b"].tolist() == [1 - 1.5, 1 - 2.0]
+
+
 def test_views_and_transposes_are_stored_by_value(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     tensors = {"expert/0/0/up.weight": base[1], "expert/0/1/up.weight": base[2], "shared/t": base.clone().T}
@@ -46,7 +67,7 @@ def test_views_and_transposes_are_stored_by_value(tmp_path):
     write_checkpoint(path, Checkpoint(1, "r", "p", tensors, {}))
     back = read_checkpoint(path)
     assert all(torch.equal(back.tensors[name], t) for name, t in tensors.items())
-    assert back.momentum == {}
+    assert back.optimizer == {}
 
 
 def refusal(path) -> str:
@@ -82,7 +103,7 @@ def test_truncated(tmp_path, keep):
         ({"state": '{"round": 1}'}, "model:a"),
         ({"state": '{"round": "x", "run_id": "1", "plan_hash": "p"}'}, "model:a"),
         ({"state": '{"round": null, "run_id": "1", "plan_hash": "p"}'}, "model:a"),
-        ({"state": '{"round": 1, "run_id": "1", "plan_hash": "p"}'}, "optimizer:a"),
+        ({"state": '{"round": 1, "run_id": "1", "plan_hash": "p"}'}, "optimizers:a"),
     ],
 )
 def test_a_file_that_is_no_checkpoint(tmp_path, metadata, name):

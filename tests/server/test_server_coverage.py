@@ -102,7 +102,7 @@ def test_only_accepted_replies_count_as_holders():
     replies = [
         train_reply(r, delta_for(r, strategy, float("nan") if n == 0 else 0.001)) for n, r in enumerate(requests)
     ]
-    held = [held for _, held in strategy._asked.values()]
+    held = [asked.request.held for asked in strategy._asked.values()]
     strategy.aggregate_train(1, replies)
     assert sorted(map(str, strategy.tally.trained)) == sorted(map(str, held[1:]))
 
@@ -119,7 +119,7 @@ def test_a_sticky_strategy_asks_the_same_of_a_node_in_every_round():
 
 def _asked(strategy, round_number):
     ask(strategy, round_number)
-    return list(strategy._asked.values())
+    return [(asked.node.fingerprint, asked.request.held) for asked in strategy._asked.values()]
 
 
 def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
@@ -129,7 +129,7 @@ def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
     strategy = make_strategy(nodes=4, min_holders=2)  # 4 × 3 places for 6 × 2
     scenario = Scenario.model_construct(model=strategy.plan.model, federation=strategy.config)
     _check_coverage(scenario, strategy)
-    strategy.keep_only([11, 12, 13])
+    strategy.meet({node: found for node, found in strategy.nodes.values() if node in (11, 12, 13)})
     with pytest.raises(BadInputError, match="3 nodes × 3 experts hold 9 places, 6 experts × min_holders 2 need 12"):
         _check_coverage(scenario, strategy)
     level = NodePrivacyConfig(epsilon=8.0, delta=1e-3, clip=1.0, nodes=4)

@@ -9,12 +9,12 @@ from server_samples import be_the_server, describe, reply_with
 from clients.protocol import QUERY_DESCRIBE, Refusal, encode
 from data.shipped_scenarios import find
 from model import BadInputError
-from server.app import describe_nodes
+from server.roster import Roster
 from server.scenario import read_scenario
 
 
 class Answers:
-    """Of Flower's Grid, what ``describe_nodes`` uses; ``contents``: node → what it answers, None for silence."""
+    """Of Flower's Grid, what the first question uses; ``contents``: node → what it answers, None for silence."""
 
     def __init__(self, contents, backwards=False):
         self.contents = contents
@@ -37,7 +37,7 @@ class Answers:
 def described(contents, backwards=False):
     be_the_server()
     scenario = read_scenario(find("digits"), {"federation.min_holders": 0, "partition.nodes": max(1, len(contents))})
-    return describe_nodes(Answers(contents, backwards), scenario)
+    return Roster(Answers(contents, backwards), scenario, None, "1").describe()
 
 
 def test_every_good_answer_counts():
@@ -80,7 +80,7 @@ def test_a_key_that_was_left_out_for_its_size_does_not_block_another():
 
 @pytest.mark.parametrize("contents", [{}, {1: None}, {1: encode(Refusal(code="not-enrolled"))}])
 def test_nobody_is_bad_input(contents, monkeypatch):
-    monkeypatch.setattr("server.app._NODES_APPEAR_WITHIN_S", 0.0)
+    monkeypatch.setattr("server.roster._NODES_APPEAR_WITHIN_S", 0.0)
     with pytest.raises(BadInputError, match=r"no node can take part \(.*\), must be at least one"):
         described(contents)
 
@@ -93,15 +93,19 @@ def test_nodes_that_register_late_are_waited_for(monkeypatch):
             return list(self.contents)[: max(0, len(naps) - 1)]
 
     naps, now = [], [0.0]
-    monkeypatch.setattr("server.app.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("server.app.time.sleep", lambda seconds: (naps.append(seconds), now.__setitem__(0, now[0] + 1)))
+    monkeypatch.setattr("server.roster.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "server.roster.time.sleep", lambda seconds: (naps.append(seconds), now.__setitem__(0, now[0] + 1))
+    )
     be_the_server()
     answers = {n: describe(n) for n in (1, 2, 3)}
     late = Late({n: encode(d) for n, d in answers.items()})
-    assert describe_nodes(late, read_scenario(find("digits"), {"partition.nodes": 3})) == answers
+    assert Roster(late, read_scenario(find("digits"), {"partition.nodes": 3}), None, "1").describe() == answers
     assert len(naps) == 4
     naps.clear()
     now[0] = 0.0
-    described_three = describe_nodes(late, read_scenario(find("digits")))  # ten never come: five seconds, no more
+    described_three = Roster(
+        late, read_scenario(find("digits")), None, "1"
+    ).describe()  # ten never come: five seconds, no more
     assert described_three == answers
     assert len(naps) == 5

@@ -108,7 +108,7 @@ def without(key) -> str:
         (
             "federation.assignment",
             "fixed",
-            "federation.assignment is 'fixed', must be 'all', 'random', 'balanced' or 'sticky'",
+            "federation.assignment is 'fixed', must be 'all', 'random', 'balanced', 'sticky' or 'affinity'",
         ),
         ("partition.only", 5, "partition: only is 5, must be below the 5 nodes"),
         ("federation.capacities", [3, 0], "federation.capacities.1 is 0, must be greater than or equal to 1"),

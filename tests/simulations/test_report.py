@@ -13,7 +13,7 @@ from model.errors import BadInputError
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.report import write_report
-from simulations.simulate import simulate
+from simulations.simulate import simulate, summarize
 
 FAST = {"federation.rounds": 2, "partition.nodes": 3}
 
@@ -90,6 +90,26 @@ def test_it_says_whether_the_receipts_match_the_ledgers(page, directory, tmp_pat
     text = write_report(RunDirectory(copy)).read_text()
     assert "contradict each other" in text
     assert "the charge is of round 1" in text
+
+
+def test_it_says_why_replies_were_dropped_and_which_rounds_changed_nothing(page, directory, tmp_path):
+    assert "0 replies were dropped." in page
+    assert "changed nothing" not in page
+    copy = tmp_path / "copy"
+    shutil.copytree(directory.path, copy)
+    lines = directory.metrics()
+    lines[0] |= {"dropped": 2, "dropped_by": {"replay": 1, "not-finite": 1}}
+    lines[1] |= {"dropped": 2, "dropped_by": {"not-finite": 2}, "changed": False}
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = write_report(RunDirectory(copy)).read_text()
+    assert "4 replies were dropped: 3 not-finite, 1 replay." in text
+    assert "1 of 2 rounds had too few acceptable replies and changed nothing" in text
+    summary = summarize(RunDirectory(copy))
+    assert (summary.dropped_by, summary.unchanged) == ({"not-finite": 3, "replay": 1}, 1)
+    for line in lines:  # of a run from before reasons were told apart
+        del line["dropped_by"], line["changed"]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "4 replies were dropped: 4 other." in write_report(RunDirectory(copy)).read_text()
 
 
 def test_it_states_the_claim_and_its_limits(page):

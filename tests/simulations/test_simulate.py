@@ -20,7 +20,7 @@ from server.plan_estimate import exchange_bytes_of
 from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.simulate import simulate
+from simulations.simulate import run_number, simulate
 
 MODEL = "model/model.safetensors"
 FAST = {"federation.rounds": 3, "partition.nodes": 4}
@@ -51,6 +51,21 @@ def test_the_same_seed_gives_identical_model_bytes_and_ledger_events(finished, t
     for name in ("model/model.safetensors", "model/model.json", "scenario.toml"):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
     assert events(first) == events(second)
+
+
+def test_the_number_of_a_run_does_not_change_with_versions():
+    """It is a hash of the scenario as it was first written: a run directory goes on, and old seeds repeat old runs."""
+    numbers = {name: run_number(read_scenario(find(name))) for name in ("digits", "digits-open", "stdlib-text")}
+    assert numbers == {
+        "digits": 68822578562937216,
+        "digits-open": 39866477276329844,
+        "stdlib-text": 937510018273701,
+    }
+    momentum = read_scenario(find("digits"), {"federation.optimizer.momentum": 0.5})
+    assert run_number(momentum) == 42087931722039954
+    changes = {"min_replies": 2, "step_scale": "contributions", "aggregation.kind": "median", "optimizer.kind": "adam"}
+    changed = [read_scenario(find("digits"), {f"federation.{key}": value}) for key, value in changes.items()]
+    assert len({run_number(scenario) for scenario in changed} | {numbers["digits"]}) == 5
 
 
 def test_another_seed_gives_another_model_and_other_events(finished, tmp_path):

@@ -43,15 +43,18 @@ class ImagePatchConfig(Frozen):
 
 
 class ConvolutionConfig(Frozen):
-    """One convolution: ``channels`` filters of ``kernel`` × ``kernel`` values, every ``stride`` pixels.
+    """One convolution: ``channels`` filters of ``kernel`` × ``kernel`` values, every ``stride`` pixels; then tanh.
 
-    ``padding`` rows and columns of zeros (after centring) stand around the image.
+    ``padding`` rows and columns of zeros (after centring) stand around the image. Then the largest of every
+    ``pool`` × ``pool`` values is taken, every ``pool_stride`` positions; with 1 and 1 nothing is pooled.
     """
 
     channels: int = Field(ge=1, le=4096)
     kernel: int = Field(ge=1, le=64)
     stride: int = Field(default=1, ge=1, le=64)
     padding: int = Field(default=0, ge=0, le=63)
+    pool: int = Field(default=1, ge=1, le=64)
+    pool_stride: int = Field(default=1, ge=1, le=64)
 
     @model_validator(mode="after")
     def _padding_below_kernel(self) -> ConvolutionConfig:
@@ -60,12 +63,13 @@ class ConvolutionConfig(Frozen):
         return self
 
     def side_after(self, side: int) -> int:
-        """Return how many positions a side of that many pixels has, 0 or less where the kernel does not fit."""
-        return (side + 2 * self.padding - self.kernel) // self.stride + 1
+        """Return the length of a side afterwards, 0 or less where the kernel or the pool does not fit."""
+        convolved = (side + 2 * self.padding - self.kernel) // self.stride + 1
+        return (convolved - self.pool) // self.pool_stride + 1
 
 
 class ImageConvConfig(Frozen):
-    """Convolutions with tanh after each, then patches of what they make of the image; each patch is one token.
+    """Convolutions, each with tanh and max-pooling, then patches of what they make of the image; each is one token.
 
     ``patch`` must divide both sides of the last map; one patch as large as the map gives a single token. A patch is
     mapped linearly to the model's width, or, with ``project = false``, is the token: fewer shared weights. Values enter
@@ -90,6 +94,8 @@ class ImageConvConfig(Frozen):
             if layer.kernel > most:
                 raise ValueError(f"layers.{number}.kernel is {layer.kernel}, must be at most the padded side {most}")
             height, width = layer.side_after(height), layer.side_after(width)
+            if min(height, width) < 1:
+                raise ValueError(f"layers.{number}.pool is {layer.pool}, must be at most what the convolution leaves")
         if height % self.patch or width % self.patch:
             raise ValueError(f"patch is {self.patch}, must divide the sides {height} and {width} of the last map")
         return self

@@ -61,10 +61,10 @@ class ImagePatchEncoder(nn.Module):
 
 
 class ImageConvEncoder(nn.Module):
-    """Convolutions with tanh, then patches of the last map, each one token: as it is or mapped linearly.
+    """Convolutions with tanh and max-pooling, then patches of the last map; each is one token, or mapped to one.
 
     Tanh, because clipped and noised steps are steadier where activations are bounded (Papernot et al. 2021,
-    arXiv:2007.14191). No normalisation, no pooling: strides make the map smaller.
+    arXiv:2007.14191).
     """
 
     def __init__(self, config: ImageConvConfig, width: int) -> None:
@@ -91,8 +91,10 @@ class ImageConvEncoder(nn.Module):
                 "a convolution does not tell padding from tokens"
             )
         x_BCHW = _standard(image_BCHW, self.config)
-        for convolution in self.convolutions:
+        for layer, convolution in zip(self.config.layers, self.convolutions, strict=True):
             x_BCHW = torch.tanh(convolution(x_BCHW))
+            if layer.pool > 1 or layer.pool_stride > 1:
+                x_BCHW = nn.functional.max_pool2d(x_BCHW, layer.pool, layer.pool_stride)
         patch_BVT = nn.functional.unfold(x_BCHW, kernel_size=self.config.patch, stride=self.config.patch)
         x_BTD: Tensor = patch_BVT.transpose(1, 2)
         if self.embed is not None:

@@ -21,8 +21,9 @@ def make_image_transformer(attention: dict) -> ModelConfig:
 
 
 def make_conv_config(patch: int, *, channels: int = 5, project: bool = True, **experts) -> ModelConfig:
-    """Two convolutions over 8×8 images, with strides and padding; a last map of 4×4."""
-    layers = [{"channels": 3, "kernel": 4, "stride": 2, "padding": 2}, {"channels": channels, "kernel": 2}]
+    """Two convolutions over 8×8 images, with strides, padding and pooling; a last map of 4×4."""
+    first = {"channels": 3, "kernel": 4, "padding": 2, "pool": 3, "pool_stride": 2}  # to 9×9, to 4×4
+    layers = [first, {"channels": channels, "kernel": 4, "stride": 1, "padding": 2, "pool": 2}]  # to 5×5, to 4×4
     encoder = {"kind": "image-conv", "height": 8, "width": 8, "layers": layers, "patch": patch, "center": 0.3}
     encoder["project"] = project
     return ModelConfig.model_validate(make_config(**experts).model_dump() | {"encoder": encoder})

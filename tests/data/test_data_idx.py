@@ -36,7 +36,7 @@ def test_it_reads_what_was_written(tmp_path, shape, packed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", range(len(GOOD)))
 def test_every_truncation_is_refused(tmp_path, length, packed):
-    with pytest.raises(BadInputError, match="x.*must be"):
+    with pytest.raises(BadInputError, match=r"x.*must be"):
         read_idx(write(tmp_path, GOOD[:length], packed=packed), (4, 3))
 
 
@@ -45,7 +45,7 @@ def test_every_truncation_is_refused(tmp_path, length, packed):
 def test_every_changed_byte_of_the_header_is_refused(tmp_path, position, packed):
     changed = bytearray(GOOD)
     changed[position] ^= 0x41
-    with pytest.raises(BadInputError, match="x.*must be"):
+    with pytest.raises(BadInputError, match=r"x.*must be"):
         read_idx(write(tmp_path, bytes(changed), packed=packed), (4, 3))
 
 

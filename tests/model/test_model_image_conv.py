@@ -33,6 +33,17 @@ def convolved(x_CHW, weight_OCKK, stride, padding):
     return y
 
 
+def pooled(x_CHW, side, stride):
+    """The largest value of every window, as loops."""
+    channels, height, width = x_CHW.shape
+    y = torch.zeros(channels, (height - side) // stride + 1, (width - side) // stride + 1, dtype=torch.float64)
+    for row in range(y.shape[1]):
+        for column in range(y.shape[2]):
+            at = x_CHW[:, row * stride : row * stride + side, column * stride : column * stride + side]
+            y[:, row, column] = at.flatten(1).amax(1)
+    return y
+
+
 @pytest.mark.parametrize("project", [True, False])
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_tokens_are_patches_of_what_the_convolutions_make(patch, project):
@@ -45,6 +56,7 @@ def test_tokens_are_patches_of_what_the_convolutions_make(patch, project):
         x = image_CHW.double() - 0.3
         for layer, convolution in zip(config.encoder.layers, encoder.convolutions, strict=True):
             x = convolved(x, convolution.weight.detach(), layer.stride, layer.padding).tanh()
+            x = pooled(x, layer.pool, layer.pool_stride)
         token = 0
         for row in range(0, 4, patch):
             for column in range(0, 4, patch):
@@ -61,7 +73,7 @@ def test_one_token_has_no_position():
 
 
 def test_a_patch_that_is_a_token_must_be_as_wide_as_the_model():
-    with pytest.raises(ValidationError, match="model.width is 16, must be the 20 values of a patch"):
+    with pytest.raises(ValidationError, match=r"model\.width is 16, must be the 20 values of a patch"):
         make_conv_config(patch=2, channels=5, project=False)
 
 
@@ -114,6 +126,10 @@ def test_padding_is_refused_since_a_convolution_would_mix_it_in():
             "layers.1.kernel is 3, must be at most the padded side 2",
         ),
         ({"layers": [{"channels": 2, "kernel": 3, "padding": 3}]}, "padding is 3, must be below the kernel 3"),
+        (
+            {"layers": [{"channels": 2, "kernel": 7, "pool": 3}]},
+            "layers.0.pool is 3, must be at most what the convolution leaves",
+        ),
         ({"layers": [{"channels": 0, "kernel": 3}]}, "greater than or equal to 1"),
         ({"layers": [{"channels": 2, "kernel": "3"}]}, "valid integer"),
         ({"layers": [{"channels": 2, "kernel": 3, "bias": True}]}, "Extra inputs are not permitted"),
@@ -128,11 +144,14 @@ def test_what_does_not_fit_is_refused_with_what_is_allowed(changes, sentence):
     assert sentence in caught.value.errors()[0]["msg"]
 
 
-@pytest.mark.parametrize("side", range(3, 12))
+@pytest.mark.parametrize("side", range(5, 14))
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 0), (3, 2, 1), (2, 3, 1), (1, 2, 0)])
-def test_the_last_map_is_as_large_as_torch_makes_it(side, kernel, stride, padding):
-    layers = ({"channels": 2, "kernel": kernel, "stride": stride, "padding": padding},)
-    config = ImageConvConfig.model_validate({"height": side, "width": side + 1, "layers": layers, "patch": 1})
+@pytest.mark.parametrize(("pool", "pool_stride"), [(1, 1), (2, 1), (2, 2), (1, 3)])
+def test_the_last_map_is_as_large_as_torch_makes_it(side, kernel, stride, padding, pool, pool_stride):
+    layer = {"channels": 2, "kernel": kernel, "stride": stride, "padding": padding}
+    layer |= {"pool": pool, "pool_stride": pool_stride}
+    config = ImageConvConfig.model_validate({"height": side, "width": side + 1, "layers": (layer,), "patch": 1})
     made = torch.nn.Conv2d(1, 2, kernel, stride, padding)(torch.zeros(1, 1, side, side + 1))
+    made = torch.nn.functional.max_pool2d(made, pool, pool_stride)
     assert config.map_sides == tuple(made.shape[2:])
     assert config.tokens == made.shape[2] * made.shape[3]

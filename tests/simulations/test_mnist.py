@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from idx_samples import write_mnist
 
 import conclave
@@ -12,6 +11,8 @@ from data.data_folder import DATA_VARIABLE
 from data.shipped_scenarios import find
 from data.sources import load
 from model import BadInputError
+from model.costs import costs_of
+from server.plan_estimate import exchange_bytes_of
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
 from simulations.plan import plan
@@ -69,8 +70,9 @@ def test_the_estimate_takes_the_published_size_where_the_files_are_not_here(monk
     assert seen == [6000, 40]
 
 
-def test_a_node_holds_a_part_of_the_experts_and_they_are_most_of_the_model():
+def test_experts_are_most_of_the_model_and_a_node_sends_a_third_of_it():
     scenario = read_scenario(find("mnist"))
-    per_node, routed = scenario.federation.experts_per_node, scenario.model.experts.routed
-    assert per_node < routed
-    torch.manual_seed(0)
+    costs = costs_of(scenario.model)
+    assert costs.parameters["expert"] > 0.8 * costs.total
+    _, up, _ = exchange_bytes_of(scenario)
+    assert up < 4 * costs.total / 3  # of the whole model in float32, one way

@@ -166,7 +166,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")], as_jso
 def predict(
     model: Annotated[Path, typer.Argument(help="A model folder or a run directory.")],
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="An image, a .npy array or digits:N; for a text model, a prompt.")
+        str, typer.Argument(metavar="INPUT", help="An image, a .npy array, digits:N or mnist:N; text: a prompt.")
     ],
     max_bytes: Annotated[int, typer.Option(help="Text: how many bytes to generate.")] = 128,
     temperature: Annotated[float, typer.Option(help="Text: below 1 is safer, above 1 wilder.")] = 0.7,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import BytesConfig, ClassificationConfig, ImagePatchConfig, ModelConfig
+from model.config import BytesConfig, ClassificationConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class ImageSchema:
     def mismatch(self, model: ModelConfig) -> str | None:
         """Return what is wrong with a model for these records, as the end of a sentence; None if it fits."""
         encoder, head = model.encoder, model.head
-        if not isinstance(encoder, ImagePatchConfig) or not isinstance(head, ClassificationConfig):
-            return "model.encoder.kind must be image-patch and model.head.kind classification"
+        if isinstance(encoder, BytesConfig) or not isinstance(head, ClassificationConfig):
+            return "model.encoder.kind must be image-patch or image-conv and model.head.kind classification"
         image = (encoder.channels, encoder.height, encoder.width)
         if image != self.image:
             return f"model.encoder describes images {image}, must be {self.image} (channels, height, width)"

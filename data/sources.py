@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.digits import load_digits
+from data.mnist import CLASSES, SIDE, load_mnist, mnist_records_if_absent
 from data.schema import ImageSchema, Schema, TextSchema
 from data.stdlib_text import load_stdlib_text
 
@@ -30,10 +31,14 @@ class DataSet:
 class _Source:
     schema: Callable[[DataConfig], Schema]
     load: Callable[[DataConfig], tuple[Records, Records]]
+    absent_records: Callable[[], int | None] = lambda: None
 
 
 _SOURCES = {
     "digits": _Source(lambda config: ImageSchema(image=(1, 8, 8), classes=10), load_digits),
+    "mnist": _Source(
+        lambda config: ImageSchema(image=(1, SIDE, SIDE), classes=CLASSES), load_mnist, mnist_records_if_absent
+    ),
     "stdlib-text": _Source(lambda config: TextSchema(window=config.window), load_stdlib_text),
 }
 
@@ -51,6 +56,14 @@ def load(config: DataConfig) -> DataSet:
     """
     train, test = _SOURCES[config.source].load(config)
     return DataSet(schema_of(config), train, test)
+
+
+def records_if_absent(config: DataConfig) -> int | None:
+    """Return how many training records a source is known to have, where its files are not here; None where they are.
+
+    For estimates: what a run would cost can be told before the data are there.
+    """
+    return _SOURCES[config.source].absent_records()
 
 
 def declared_size(units: int) -> int:

@@ -42,6 +42,84 @@ class ImagePatchConfig(Frozen):
         return self.channels * self.patch * self.patch
 
 
+class ConvolutionConfig(Frozen):
+    """One convolution: ``channels`` filters of ``kernel`` × ``kernel`` values, every ``stride`` pixels; then tanh.
+
+    ``padding`` rows and columns of zeros (after centring) stand around the image. Then the largest of every
+    ``pool`` × ``pool`` values is taken, every ``pool_stride`` positions; with 1 and 1 nothing is pooled.
+    """
+
+    channels: int = Field(ge=1, le=4096)
+    kernel: int = Field(ge=1, le=64)
+    stride: int = Field(default=1, ge=1, le=64)
+    padding: int = Field(default=0, ge=0, le=63)
+    pool: int = Field(default=1, ge=1, le=64)
+    pool_stride: int = Field(default=1, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _padding_below_kernel(self) -> ConvolutionConfig:
+        if self.padding >= self.kernel:
+            raise ValueError(f"padding is {self.padding}, must be below the kernel {self.kernel}")
+        return self
+
+    def side_after(self, side: int) -> int:
+        """Return the length of a side afterwards, 0 or less where the kernel or the pool does not fit."""
+        convolved = (side + 2 * self.padding - self.kernel) // self.stride + 1
+        return (convolved - self.pool) // self.pool_stride + 1
+
+
+class ImageConvConfig(Frozen):
+    """Convolutions, each with tanh and max-pooling, then patches of what they make of the image; each is one token.
+
+    ``patch`` must divide both sides of the last map; one patch as large as the map gives a single token. A patch is
+    mapped linearly to the model's width, or, with ``project = false``, is the token: fewer shared weights. Values enter
+    as ``(value − center)/scale``: public constants, never statistics of private records.
+    """
+
+    kind: Literal["image-conv"] = "image-conv"
+    height: int = Field(ge=1, le=4096)
+    width: int = Field(ge=1, le=4096)
+    channels: int = Field(default=1, ge=1, le=64)
+    layers: Annotated[tuple[ConvolutionConfig, ...], Field(strict=False, min_length=1, max_length=8)]
+    patch: int = Field(ge=1, le=4096)
+    project: bool = True
+    center: float = Field(default=0.0, ge=-1e6, le=1e6)
+    scale: float = Field(default=1.0, gt=0.0, le=1e6)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ImageConvConfig:
+        height, width = self.height, self.width
+        for number, layer in enumerate(self.layers):
+            most = min(height, width) + 2 * layer.padding
+            if layer.kernel > most:
+                raise ValueError(f"layers.{number}.kernel is {layer.kernel}, must be at most the padded side {most}")
+            height, width = layer.side_after(height), layer.side_after(width)
+            if min(height, width) < 1:
+                raise ValueError(f"layers.{number}.pool is {layer.pool}, must be at most what the convolution leaves")
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"patch is {self.patch}, must divide the sides {height} and {width} of the last map")
+        return self
+
+    @property
+    def map_sides(self) -> tuple[int, int]:
+        """Height and width of the last map."""
+        height, width = self.height, self.width
+        for layer in self.layers:
+            height, width = layer.side_after(height), layer.side_after(width)
+        return height, width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image."""
+        height, width = self.map_sides
+        return (height // self.patch) * (width // self.patch)
+
+    @property
+    def patch_values(self) -> int:
+        """Values in one patch of the last map."""
+        return self.layers[-1].channels * self.patch * self.patch
+
+
 class BytesConfig(Frozen):
     """Text as bytes: each byte of a window of ``window`` bytes is one token."""
 
@@ -74,7 +152,8 @@ class NextByteConfig(Frozen):
     after_next: float = Field(default=0.0, ge=0.0, le=10.0)
 
 
-EncoderConfig = Annotated[ImagePatchConfig | BytesConfig, Field(discriminator="kind")]
+ImageConfig = ImagePatchConfig | ImageConvConfig
+EncoderConfig = Annotated[ImageConfig | BytesConfig, Field(discriminator="kind")]
 HeadConfig = Annotated[ClassificationConfig | NextByteConfig, Field(discriminator="kind")]
 
 
@@ -158,6 +237,8 @@ class InitConfig(Frozen):
     they part as their routers and holders differ.
     """
 
+    younger = frozenset({"conv"})
+    conv: float = Field(default=1.0, ge=0.0, le=100.0)
     embed: float = Field(default=1.0, ge=0.0, le=100.0)
     router: float = Field(default=1.0, ge=0.0, le=100.0)
     up: float = Field(default=1.0, ge=0.0, le=100.0)
@@ -207,7 +288,13 @@ class ModelConfig(Frozen):
         if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
             raise ValueError(
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
-                "must be classification for image-patch, next-byte for bytes"
+                "must be classification for images, next-byte for bytes"
+            )
+        encoder = self.encoder
+        if isinstance(encoder, ImageConvConfig) and not encoder.project and encoder.patch_values != self.width:
+            raise ValueError(
+                f"model.width is {self.width}, must be the {encoder.patch_values} values of a patch "
+                "where model.encoder.project is false"
             )
         if self.preset == "own":
             return self

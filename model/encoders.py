@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.config import BytesConfig, ImagePatchConfig
+from model.config import BytesConfig, ImageConfig, ImageConvConfig, ImagePatchConfig
 from model.errors import BadInputError
 from model.padding import only_present
 
@@ -20,6 +20,20 @@ class PositionTable(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Return ``x_BTD`` plus the table."""
         return x_BTD + self.weight
+
+
+def _standard(image_BCHW: Tensor, config: ImageConfig) -> Tensor:
+    """Return ``(image − center)/scale``.
+
+    Raises:
+        BadInputError: the images are not [B, channels, height, width] as configured.
+    """
+    if image_BCHW.shape[1:] != (config.channels, config.height, config.width):
+        raise BadInputError(
+            f"images of shape {list(image_BCHW.shape[1:])} (channels, height, width), "
+            f"must be {[config.channels, config.height, config.width]}"
+        )
+    return (image_BCHW - config.center) / config.scale
 
 
 class ImagePatchEncoder(nn.Module):
@@ -37,19 +51,55 @@ class ImagePatchEncoder(nn.Module):
         Raises:
             BadInputError: the images are not [B, channels, height, width] as configured.
         """
-        c = self.config
-        if image_BCHW.shape[1:] != (c.channels, c.height, c.width):
-            raise BadInputError(
-                f"images of shape {list(image_BCHW.shape[1:])} (channels, height, width), "
-                f"must be {[c.channels, c.height, c.width]}"
-            )
-        standard_BCHW = (image_BCHW - c.center) / c.scale
-        patch_BVT = nn.functional.unfold(standard_BCHW, kernel_size=c.patch, stride=c.patch)
+        standard_BCHW = _standard(image_BCHW, self.config)
+        patch_BVT = nn.functional.unfold(standard_BCHW, kernel_size=self.config.patch, stride=self.config.patch)
         # Padding is left out before the linear map: its gradient must not see what padding holds either.
         x_BTD: Tensor = self.embed(only_present(patch_BVT.transpose(1, 2), present_BT))
         if self.position is not None:
             x_BTD = self.position(x_BTD)
         return only_present(x_BTD, present_BT)
+
+
+class ImageConvEncoder(nn.Module):
+    """Convolutions with tanh and max-pooling, then patches of the last map; each is one token, or mapped to one.
+
+    Tanh, because clipped and noised steps are steadier where activations are bounded (Papernot et al. 2021,
+    arXiv:2007.14191).
+    """
+
+    def __init__(self, config: ImageConvConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        channels = [config.channels, *(layer.channels for layer in config.layers)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, layer.channels, layer.kernel, layer.stride, layer.padding, bias=False)
+            for before, layer in zip(channels, config.layers, strict=False)
+        )
+        self.embed = nn.Linear(config.patch_values, width, bias=False) if config.project else None
+        self.position = PositionTable(config.tokens, width) if config.tokens > 1 else None
+
+    def forward(self, image_BCHW: Tensor, present_BT: Tensor | None = None) -> Tensor:
+        """Return tokens [B, T, D] in reading order of the map.
+
+        Raises:
+            BadInputError: the images are not [B, channels, height, width] as configured; there is padding, which a
+                convolution would mix with its neighbours.
+        """
+        if present_BT is not None:
+            raise BadInputError(
+                "model.encoder.kind is image-conv, must be another for examples with a length: "
+                "a convolution does not tell padding from tokens"
+            )
+        x_BCHW = _standard(image_BCHW, self.config)
+        for layer, convolution in zip(self.config.layers, self.convolutions, strict=True):
+            x_BCHW = torch.tanh(convolution(x_BCHW))
+            if layer.pool > 1 or layer.pool_stride > 1:
+                x_BCHW = nn.functional.max_pool2d(x_BCHW, layer.pool, layer.pool_stride)
+        patch_BVT = nn.functional.unfold(x_BCHW, kernel_size=self.config.patch, stride=self.config.patch)
+        x_BTD: Tensor = patch_BVT.transpose(1, 2)
+        if self.embed is not None:
+            x_BTD = self.embed(x_BTD)
+        return x_BTD if self.position is None else self.position(x_BTD)
 
 
 class ByteEncoder(nn.Module):

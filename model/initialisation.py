@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.after_next import AfterNext
 from model.attention import MultiHeadAttention
-from model.encoders import ByteEncoder, ImagePatchEncoder, PositionTable
+from model.encoders import ByteEncoder, ImageConvEncoder, ImagePatchEncoder, PositionTable
 from model.experts import RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
 from model.latent_attention import LatentAttention
@@ -28,8 +28,11 @@ def initialise(network: Network, generator: torch.Generator) -> None:
     init = network.config.init
     copies = init.experts == "copies"
     for module in network.modules():
-        if isinstance(module, ImagePatchEncoder):
-            _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
+        if isinstance(module, nn.Conv2d):
+            _draw(module.weight, math.prod(module.weight.shape[1:]), init.conv, generator)
+        elif isinstance(module, ImagePatchEncoder | ImageConvEncoder):
+            if module.embed is not None:
+                _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
         elif isinstance(module, PositionTable):
             module.weight.normal_(0.0, _POSITION_STD, generator=generator)
         elif isinstance(module, Router):

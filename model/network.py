@@ -11,8 +11,15 @@ from torch import Tensor, nn
 
 from model.after_next import AfterNext
 from model.attention_kinds import make_attention
-from model.config import BytesConfig, ClassificationConfig, HeldExperts, ModelConfig, NextByteConfig
-from model.encoders import ByteEncoder, ImagePatchEncoder
+from model.config import (
+    BytesConfig,
+    ClassificationConfig,
+    HeldExperts,
+    ImageConvConfig,
+    ModelConfig,
+    NextByteConfig,
+)
+from model.encoders import ByteEncoder, ImageConvEncoder, ImagePatchEncoder
 from model.errors import BadInputError
 from model.heads import ClassificationHead, NextByteHead, byte_loss
 from model.moe import MoELayer
@@ -47,10 +54,12 @@ class _Trunk(NamedTuple):
     present_BT: Tensor | None
 
 
-def make_encoder(config: ModelConfig) -> ImagePatchEncoder | ByteEncoder:
+def make_encoder(config: ModelConfig) -> ImagePatchEncoder | ImageConvEncoder | ByteEncoder:
     """Return the configured encoder."""
     if isinstance(config.encoder, BytesConfig):
         return ByteEncoder(config.encoder, config.width)
+    if isinstance(config.encoder, ImageConvConfig):
+        return ImageConvEncoder(config.encoder, config.width)
     return ImagePatchEncoder(config.encoder, config.width)
 
 

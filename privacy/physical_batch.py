@@ -37,7 +37,8 @@ def fitting(
         return tensor
 
     with torch.enable_grad(), saved_tensors_hooks(count, lambda tensor: tensor):
-        loss({name: tensor[:1] for name, tensor in batch.items()})
+        # A copy: of a view, the whole data set's storage would be counted.
+        loss({name: tensor[:1].clone() for name, tensor in batch.items()})
     example = _GRADIENTS_BESIDE_ACTIVATIONS * sum(seen.values())
     if per_sample_gradients:
         example += 2 * sum(p.numel() * 4 for p in module.parameters() if p.requires_grad)

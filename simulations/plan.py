@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clients.simulated import deal
+from data.sources import records_if_absent
 from server.plan_estimate import PlanEstimate, estimate
 from server.scenario import Scenario
 
@@ -13,6 +14,8 @@ def plan(scenario: Scenario) -> PlanEstimate:
     Raises:
         BadInputError: the scenario cannot be carried out.
     """
-    _, _, shares = deal(scenario.to_toml())
-    mean = round(sum(map(len, shares)) / len(shares))
-    return estimate(scenario, units_per_node=max(1, mean))
+    records = records_if_absent(scenario.data)
+    if records is None:
+        _, _, shares = deal(scenario.to_toml())
+        records = sum(map(len, shares))
+    return estimate(scenario, units_per_node=max(1, round(records / scenario.partition.nodes)))

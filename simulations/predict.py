@@ -14,9 +14,10 @@ from torch import Tensor
 from data.config import DataConfig
 from data.sources import load as load_data
 from model import BadInputError, Network, load
-from model.config import BytesConfig, ImagePatchConfig
+from model.config import BytesConfig, ImageConfig
 
 _LARGEST_SIDE = 8192
+_TESTS = {"digits": DataConfig(source="digits"), "mnist": DataConfig(source="mnist", test_records=10_000)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def predict(
 
     Args:
         model: a model folder, or a run directory.
-        source: for images a file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` for
-            the N-th public test record; for text the prompt.
+        source: for images a file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` or
+            ``mnist:N`` for the N-th public test record; for text the prompt.
         max_bytes: text only, how many bytes to generate, 1 to 65,536.
         temperature: text only, above 0: the scores are divided by it before drawing.
         seed: text only, fixes the draw.
@@ -87,22 +88,22 @@ def _continue(
     return Continuation(bytes(text[start:]).decode(errors="replace"), max_bytes)
 
 
-def _read(source: str, config: ImagePatchConfig) -> tuple[Tensor, int | None]:
-    if source.startswith("digits:"):
-        return _read_digit(source)
+def _read(source: str, config: ImageConfig) -> tuple[Tensor, int | None]:
+    name, colon, number = source.partition(":")
+    if colon and name in _TESTS:
+        return _read_test_record(name, number)
     path = Path(source)
     if not path.is_file():
-        raise BadInputError(f"{source}: no such file, must be an image, a .npy array or digits:N")
+        raise BadInputError(f"{source}: no such file, must be an image, a .npy array, digits:N or mnist:N")
     array = _read_npy(path) if path.suffix == ".npy" else _read_image(path, config)
     image_CHW = torch.from_numpy(array)
     return (image_CHW.unsqueeze(0) if image_CHW.ndim == 2 else image_CHW), None
 
 
-def _read_digit(source: str) -> tuple[Tensor, int]:
-    test = load_data(DataConfig(source="digits")).test
-    number = source.removeprefix("digits:")
+def _read_test_record(name: str, number: str) -> tuple[Tensor, int]:
+    test = load_data(_TESTS[name]).test
     if not number.isdecimal() or int(number) >= len(test["label"]):
-        raise BadInputError(f"{source}: must be digits:0 to digits:{len(test['label']) - 1}")
+        raise BadInputError(f"{name}:{number}: must be {name}:0 to {name}:{len(test['label']) - 1}")
     return test["image"][int(number)], int(test["label"][int(number)])
 
 
@@ -116,7 +117,7 @@ def _read_npy(path: Path) -> np.ndarray:
     return np.asarray(array, dtype=np.float32)
 
 
-def _read_image(path: Path, config: ImagePatchConfig) -> np.ndarray:
+def _read_image(path: Path, config: ImageConfig) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if max(image.size) > _LARGEST_SIDE:

@@ -20,7 +20,19 @@ def make_image_transformer(attention: dict) -> ModelConfig:
     return ModelConfig.model_validate(document)
 
 
+def make_conv_config(patch: int, *, channels: int = 5, project: bool = True, **experts) -> ModelConfig:
+    """Two convolutions over 8×8 images, with strides, padding and pooling; a last map of 4×4."""
+    first = {"channels": 3, "kernel": 4, "padding": 2, "pool": 3, "pool_stride": 2}  # to 9×9, to 4×4
+    layers = [first, {"channels": channels, "kernel": 4, "stride": 1, "padding": 2, "pool": 2}]  # to 5×5, to 4×4
+    encoder = {"kind": "image-conv", "height": 8, "width": 8, "layers": layers, "patch": patch, "center": 0.3}
+    encoder["project"] = project
+    return ModelConfig.model_validate(make_config(**experts).model_dump() | {"encoder": encoder})
+
+
 FAMILY = {
+    "convolutions, one token": make_conv_config(patch=4, activation="tanh"),
+    "convolutions, four tokens": make_conv_config(patch=2),
+    "convolutions, no projection": make_conv_config(patch=2, channels=4, project=False, activation="tanh"),
     "latent": make_text_config(attention=LATENT),
     "latent, low-rank queries": make_text_config(attention=LATENT | {"query_rank": 6}),
     "latent without norms": make_text_config(attention=LATENT | {"query_rank": 6}, norm="none"),

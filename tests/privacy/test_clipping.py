@@ -154,6 +154,24 @@ def test_the_physical_batch_follows_the_memory():
     assert sizes[1 << 34] == 512
 
 
+def test_the_physical_batch_does_not_depend_on_how_many_records_there_are():
+    """What autograd keeps of one example may be a view of the whole data set, whose memory is no example's."""
+    module = nn.Linear(6, 1)
+    sizes = []
+    for records in (300, 30_000):
+        batch = {"x": torch.randn(records, 6)}
+        with PrivateTraining(
+            module,
+            torch.optim.SGD(module.parameters()),
+            lambda batch: module(batch["x"]).square().squeeze(1),
+            replace(FULL, memory_bytes=1 << 16),
+            SECRET,
+        ) as training:
+            training.accumulate(batch, UnitIndex(records), torch.arange(200))
+            sizes.append(training._most)
+    assert sizes[0] == sizes[1] > 100
+
+
 class TwoTasks(nn.Module):
     def __init__(self):
         super().__init__()

@@ -2,8 +2,8 @@
 
 The hostile node is charged like the others; what it sends is spoiled on its way. Its kinds: what the checks of replies
 catch (nan, wrong shape, unassigned expert, over the norm, replay, garbage), and what no check can (its delta times −10,
-cut to the norm bound; the same large step in every coordinate at the bound). `absent` refuses: what the others cannot
-beat is the loss of its records. One JSON object a line with --json.
+or the same step in every coordinate, ten times as long as its delta; both cut to the norm bound). `absent` refuses: its
+records are lost, whatever is done about it. One JSON object a line with --json.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ def unassigned(delta: Delta, request: TrainRequest) -> Delta:
     return {n.replace(f"/0/{mine}/", f"/0/{other}/"): t for n, t in delta.items()}
 
 
-def at_the_bound(delta: Delta, plan: Plan, size: int, round_number: int, largest: float = math.inf) -> Delta:
-    """Scale a delta to just below the norm bound, but by at most ``largest``."""
-    count = sum(t.numel() for t in delta.values())
-    factor = min(largest, 0.999 * norm_bound(plan, count, size, round_number) / math.hypot(*norms(delta)))
-    return {n: factor * t for n, t in delta.items()}
+def as_long_as_may_be(direction: Delta, honest: Delta, plan: Plan, size: int, round_number: int) -> Delta:
+    """Scale a direction to ten times the honest delta's norm, or to just below the bound if that is less."""
+    count = sum(t.numel() for t in honest.values())
+    norm = min(10.0 * math.hypot(*norms(honest)), 0.999 * norm_bound(plan, count, size, round_number))
+    factor = norm / math.hypot(*norms(direction))
+    return {n: factor * t for n, t in direction.items()}
 
 
 class Federation:
@@ -80,17 +81,17 @@ class Federation:
         if self.kind == "replay":
             self.first = self.first or content
             return self.first
+
+        def in_bound(direction: Delta) -> Delta:
+            return as_long_as_may_be(direction, delta, request.plan, size, request.round)
+
         spoiled = {
             "nan": lambda: first_of(delta, "shared/", lambda t: t * math.nan),
             "wrong-shape": lambda: first_of(delta, "expert/", torch.flatten),
             "unassigned-expert": lambda: unassigned(delta, request),
             "over-norm": lambda: {n: 1e4 * t for n, t in delta.items()},
-            "sign-flip": lambda: at_the_bound(
-                {n: -t for n, t in delta.items()}, request.plan, size, request.round, 10.0
-            ),
-            "constant": lambda: at_the_bound(
-                {n: torch.ones_like(t) for n, t in delta.items()}, request.plan, size, request.round
-            ),
+            "sign-flip": lambda: in_bound({n: -t for n, t in delta.items()}),
+            "constant": lambda: in_bound({n: torch.ones_like(t) for n, t in delta.items()}),
         }[self.kind]()
         return encode(answer, pack(spoiled))
 
@@ -105,9 +106,9 @@ AGGREGATIONS: dict[str, dict[str, object]] = {
 }
 
 
-def measure(kind: str, aggregation: str, rounds: int, seed: int) -> dict[str, object]:
+def measure(name: str, kind: str, aggregation: str, rounds: int, seed: int) -> dict[str, object]:
     changes = {"seed": seed, "federation.aggregation": AGGREGATIONS[aggregation], "federation.rounds": rounds}
-    scenario = read_scenario(find("digits"), changes)
+    scenario = read_scenario(find(name), changes)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory.create(scenario, Path(folder) / "run")
         config = {"scenario": scenario.to_toml(), "run-dir": str(run.path)}
@@ -117,6 +118,7 @@ def measure(kind: str, aggregation: str, rounds: int, seed: int) -> dict[str, ob
         run_scenario(grid, scenario, run, str(number))
         metrics = run.metrics()
     return {
+        "scenario": name,
         "hostile": kind,
         "aggregation": aggregation,
         "seed": seed,
@@ -129,16 +131,20 @@ def measure(kind: str, aggregation: str, rounds: int, seed: int) -> dict[str, ob
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--scenario", choices=("digits", "digits-open"), default="digits")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in range(1, options.seeds + 1):
-        honest = {name: measure("none", name, options.rounds, seed) for name in AGGREGATIONS}
-        hostile = [measure(kind, "mean", options.rounds, seed) for kind in CAUGHT]
-        hostile += [measure(kind, name, options.rounds, seed) for kind in IN_BOUND for name in AGGREGATIONS]
-        for row in [*honest.values(), *hostile]:
-            baseline = honest["mean"]["accuracy"]
+        pairs = [("none", name) for name in AGGREGATIONS]
+        if options.scenario == "digits":  # without privacy there is no bound to be over
+            pairs += [(kind, "mean") for kind in CAUGHT]
+        pairs += [(kind, name) for kind in IN_BOUND for name in AGGREGATIONS]
+        baseline: object = None
+        for kind, name in pairs:
+            row = measure(options.scenario, kind, name, options.rounds, seed)
+            baseline = row["accuracy"] if baseline is None else baseline
             row["points_lost"] = round(100 * (baseline - row["accuracy"]), 2)  # type: ignore[operator]
             print(json.dumps(row) if options.json else row, flush=True)
 

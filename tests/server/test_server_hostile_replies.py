@@ -346,6 +346,17 @@ def test_a_round_that_is_run_again_takes_the_stored_reply():
     assert all(torch.equal(t, values(once)[n]) for n, t in values(again).items())
 
 
+def test_a_round_that_is_run_again_takes_no_second_receipt_for_its_charge():
+    """One charge is one release: two receipts for it would be two."""
+    once, again = make_strategy(nodes=1), make_strategy(nodes=1)
+    (request,) = ask(once)
+    once.aggregate_train(1, [train_reply(request, delta_for(request, once))])
+    again.receipts = once.receipts
+    (request,) = ask(again)
+    again.aggregate_train(1, [train_reply(request, delta_for(request, again, 0.002))])  # its receipt is a later one
+    assert again.tally.dropped_by == {"replay": 1}
+
+
 def test_another_nodes_reply_is_no_reply():
     strategy = make_strategy(nodes=2, experts_per_node=6, assignment="all")
     one, two = ask(strategy)

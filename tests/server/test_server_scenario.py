@@ -119,7 +119,7 @@ def without(key) -> str:
             "federation.min_holders is 2, must be at most 1: 3 nodes a round × 3 experts hold 9 places, "
             "6 experts × min_holders 2 need 12",
         ),
-        ("data.source", "mnist", "data.source is 'mnist', must be 'digits'"),
+        ("data.source", "cifar", "data.source is 'cifar', must be 'digits'"),
         ("privacy.unit", "node", "privacy.unit is 'node', must be 'record'"),
         # what does not fit together
         ("model.experts.top_k", 7, "model.experts: top_k is 7, must be at most the 6 routed experts"),

@@ -19,7 +19,13 @@ from simulations.plan import plan
 from simulations.predict import predict
 from simulations.simulate import simulate
 
-SMALL = {"federation.rounds": 2, "partition.nodes": 2, "partition.min_records": 1, "training.steps": 1}
+SMALL = {
+    "federation.rounds": 2,
+    "partition.nodes": 2,
+    "partition.min_records": 1,
+    "training.steps": 1,
+    "federation.min_holders": 0,
+}
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from model.moe import MoELayer
 from model.routers import Routing
 from privacy.audit.model import LOAD_CHECKS
 from privacy.audit.subject import Subject
+from privacy.bookkeeping import Units
 from privacy.dpsgd import DpSgd, PrivateTraining, train_privately
 from privacy.ledger.verification import audit_history
 from privacy.load_histogram import GRID_BITS, LoadHistogram, load_name, noise_parts, release_shares, token_shares
@@ -226,6 +227,35 @@ def test_every_experts_load_is_noised_as_stated_whoever_is_there():
             law = stats.chi2(entry.numel())
             assert law.ppf(5e-7) < float(entry.square().sum()) < law.ppf(1 - 5e-7)
         assert stats.kstest(values.flatten().numpy(), "norm").pvalue > 1e-6
+
+
+def test_the_noise_is_for_all_layers_together():
+    """Two layers, nobody there: 8 values of 60 charges, false alarm 1e-6. With √K for √(L·K) squares were halved."""
+    network = build(make_text_config(), seed=3)
+    nobody = {name: tensor[:0] for name, tensor in make_text(1).items()}
+    values = []
+    for number in range(60):
+        with training_of(network, secret=derive(SECRET, number)) as training:
+            training.step(nobody, UnitIndex(0))
+            assert training.loads.keys() == {"load/0", "load/1"}
+            values += list(training.loads.values())
+    square = float((torch.stack(values).double() / (MECHANISM.noise_parts["loads"] * 2)).square().sum())
+    assert stats.chi2(480).ppf(5e-7) < square < stats.chi2(480).ppf(1 - 5e-7)
+
+
+def test_an_example_that_no_mode_ran_counts_as_nothing():
+    network, batch = build(make_config(), seed=3), make_batch(4)
+    loads = LoadHistogram(network, 1.0)
+    loads.begin_batch(torch.tensor([5, 2, 9, 7]))
+    with loads.watching(torch.tensor([9, 5]), batch), torch.no_grad():
+        network({name: tensor[[2, 0]] for name, tensor in batch.items()})
+    with torch.no_grad():
+        network(batch)  # not watched
+    loads.end_batch(Units.one_each(4))
+    counted = loads.take_sums()
+    loads.close()
+    expected = [histogram(network, batch, [number])[0] for number in (0, 2)]
+    assert [Fraction(value) for value in counted.tolist()] == [a + b for a, b in zip(*expected, strict=True)]
 
 
 def test_noise_lies_on_the_grid_of_the_counts():

@@ -15,6 +15,7 @@ from clients.trainer import train
 from model import build, parameters
 from server.balancing import Balancer, BalancingConfig, load_bound, plausible
 from server.scenario import parse_scenario
+from server.validation import norm_bound
 
 CONFIG = make_config(router={"kind": "sigmoid"})
 PLAN = make_plan(model=CONFIG, load_share=0.1)
@@ -171,6 +172,11 @@ def test_honest_loads_are_within_the_bound_the_most_one_sided_included(size, rat
         loads = train(plan, held, sent, network.synthetic_batch(size), size, bytes([number]) * 32).loads
         assert plausible(loads, load_bound(plan, size))
     assert not plausible({"load/0": torch.tensor([1.01 * load_bound(plan, size)])}, load_bound(plan, size))
+
+
+def test_the_norm_bound_allows_for_the_gradients_own_part_of_the_noise():
+    whole = norm_bound(make_plan(model=CONFIG, noise_multiplier=2.0 / math.sqrt(0.6)), 400, 100, 1)
+    assert norm_bound(make_plan(model=CONFIG, load_share=0.4), 400, 100, 1) == pytest.approx(whole, rel=1e-12)
 
 
 # --- the scenario -----------------------------------------------------------------------------------------------------

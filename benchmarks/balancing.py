@@ -15,20 +15,17 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
+from whole_run import whole_run
 
 from data.shipped_scenarios import find
 from model import build
 from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.randomness import derive
-from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.simulate import simulate
 
 Row = dict[str, object]
 
@@ -48,19 +45,15 @@ def balance(name: str, router: str, seed: int, *, on: bool) -> Row:
     if on:
         changes["balancing"] = {"share": SHARE, "rate": rate, "decay": DECAY}
     scenario = read_scenario(find(name), changes)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.create(scenario, Path(folder) / "run")
-        started = time.perf_counter()
-        summary = simulate(scenario, directory)
-        seconds = time.perf_counter() - started
-        lines = directory.metrics()
+    run = whole_run(scenario)
+    summary, lines, seconds = run
     measure = "accuracy" if "accuracy" in lines[-1] else "bits_per_byte"
     load = lines[-1]["load"][0]
     late = [max(line["load"][0]) * len(load) for line in lines[-(len(lines) // 3) :]]
     return {
         "measure": "balance", "scenario": name, "router": router, "seed": seed, "balancing": on,
         measure: round(lines[-1][measure], 4),
-        "max_over_mean": round(max(load) * len(load), 3),
+        "max_over_mean": run.max_over_mean_load,
         "max_over_mean_late": round(statistics.mean(late), 3),
         "min_over_mean": round(min(load) * len(load), 3),
         "epsilon": round(summary.epsilon, 4),

@@ -7,37 +7,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
-from pathlib import Path
+
+from whole_run import whole_run
 
 from data.shipped_scenarios import find
-from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.simulate import simulate
 
 SCENARIOS = ("digits", "digits-open")
 
 
 def measure(name: str, seed: int) -> dict[str, object]:
     scenario = read_scenario(find(name), {"seed": seed})
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunDirectory.create(scenario, Path(folder) / "run")
-        started = time.perf_counter()
-        summary = simulate(scenario, run)
-        seconds = time.perf_counter() - started
-        last = run.metrics()[-1]
-    load = last["load"][0]
+    run = whole_run(scenario)
+    summary, last = run.summary, run.metrics[-1]
     return {
         "scenario": name,
         "seed": seed,
         "accuracy": round(summary.accuracy, 4),
         "accuracy_without_experts": round(last["accuracy_without_experts"], 4),
         "epsilon": summary.epsilon if summary.epsilon != float("inf") else "inf",
-        "max_over_mean_load": round(max(load) * len(load), 3),
+        "max_over_mean_load": run.max_over_mean_load,
         "bytes_per_node": summary.bytes_per_node,
         "bytes_share": round(summary.bytes_per_node / summary.bytes_full_model, 4),
-        "seconds": round(seconds, 2),
+        "seconds": round(run.seconds, 2),
     }
 
 

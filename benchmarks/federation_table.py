@@ -14,18 +14,16 @@ import argparse
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from whole_run import whole_run
+
 from data.shipped_scenarios import find, shipped
 from model.costs import costs_of
-from server.run_directory import RunDirectory
 from server.scenario import Scenario, read_scenario
 from simulations.baselines import baseline
-from simulations.simulate import simulate
 
 Row = dict[str, object]
 
@@ -65,11 +63,7 @@ def key(data: str, row: str, seed: int, scenario: Scenario) -> tuple[object, ...
 
 def run(data: str, row: str, seed: int, scenario: Scenario, workers: int) -> Row:
     """Simulate one cell."""
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.create(scenario, Path(folder) / "run")
-        started = time.perf_counter()
-        summary = simulate(scenario, directory, workers=workers)
-        seconds = time.perf_counter() - started
+    summary, _, seconds = whole_run(scenario, workers=workers)
     return {
         "data": data,
         "row": row,

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
 from collections.abc import Iterable
-from pathlib import Path
+
+from whole_run import whole_run
 
 from data.shipped_scenarios import find
-from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.simulate import simulate
 
 ROUTERS = {
     "softmax": {"kind": "softmax"},
@@ -51,23 +48,18 @@ def run(name: str, router: str, seed: int) -> dict[str, object]:
         # One token an example: the loss that does not degenerate. The scenario's own router stays as it is.
         changes["model.experts.router"] = {**ROUTERS[router], "balance_loss": "uniform"}
     scenario = read_scenario(find(shipped), changes)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.create(scenario, Path(folder) / "run")
-        started = time.perf_counter()
-        summary = simulate(scenario, directory)
-        seconds = time.perf_counter() - started
-        last = directory.metrics()[-1]
+    finished = whole_run(scenario)
+    last = finished.metrics[-1]
     measure = "accuracy" if "accuracy" in last else "bits_per_byte"
-    load = last["load"][0]
     return {
         "scenario": name,
         "router": router,
         "seed": seed,
         measure: round(last[measure], 4),
         "without_experts": round(last[f"{measure}_without_experts"], 4),
-        "max_over_mean_load": round(max(load) * len(load), 3),
-        "bytes_per_node": summary.bytes_per_node,
-        "seconds": round(seconds, 1),
+        "max_over_mean_load": finished.max_over_mean_load,
+        "bytes_per_node": finished.summary.bytes_per_node,
+        "seconds": round(finished.seconds, 1),
     }
 
 

@@ -10,25 +10,23 @@ import argparse
 import itertools
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Size, Tensor
+from whole_run import whole_run
 
 import clients.node
 from clients.encodings import Encoding, encodings_of, wire_form
 from clients.trainer import Trained, train
 from data.shipped_scenarios import find
 from privacy.randomness import derive, standard_normal
-from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.simulate import simulate
 
 ENCODINGS: tuple[Encoding, ...] = ("fp32", "bf16", "int8")
 SHAPES = {f"expert/0/{number}/up.weight": Size([100, 100]) for number in range(100)}
@@ -44,7 +42,8 @@ def rounded_in_equal_noise(encoding: Encoding) -> Iterator[None]:
         trained = train(*arguments[:5], secret, **options)
         shapes = {name: tensor.shape for name, tensor in trained.delta.items()}
         form = wire_form(shapes, encodings_of(encoding, shapes))
-        return Trained(form.decode(form.encode(trained.delta, derive(secret, "encoding"))), trained.clip)
+        sent = form.encode(trained.delta, derive(secret, "encoding"))
+        return replace(trained, delta=form.decode(sent))
 
     with mock.patch.object(clients.node, "train", train_and_round):
         yield
@@ -52,12 +51,8 @@ def rounded_in_equal_noise(encoding: Encoding) -> Iterator[None]:
 
 def run(seed: int, changes: dict[str, object]) -> dict[str, float]:
     scenario = read_scenario(find("digits"), {"seed": seed} | changes)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory.create(scenario, Path(folder) / "run")
-        started = time.perf_counter()
-        summary = simulate(scenario, directory)
-        seconds = time.perf_counter() - started
-        last = directory.metrics()[-1]
+    summary, metrics, seconds = whole_run(scenario)
+    last = metrics[-1]
     up, down = last["bytes_up_per_node"], last["bytes_down_per_node"]
     return {"accuracy": summary.accuracy, "bytes_up": up, "bytes_down": down, "seconds": seconds}
 

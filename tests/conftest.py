@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -63,3 +68,13 @@ def make_batch(examples: int, classes: int = 5, seed: int = 1) -> Batch:
         "image": torch.rand(examples, 1, 8, 8, generator=generator),
         "label": torch.randint(classes, (examples,), generator=generator),
     }
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """Import ``benchmarks/<name>.py``, which may import its siblings by their bare names."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))

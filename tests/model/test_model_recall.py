@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
-
-_SCRIPT = Path(__file__).parents[2] / "benchmarks" / "recall.py"
+from conftest import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def recall():
-    spec = importlib.util.spec_from_file_location("recall", _SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("recall")
 
 
 def test_the_answer_is_96_tokens_before_the_question(recall):

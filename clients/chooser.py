@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from clients.protocol import Plan
 from data.sources import GROUP, Records
 from model import parameters
 from model.building import empty
+from model.moe import MoELayer
 from privacy.bookkeeping import Units
 from privacy.choice import choose
 from privacy.load_histogram import LoadHistogram
@@ -20,6 +21,13 @@ from privacy.unit_index import UnitIndex
 _AT_ONCE = 512
 SENSITIVITY = 1.0
 """A unit's tokens can all choose an expert, and no more: it moves a worth by at most 1."""
+
+
+class _Silent(nn.Module):
+    """Routed experts that add nothing."""
+
+    def forward(self, rows_ND: Tensor, *_: Tensor) -> Tensor:
+        return torch.zeros_like(rows_ND)
 
 
 def choice_shapes(plan: Plan, capacity: int) -> dict[str, Size]:
@@ -65,11 +73,10 @@ def worths(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[
     """
     held = plan.model.all_experts
     network = empty(plan.model, held)
-    shapes = parameters.shapes(plan.model, held)
-    whole = {name: tensors[name] if name in tensors else torch.zeros(shape) for name, shape in shapes.items()}
-    network.load_state_dict(
-        {name: tensor.clone() for name, tensor in parameters.join(whole, held).items()}, assign=True
-    )
+    for module in network.modules():
+        if isinstance(module, MoELayer):
+            module.register_module("experts", _Silent())  # none came along, and none needs room here
+    network.load_state_dict(parameters.join(tensors, held), assign=True)
     network.eval()
     count = len(next(iter(records.values())))
     index = UnitIndex(count, records[GROUP] if plan.privacy.unit == "group" else None, plan.privacy.records_per_unit)

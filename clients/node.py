@@ -35,7 +35,7 @@ from data.schema import Schema
 from data.sources import GROUP, Records
 from model import BadInputError, HeldExperts, ModelConfig, parameters
 from privacy.affinity_config import AffinityPlan
-from privacy.canonical import sha256
+from privacy.canonical import canonical_json, sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
     BudgetExhaustedError,
@@ -46,6 +46,7 @@ from privacy.ledger import (
     LedgerMismatchError,
     PlanClosedError,
     ReplyExpiredError,
+    Reservation,
     SignedHead,
     StoredReply,
 )
@@ -123,18 +124,10 @@ class Node:
         self._check_receipt(request.receipt)
         tensors = tensors_of(content, expected, encodings_of(plan.traffic.model, expected))
         charge = _charge_for(request, body_of(content), seeded=self.policy.simulation)
-        charge_id = charge.charge_id(self.ledger.genesis.ledger_id)
-        if not self.ledger.knows(charge_id) and not self.ledger.is_open(request.run_id, plan.hash):
-            self._set_aside(plan, request.run_id)
-        with self.ledger.lease():
-            clip_name, experts_name = f"{request.run_id}/{plan.hash}/clip", state_name(request.run_id, plan)
-            start, kept = self.ledger.local_state(clip_name), self.ledger.local_state(experts_name)
-            secret = self.new_secret(charge_id)
-            key = repeat_key(torch.device("cpu"), start if kept is None else (start or b"") + sha256(kept).encode())
-            with _as_codes():
-                reservation = self.ledger.reserve(charge, secret, repeat_key=key)
-            if isinstance(reservation, StoredReply):
-                return _reply(reservation)
+        clip_name, experts_name = f"{request.run_id}/{plan.hash}/clip", state_name(request.run_id, plan)
+        with self._paid(plan, charge, clip_name, experts_name) as (paid, (start, kept)):
+            if isinstance(paid, StoredReply):
+                return _reply(TrainReply, paid)
             own = local_experts(plan, request.held, kept)
             trained = train(
                 plan,
@@ -142,20 +135,20 @@ class Node:
                 {**tensors, **own},
                 self.records,
                 self.declared_size,
-                reservation.secret,
+                paid.secret,
                 clip=None if start is None else float(start),
             )
             # Rounded after the noise, by the charge's own secret: the same charge always gives the same bytes.
             form = wire_form(plan.reply_shapes(request.held), encodings_of(plan.traffic.delta, expected))
             delta = {name: trained.delta[name] for name in expected}
-            output = form.encode(delta | trained.loads, derive(reservation.secret, "encoding"))
+            output = form.encode(delta | trained.loads, derive(paid.secret, "encoding"))
             # Only the door's bytes leave: after a race they are another worker's, so the delta itself is not shared.
             state = {} if trained.clip is None else {clip_name: repr(trained.clip).encode()}
             if own:
                 after = {name: tensor + trained.delta[name] for name, tensor in own.items()}
                 state[experts_name] = packed(kept, after)
             with _as_codes():
-                return _reply(release(self.ledger, reservation, output, form.shapes, state, form.dtypes))
+                return _reply(TrainReply, release(self.ledger, paid, output, form.shapes, state, form.dtypes))
 
     def choose(self, request: ChooseRequest, content: RecordDict) -> RecordDict:
         """Check, charge, choose experts, commit; return the content of the reply. As :meth:`train`.
@@ -176,19 +169,36 @@ class Node:
             round=request.round,
             model_in_hash=sha256(body_of(content)),
         )
-        charge_id = charge.charge_id(self.ledger.genesis.ledger_id)
-        if not self.ledger.knows(charge_id) and not self.ledger.is_open(request.run_id, plan.hash):
-            self._set_aside(plan, request.run_id)
-        with self.ledger.lease():
-            secret = self.new_secret(charge_id)
-            with _as_codes():
-                reservation = self.ledger.reserve(charge, secret, repeat_key=repeat_key(torch.device("cpu"), None))
-            if isinstance(reservation, StoredReply):
-                return _choice_reply(reservation)
+        with self._paid(plan, charge) as (paid, _):
+            if isinstance(paid, StoredReply):
+                return _reply(ChooseReply, paid)
             capacity = self.policy.capacity(plan.model)
-            chosen = choice(plan, tensors, self.records, capacity, reservation.secret)
+            chosen = choice(plan, tensors, self.records, capacity, paid.secret)
             with _as_codes():
-                return _choice_reply(release(self.ledger, reservation, chosen, choice_shapes(plan, capacity)))
+                return _reply(ChooseReply, release(self.ledger, paid, chosen, choice_shapes(plan, capacity)))
+
+    @contextmanager
+    def _paid(
+        self, plan: Plan, charge: ChargeRequest, *names: str
+    ) -> Iterator[tuple[Reservation | StoredReply, tuple[bytes | None, ...]]]:
+        """Reserve a charge of a plan and hold the ledger's lease while its work is done.
+
+        Args:
+            names: of local state that the output follows from, read under the lease.
+
+        Yields:
+            What pays, or the reply that was stored before; and the local state.
+        """
+        charge_id = charge.charge_id(self.ledger.genesis.ledger_id)
+        if not self.ledger.knows(charge_id) and not self.ledger.is_open(charge.run_id, charge.plan_hash):
+            self._set_aside(plan, charge.run_id)
+        with self.ledger.lease():
+            states = tuple(self.ledger.local_state(name) for name in names)
+            secret = self.new_secret(charge_id)
+            key = repeat_key(torch.device("cpu"), _joined(states))
+            with _as_codes():
+                reservation = self.ledger.reserve(charge, secret, repeat_key=key)
+            yield reservation, states
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
         self.policy.check(plan, scenario)
@@ -242,12 +252,15 @@ def _as_codes() -> Iterator[None]:
         raise ProtocolError("not-allowed", str(error)) from error
 
 
-def _reply(stored: StoredReply) -> RecordDict:
-    return encode(TrainReply(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
+def _joined(states: tuple[bytes | None, ...]) -> bytes | None:
+    """Return what stands for several states at once; None where there are none."""
+    if all(state is None for state in states):
+        return None
+    return canonical_json(["" if state is None else sha256(state) for state in states])
 
 
-def _choice_reply(stored: StoredReply) -> RecordDict:
-    return encode(ChooseReply(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
+def _reply(kind: type[TrainReply | ChooseReply], stored: StoredReply) -> RecordDict:
+    return encode(kind(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
 
 
 def _choice_charge(plan: Plan, affinity: AffinityPlan, run_id: str, *, seeded: bool) -> ChargeRequest:
@@ -307,7 +320,7 @@ def _charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
         releases=tuple(release_shares(plan.load_share)),
         numeric=_numeric_level(plan),
         rng="seeded" if seeded else "os-entropy",
-        parts=tuple(plan.noise_parts.items()) if len(plan.releases) > 1 else (),
+        parts=tuple(plan.noise_parts.items()) if plan.load_share else (),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from model.config import Frozen
+from privacy.calibration import PlannedChoices
 from privacy.mechanisms import ExponentialChoice
 
 
@@ -29,3 +30,8 @@ class AffinityPlan(Frozen):
     def mechanism(self, layers: int) -> ExponentialChoice:
         """Return what one round's choosing is charged as."""
         return ExponentialChoice(epsilon=self.epsilon, choices=self.experts * layers)
+
+    def planned(self, rounds: int, layers: int) -> tuple[PlannedChoices, ...]:
+        """Return what all choosing of a run is charged as; nothing in a run too short for it."""
+        count = self.count(rounds)
+        return (PlannedChoices(mechanism=self.mechanism(layers), charges=count),) if count else ()

@@ -120,15 +120,24 @@ def calibrate_plan(
 
 @lru_cache(maxsize=256)
 def calibrate_noise(
-    *, epsilon: float, delta: float, sampling_rate: float, steps_per_charge: int, charges: int
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps_per_charge: int,
+    charges: int,
+    choices: tuple[PlannedChoices, ...] = (),
 ) -> float:
     """Return the smallest σ (to 1e-6) for which all charges of a plan of one release pass the filter of (ε, δ).
 
+    Args:
+        choices: what the same plan pays for first.
+
     Raises:
-        BadInputError: even σ = 1e6 is not enough.
+        BadInputError: the choices alone exceed the budget, or even σ = 1e6 is not enough.
     """
     release = PlannedRelease(sampling_rate=sampling_rate, steps=steps_per_charge, charges=charges)
-    return calibrate_plan(epsilon=epsilon, delta=delta, releases=[release])[0].noise_multiplier
+    return calibrate_plan(epsilon=epsilon, delta=delta, releases=[release], choices=choices)[0].noise_multiplier
 
 
 def _price(release: PlannedRelease, noise: float, order: float) -> int:

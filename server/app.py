@@ -18,7 +18,8 @@ from model import BadInputError, build, parameters
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
-from server.node_account import NodeAccount, NodeLevel
+from server.node_account import NodeAccount
+from server.node_rounds import NodeLevel
 from server.receipts import ReceiptBook
 from server.roster import Roster
 from server.run_directory import RunDirectory

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from safetensors.torch import load
-from torch import Tensor
 
-from clients.protocol import Plan, pack
-from model.config import HeldExperts
 from model.errors import BadInputError
-from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
-    BudgetExhaustedError,
-    ChargeAbandonedError,
     ChargeRequest,
     Genesis,
     Ledger,
@@ -31,89 +23,8 @@ from privacy.ledger.witness import Witness
 from privacy.mechanisms import SampledGaussian
 from privacy.randomness import derive, fresh_secret
 from server.config import NodePrivacyConfig
-from server.node_level import NodeLevelSum, own_experts, secret_cohort
 
 KIND = "aggregate"
-
-
-class NodeLevel:
-    """What a round asks and publishes where the node is the unit."""
-
-    def __init__(
-        self,
-        account: NodeAccount,
-        *,
-        config: NodePrivacyConfig,
-        mechanism: SampledGaussian,
-        plan: Plan,
-        run_id: str,
-        experts_per_node: int,
-        seed: int,
-    ) -> None:
-        """Set up a run; ``mechanism`` is what one round is charged as."""
-        self._account, self._config, self._mechanism = account, config, mechanism
-        self._plan, self._run_id, self._count, self._seed = plan, run_id, experts_per_node, seed
-        self._plan_hash = sha256((plan.hash + config.json_for_hash()).encode())
-        self._paid: Reservation | StoredReply | None = None
-
-    def begin(self, nodes: Sequence[str], round_number: int) -> dict[str, HeldExperts]:
-        """Charge a round and return its secret cohort: node → what it trains.
-
-        Nobody is asked in a round that was committed before, or that was given up after crashes.
-
-        Raises:
-            BadInputError: the account does not allow the round.
-        """
-        try:
-            self._paid = self._account.reserve(
-                self._run_id, round_number, self._plan_hash, self._mechanism, self._config.clip
-            )
-        except ChargeAbandonedError:
-            self._paid = None
-        except BudgetExhaustedError as error:
-            raise BadInputError(
-                f"node_privacy: epsilon {self._config.epsilon:g} is spent, must leave room for round {round_number}"
-            ) from error
-        if not isinstance(self._paid, Reservation):
-            return {}
-        experts = self._plan.model.experts.routed
-        return {
-            node: own_experts(
-                node,
-                experts=experts,
-                count=self._count,
-                layers=self._plan.model.layers,
-                seed=self._seed,
-                round_number=round_number,
-            )
-            for node in secret_cohort(nodes, self._mechanism.sampling_rate, self._paid.secret)
-        }
-
-    def collect(self, nodes: Sequence[str]) -> NodeLevelSum:
-        """Return what the contributions of a cohort are added to."""
-        return NodeLevelSum(
-            nodes,
-            shapes=self._plan.travelling(self._plan.model.all_experts),
-            clip=self._config.clip,
-            noise_multiplier=self._mechanism.noise_multiplier,
-            expected_nodes=self._mechanism.sampling_rate * self._config.nodes,
-            expert_share=self._count / self._plan.model.experts.routed,
-        )
-
-    def publish(self, collected: NodeLevelSum) -> dict[str, Tensor]:
-        """Commit the round's noised step and return it: every tensor, or none in a round that was given up."""
-        if self._paid is None:
-            return {}
-        body = (
-            self._account.commit(self._paid, pack(collected.result(self._paid.secret)))
-            if isinstance(self._paid, Reservation)
-            else self._paid.body
-        )
-        return load(body)
-
-    def close(self) -> None:
-        """Close the account's file."""
-        self._account.ledger.close()
 
 
 class NodeAccount:

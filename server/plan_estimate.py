@@ -80,8 +80,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
             sampling_rate=privacy.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.training.steps
         )
         charges: dict[Mechanism, int] = {charge: rounds}
-        if plan.affinity is not None and plan.affinity.count(rounds):
-            charges[plan.affinity.mechanism(plan.model.layers)] = plan.affinity.count(rounds)
+        if plan.affinity is not None:
+            charges |= {item.mechanism: item.charges for item in plan.affinity.planned(rounds, plan.model.layers)}
         units = sum(count * charge_units(mechanism, order) for mechanism, count in charges.items())
         epsilon = epsilon_of(units, order, privacy.delta)
         accountants = epsilon_by_accountant(charges, privacy.delta)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from copy import deepcopy
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
 from model.explain import explain, keys_of
 from privacy.affinity_config import AffinityPlan
-from privacy.calibration import PlannedChoices, PlannedRelease, calibrate_noise, calibrate_plan
+from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
 from privacy.mechanisms import SampledGaussian
 from server.balancing import BalancingConfig
@@ -154,16 +153,14 @@ class Scenario(Frozen):
         noise = None
         affinity = self._affinity_plan
         if self.privacy.mechanism == "gaussian":
-            release = PlannedRelease(
+            noise = calibrate_noise(
+                epsilon=self.privacy.epsilon,
+                delta=self.privacy.delta,
                 sampling_rate=self.privacy.sampling_rate,
-                steps=self.training.steps,
+                steps_per_charge=self.training.steps,
                 charges=self.federation.rounds,
+                choices=() if affinity is None else affinity.planned(self.federation.rounds, self.model.layers),
             )
-            choices = []
-            if affinity is not None and affinity.count(self.federation.rounds):
-                mechanism = affinity.mechanism(self.model.layers)
-                choices.append(PlannedChoices(mechanism=mechanism, charges=affinity.count(self.federation.rounds)))
-            noise = _calibrated(self.privacy.epsilon, self.privacy.delta, release, tuple(choices))
         return Plan(
             model=self.model,
             privacy=self.privacy,
@@ -213,12 +210,6 @@ class Scenario(Frozen):
     def toml_for_hash(self) -> str:
         """Return the same without younger keys that are at their defaults; see :class:`model.config.Frozen`."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude=self.nothing_new()))
-
-
-@lru_cache(maxsize=256)
-def _calibrated(epsilon: float, delta: float, release: PlannedRelease, choices: tuple[PlannedChoices, ...]) -> float:
-    """Return σ, worked out once: the same plan is asked for again and again."""
-    return calibrate_plan(epsilon=epsilon, delta=delta, releases=[release], choices=choices)[0].noise_multiplier
 
 
 def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:

@@ -30,13 +30,14 @@ from clients.protocol import (
     wire_form,
 )
 from model import HeldExperts
+from privacy.canonical import sha256
 from privacy.ledger import SignedHead
 from server.aggregation import Contribution
 from server.assignment import assign
 from server.balancing import BIAS, Balancer, BalancingConfig
 from server.cohort import choose_cohort
 from server.config import FederationConfig
-from server.node_account import NodeLevel
+from server.node_rounds import NodeLevel
 from server.optimizer import ServerOptimizer
 from server.receipts import EMPTY_RECEIPT, ReceiptBook
 from server.robust import make_aggregator
@@ -251,6 +252,7 @@ class ExpertStrategy(Strategy):
             return
         snapshot = self.optimizer.snapshot()
         tensors = encode_tensors({name: snapshot[name] for name in self.plan.choosing_shapes})
+        sent = sha256(tensors["body"].data)
         asked = {node: (name, description) for name, (node, description) in self.nodes.items()}
         messages = []
         for node, (name, _) in asked.items():
@@ -268,7 +270,7 @@ class ExpertStrategy(Strategy):
                 continue
             name, description = asked.pop(node)
             try:
-                self.wishes.take(server_round, description, self.run_id, reply.content, self.receipts)
+                self.wishes.take(server_round, description, self.run_id, sent, reply.content, self.receipts)
             except ProtocolError as error:
                 log.warning("node %s did not choose: %s", name, error)
         self.receipts.save()

@@ -25,7 +25,7 @@ from clients.protocol import (
 )
 from privacy.canonical import sha256
 from privacy.clipping import AdaptiveClip
-from privacy.ledger import ChargeRequest
+from privacy.ledger.entry import charge_id_of
 from privacy.load_histogram import DELTA
 from privacy.local_optimizers import AdamConfig
 from server.balancing import load_bound, plausible, split_loads
@@ -122,20 +122,14 @@ class ReplyChecker:
         held = str(asked.request.held)
         if held not in self._model_in:
             self._model_in[held] = asked.request.model_in_hash(body_of(asked.content))
-        return ChargeRequest(
-            kind="train",
+        return charge_id_of(
+            "train",
+            ledger_id=asked.node.ledger_id,
             run_id=asked.request.run_id,
-            round=asked.request.round,
+            round_number=asked.request.round,
             plan_hash=self._plan_hash,
             model_in_hash=self._model_in[held],
-            clip=self._plan.privacy.clip,
-            # What follows is for the node's own books and no part of the identity.
-            code_hash="",
-            mechanism=None,
-            releases=(),
-            numeric="fast",
-            rng="os-entropy",
-        ).charge_id(asked.node.ledger_id)
+        )
 
     def _keep_receipt(self, answer: TrainReply, body: bytes, asked: Asked) -> None:
         self._receipts.keep(

@@ -16,6 +16,7 @@ from model import HeldExperts
 from model.errors import BadInputError
 from model.store import write_atomically
 from privacy.canonical import sha256
+from privacy.ledger.entry import charge_id_of
 from server.affinity import fill_gaps
 from server.receipts import KeptReceipt, ReceiptBook
 
@@ -52,9 +53,12 @@ class Wishes:
         return self._plan.affinity is not None and self._plan.affinity.due(round_number) and self.round < round_number
 
     def take(
-        self, round_number: int, node: Description, run_id: str, content: RecordDict, receipts: ReceiptBook
+        self, round_number: int, node: Description, run_id: str, sent: str, content: RecordDict, receipts: ReceiptBook
     ) -> None:
         """Take a node's answer.
+
+        Args:
+            sent: SHA-256 of the tensors that went with the question: the charge must be for them.
 
         Raises:
             ProtocolError: it refused, or what it sent is no choice of experts; what it wished before stands.
@@ -68,6 +72,16 @@ class Wishes:
         wrong = receipts.why_refused(node, answer.receipt)
         if wrong is not None:
             raise ProtocolError("bad-request", f"its receipt was refused: {wrong}")
+        charge_id = charge_id_of(
+            "choose",
+            ledger_id=node.ledger_id,
+            run_id=run_id,
+            round_number=round_number,
+            plan_hash=plan.hash,
+            model_in_hash=sent,
+        )
+        if answer.charge_id != charge_id:
+            raise ProtocolError("bad-request", "its charge is not for what was asked")
         receipts.keep(
             KeptReceipt(
                 round=round_number,

@@ -138,6 +138,13 @@ def ledger_id_of(public_key: str) -> str:
     return sha256(bytes.fromhex(public_key))[:32]
 
 
+def charge_id_of(
+    kind: str, *, ledger_id: str, run_id: str, round_number: int, plan_hash: str, model_in_hash: str
+) -> str:
+    """Identify a charge by its whole content, so other content is another charge; whoever asks can work it out."""
+    return sha256(canonical_json([run_id, round_number, ledger_id, plan_hash, model_in_hash, kind]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChargeRequest:
     """What a node is about to spend, and on what. Nothing here derives from private data.
@@ -163,9 +170,14 @@ class ChargeRequest:
     parts: tuple[tuple[str, float], ...] = ()
 
     def charge_id(self, ledger_id: str) -> str:
-        """Identify the charge by its whole content, so other content is another charge."""
-        return sha256(
-            canonical_json([self.run_id, self.round, ledger_id, self.plan_hash, self.model_in_hash, self.kind])
+        """Identify the charge in a ledger; see :func:`charge_id_of`."""
+        return charge_id_of(
+            self.kind,
+            ledger_id=ledger_id,
+            run_id=self.run_id,
+            round_number=self.round,
+            plan_hash=self.plan_hash,
+            model_in_hash=self.model_in_hash,
         )
 
     def mechanism_json(self) -> str:

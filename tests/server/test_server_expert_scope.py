@@ -9,7 +9,7 @@ from server_samples import ask, delta_for, held_of, make_plan, make_strategy, tr
 
 from clients.protocol import body_of
 from data.shipped_scenarios import find
-from model import BadInputError, parameters
+from model import BadInputError
 from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
@@ -79,4 +79,3 @@ def test_a_run_is_the_same_with_workers_is_audited_and_sends_less(tmp_path, scop
     assert audit_run(RunDirectory(tmp_path / "1")).verdict == "NOT_REFUTED"
     assert summaries[1].bytes_per_node < summaries[0].bytes_per_node
     assert summaries[1].epsilon == summaries[0].epsilon
-    assert parameters.shapes(scenario.model, scenario.model.all_experts)  # the whole model is saved

@@ -20,8 +20,9 @@ from privacy.ledger.reading import LedgerFile
 from privacy.mechanisms import SampledGaussian
 from server.aggregation import Contribution
 from server.config import NodePrivacyConfig
-from server.node_account import NodeAccount, NodeLevel
+from server.node_account import NodeAccount
 from server.node_level import NodeLevelSum, clipped, own_experts, secret_cohort
+from server.node_rounds import NodeLevel
 from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
@@ -284,6 +285,15 @@ def test_an_exhausted_account_ends_the_run_with_a_sentence(account):
     level.publish(level.collect(NAMES))
     with pytest.raises(BadInputError, match=r"node_privacy: epsilon 20 is spent, must leave room for round 2"):
         level.begin(NAMES, 2)
+
+
+def test_a_run_that_lost_its_checkpoint_long_ago_is_told_so(account):
+    level = node_level(account, noise=5.0)
+    for round_number in range(1, 11):  # more than the ledger keeps
+        level.begin(NAMES, round_number)
+        level.publish(level.collect([]))
+    with pytest.raises(BadInputError, match=r"node_privacy: round 1 was published before"):
+        level.begin(NAMES, 1)
 
 
 FITTING = {

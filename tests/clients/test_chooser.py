@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import make_batch, make_text, make_text_config
+from conftest import make_batch, make_config, make_text, make_text_config
 from test_protocol import plan
 
 from clients.chooser import choice, choice_shapes, worths
@@ -95,6 +95,24 @@ def test_only_an_order_is_released_and_it_is_what_the_bounds_say():
         assert set(ids) <= set(map(float, range(6)))
     same = [choice(of, sent(of), make_batch(10), 3, b"\3" * 32)["choice/0"] for _ in range(2)]
     assert torch.equal(*same)  # the charge's secret alone decides: a crash repeats it
+
+
+def test_layers_choose_independently():
+    """Next to no ε: both layers' orders are uniform. Ten coincidences of two orders of four: 2e-14."""
+    of = plan(affinity={**AFFINITY, "epsilon": 1e-9, "experts": 4}, model=make_text_config(layers=2))
+    records = {"text": make_text(4)["text"]}
+    assert of.model.experts.routed == 4
+    orders = [choice(of, sent(of), records, 4, bytes([number]) * 32) for number in range(10)]
+    assert not all(torch.equal(chosen["choice/0"], chosen["choice/1"]) for chosen in orders)
+    assert of.affinity.mechanism(of.model.layers).choices == 8
+
+
+def test_exploration_does_not_show_in_a_worth():
+    of = asked(model=make_config(router={"kind": "softmax", "noise": 5.0}))
+    records = make_batch(12)
+    torch.testing.assert_close(
+        torch.stack(worths(of, sent(of), records)), by_hand(of, sent(of), records), atol=1e-6, rtol=0
+    )
 
 
 def test_with_much_epsilon_the_most_useful_come_first():

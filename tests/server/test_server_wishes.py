@@ -100,6 +100,17 @@ def test_a_bad_choice_leaves_what_was_wished_before(content):
     assert wishes.assign({node: {0: (0, 1, 3)}}, 1) == {node: {0: (0, 2, 4)}}
 
 
+def test_a_receipt_that_goes_back_or_is_not_signed_is_refused():
+    wishes, book = Wishes(PLAN), ReceiptBook()
+    wishes.take(3, describe(1), "1", SENT, answer(), book)
+    forged = SignedHead.sign(key_of(2), describe(1).ledger_id, 9, f"{9:064x}")
+    for receipt in (SignedHead.sign(key_of(1), describe(1).ledger_id, 5, f"{5:064x}"), forged):
+        reply = ChooseReply(charge_id=charge_of(1, 5), receipt=receipt)
+        content = encode(reply, pack({"choice/0": torch.arange(3.0)}))
+        with pytest.raises(ProtocolError, match="its receipt was refused"):
+            wishes.take(5, describe(1), "1", SENT, content, book)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     path = tmp_path / "wishes.json"
     path.write_text('{"round": 3}')

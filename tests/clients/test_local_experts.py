@@ -98,18 +98,24 @@ def test_a_redelivery_moves_no_expert_twice(tmp_path):
     assert all(torch.equal(after[name], tensor) for name, tensor in kept_by(node, MIXED).items())
 
 
-def test_a_crash_before_the_commit_leaves_them_as_they_were_and_is_repeated(tmp_path, monkeypatch):
-    node = make_node(tmp_path / "a")
-    ask(node, MIXED)
-    before = kept_by(node, MIXED)
+def crash_at(step, node, monkeypatch):
+    """Let a node die in a step of round two."""
 
     def crash(*args, **options):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "release", crash)
+        patch.setattr(clients.node, step, crash)
         with pytest.raises(MemoryError):
             ask(node, MIXED, 2)
+
+
+def test_a_crash_before_the_commit_leaves_them_as_they_were_and_is_repeated(tmp_path, monkeypatch):
+    node = make_node(tmp_path / "a")
+    ask(node, MIXED)
+    before = kept_by(node, MIXED)
+
+    crash_at("release", node, monkeypatch)
     assert all(torch.equal(before[name], tensor) for name, tensor in kept_by(node, MIXED).items())
     again = ask(node, MIXED, 2)[1]
     undisturbed = make_node(tmp_path / "b")
@@ -121,13 +127,7 @@ def test_where_the_kept_experts_changed_since_the_crash_the_charge_is_given_up(t
     node = make_node(tmp_path)
     ask(node, MIXED)
 
-    def crash(*args, **options):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "train", crash)
-        with pytest.raises(MemoryError):
-            ask(node, MIXED, 2)
+    crash_at("train", node, monkeypatch)
     ask(node, MIXED, 3)  # another round goes on, and moves the experts
     with pytest.raises(ProtocolError) as caught:
         ask(node, MIXED, 2)

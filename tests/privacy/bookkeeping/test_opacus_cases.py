@@ -36,10 +36,13 @@ class OnOurMode:
         found = bookkeeper.gradients(lambda: loss({"x": x}), Units.one_each(len(x)))
         bookkeeper.close()
         assert not bookkeeper.fallbacks
-        for p, gradient in found.per_unit().items():
+        gradients = found.per_unit()
+        for p, gradient in gradients.items():
             assert relative_error(gradient, truth[p]) < 1e-5
         for p, bound_U in zip(found.reached, found.squared_bound_PU.sqrt(), strict=True):
-            assert (bound_U >= truth[p].flatten(1).double().norm(dim=1) * (1 - 1e-5)).all()
+            # Of what is summed: a unit that runs alone is normalised with other last bits, and where its gradient
+            # cancels, they are all that is left of it.
+            assert (bound_U >= gradients[p].flatten(1).double().norm(dim=1)).all()
 
 
 class TestLinear(OnOurMode, Linear_test):

@@ -120,7 +120,7 @@ class Plan(Frozen):
 
     @property
     def choice_share(self) -> float:
-        """What share of the plan's RDP, at the order of its (ε, δ), its choices of experts take; 1 without training."""
+        """What share of the plan's RDP, at the order of its (ε, δ), its choices of experts take; 0 with none."""
         if self.affinity is None or self.noise_multiplier is None:
             return 0.0
         order = fixed_order(self.privacy.epsilon, self.privacy.delta)

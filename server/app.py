@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from clients.protocol import Plan
 from data.shipped_scenarios import scenario_text
@@ -62,7 +65,7 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         seed=scenario.seed,
         run_id=run_id,
         nodes=roster.describe(),
-        tensors=parameters.split(network.state_dict(), network.held),
+        tensors=_initial(plan, parameters.split(network.state_dict(), network.held)),
         scenario=scenario.name,
         receipts=ReceiptBook(run.receipts),
         node_level=_node_level(scenario, plan, run, run_id),
@@ -100,6 +103,11 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     roster.close()
     if strategy.node_level is not None:
         strategy.node_level.close()
+
+
+def _initial(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the global model to begin with. Experts that stay on nodes are silent in it: nobody trains these."""
+    return {name: torch.zeros_like(t) if plan.stays(name) else t for name, t in tensors.items()}
 
 
 def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) -> NodeLevel | None:

@@ -34,6 +34,7 @@ class PlanEstimate:
     parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
     holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
         :func:`server.coverage.outlook`.
+    choices: how often nodes choose experts. choice_share: of the budget's RDP, what that takes.
     node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """
@@ -57,6 +58,8 @@ class PlanEstimate:
     short_of_holders: float
     seconds_per_node_round: float
     seconds_total: float
+    choices: int = 0
+    choice_share: float = 0.0
     node_noise_multiplier: float | None = None
     node_epsilon: float | None = None
     node_delta: float | None = None
@@ -117,6 +120,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         short_of_holders=expected.short,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
+        choices=0 if plan.affinity is None else plan.affinity.count(rounds),
+        choice_share=plan.choice_share,
         node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,
         node_epsilon=node_epsilon,
         node_delta=None if node_level is None else node_level.delta,

@@ -43,6 +43,8 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
             f"{summary.bits_per_byte:.4f} on {scenario.data.test_records} public test windows "
             f"(order-0 entropy of the same bytes: {summary.order0_bits_per_byte:.4f})",
         )
+    if scenario.federation.expert_scope != "federated":
+        table.add_row("", "of what is shared: the experts that stay on nodes are silent in it")
     if scenario.privacy.mechanism == "none":
         table.add_row("privacy", "NONE (epsilon = infinity)")
     else:
@@ -97,6 +99,10 @@ def print_plan(estimate: PlanEstimate) -> None:
         table.add_row("epsilon", f"{estimate.epsilon:.4f} at delta {estimate.delta:g}, RDP at order {estimate.order:g}")
         others = ", ".join(f"{name.upper()} {value:.4f}" for name, value in estimate.accountants.items())
         table.add_row("", f"for comparison: {others}")
+    if estimate.choices:
+        table.add_row(
+            "choices", f"{estimate.choices} times a node chooses its experts, {estimate.choice_share:.1%} of the budget"
+        )
     if estimate.node_epsilon is not None:
         table.add_row(
             "node level",

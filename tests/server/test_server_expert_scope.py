@@ -79,3 +79,9 @@ def test_a_run_is_the_same_with_workers_is_audited_and_sends_less(tmp_path, scop
     assert audit_run(RunDirectory(tmp_path / "1")).verdict == "NOT_REFUTED"
     assert summaries[1].bytes_per_node < summaries[0].bytes_per_node
     assert summaries[1].epsilon == summaries[0].epsilon
+    experts = load(models[1])
+    silent = {name for name, tensor in experts.items() if not tensor.any()}
+    assert silent  # what nobody trained does not speak in the published model
+    if scope["federation.expert_scope"] == "local":
+        last = RunDirectory(tmp_path / "1").metrics()[-1]
+        assert last["accuracy"] == last["accuracy_without_experts"]

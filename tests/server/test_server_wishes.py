@@ -145,7 +145,11 @@ def test_choices_are_charged_before_training_within_the_same_budget(finished):
         admitted = json.loads(entries[0].mechanism)
         assert admitted["also"] == [{"charges": 2, "mechanism": '{"choices":4,"epsilon":"0.3","kind":"exponential"}'}]
         assert int(admitted["units"]) == int(entries[-1].rdp_total)  # what was set aside was spent, to the last unit
-    assert work_out(scenario).epsilon == pytest.approx(summary.epsilon, rel=1e-6)
+    estimate = work_out(scenario)
+    assert estimate.epsilon == pytest.approx(summary.epsilon, rel=1e-6)
+    budget = int(open_history(run.ledgers[0]).genesis.rdp_budget)
+    assert estimate.choices == 2
+    assert estimate.choice_share == pytest.approx(2 * price / budget, rel=1e-3)
 
 
 def test_the_run_is_audited_in_both_directions(finished):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from privacy.ledger.entry import Side
     from server.scenario import Scenario
     from simulations.baselines import Kind
 
@@ -252,6 +253,13 @@ def audit_run(
         raise typer.Exit(EXIT_VIOLATION)
 
 
+HeldOutSide = Annotated[bool, typer.Option("--held-out", help="The ledger of held-out units, of a node's folder.")]
+
+
+def _side(held_out: bool) -> Side:
+    return "held-out" if held_out else "training"
+
+
 NodeFolder = Annotated[Path, typer.Argument(metavar="NODE", help="The node's folder, which holds node.toml.")]
 
 
@@ -265,6 +273,9 @@ def node_init(
     delta: Annotated[float, typer.Option(help="The budget's delta, well below 1 / units.")],
     witness: Annotated[Path, typer.Option(help="A file outside the node's disk that keeps the ledger's last head.")],
     unit: Annotated[str, typer.Option(help="Whose participation is protected: record, or group.")] = "record",
+    held_out: Annotated[
+        float, typer.Option(help="The share of units that never train, to measure models on; with a ledger of its own.")
+    ] = 0.0,
     machine: Annotated[str | None, typer.Option(help="A name in place of the system's machine id.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -273,16 +284,21 @@ def node_init(
 
     created = create_node(
         node,
-        dataset={"id": dataset, "data": str(data.absolute()), "unit": unit, "declared_size": declared_size},
+        dataset={"id": dataset, "data": str(data.absolute()), "unit": unit, "declared_size": declared_size}
+        | ({"held_out": held_out} if held_out else {}),
         budget={"epsilon": epsilon, "delta": delta},
         storage={"witness": str(witness.absolute())} | ({} if machine is None else {"machine": machine}),
     )
-    ledger = created.open_ledger()
     typer.echo(f"{node / 'node.toml'}: budget epsilon {epsilon:g} at delta {delta:g}, per {unit}; edit its policy")
-    typer.echo(f"ledger {ledger.genesis.ledger_id}, key {ledger.current_key}")
+    genesis = created.training.genesis
+    result = {"node": str(node), "ledger_id": genesis.ledger_id, "public_key": genesis.public_key}
+    typer.echo(f"ledger {genesis.ledger_id}, key {genesis.public_key}")
+    if created.held_out is not None:
+        aside = created.held_out.genesis
+        typer.echo(f"ledger {aside.ledger_id} of the {held_out:.0%} held out, key {aside.public_key}, the same budget")
+        result |= {"held_out_ledger_id": aside.ledger_id, "held_out_public_key": aside.public_key}
     if as_json:
-        _print_json({"node": str(node), "ledger_id": ledger.genesis.ledger_id, "public_key": ledger.current_key})
-    ledger.close()
+        _print_json(result)
 
 
 @node_app.command("budget")
@@ -293,6 +309,7 @@ def node_budget(
     ] = None,
     overrides: Overrides = None,
     plot: Annotated[Path | None, typer.Option(help="Write a chart of the spending to this .svg file.")] = None,
+    held_out: HeldOutSide = False,
     as_json: Json = False,
 ) -> None:
     """Show a ledger's budget: spent, set aside, left, what each run took, and what a planned run would add."""
@@ -300,7 +317,7 @@ def node_budget(
     from simulations.tables import print_budget
 
     scenario = None if planned is None else _scenario(planned, overrides or [], None)
-    report = budget_report(source, scenario, plot)
+    report = budget_report(source, scenario, plot, side=_side(held_out))
     print_budget(report)
     if as_json:
         _print_json(report)
@@ -310,23 +327,24 @@ def node_budget(
 def node_export(
     source: Annotated[Path, typer.Argument(metavar="NODE", help="A node's folder, or a ledger.")],
     out: Annotated[Path, typer.Argument(help="The file to write, one JSON object a line; must be new.")],
+    held_out: HeldOutSide = False,
     as_json: Json = False,
 ) -> None:
     """Export a ledger: anyone can audit the file, and it helps to recover a lost ledger."""
     from simulations.budget import export_ledger
 
-    entries = export_ledger(source, out)
+    entries = export_ledger(source, out, side=_side(held_out))
     typer.echo(f"{out}: {entries} entries")
     if as_json:
         _print_json({"export": str(out), "entries": entries})
 
 
 @node_app.command("rotate-key")
-def node_rotate_key(node: NodeFolder, as_json: Json = False) -> None:
+def node_rotate_key(node: NodeFolder, held_out: HeldOutSide = False, as_json: Json = False) -> None:
     """Replace the ledger's signing key; the old and the new key both sign the change."""
     from clients.node_directory import NodeDirectory
 
-    public_key = NodeDirectory(node).rotate_key()
+    public_key = NodeDirectory(node).rotate_key(_side(held_out))
     typer.echo(f"the ledger is signed with {public_key} from now on")
     if as_json:
         _print_json({"public_key": public_key})
@@ -336,12 +354,13 @@ def node_rotate_key(node: NodeFolder, as_json: Json = False) -> None:
 def node_restore(
     node: NodeFolder,
     export: Annotated[Path | None, typer.Option(help="A later export of the same ledger.")] = None,
+    held_out: HeldOutSide = False,
     as_json: Json = False,
 ) -> None:
     """Go on from a restored or moved ledger. What may be missing is charged: all that is left, unless disproved."""
     from clients.node_directory import NodeDirectory
 
-    recovery = NodeDirectory(node).restore(export)
+    recovery = NodeDirectory(node).restore(export, _side(held_out))
     if recovery.regained:
         typer.echo(f"{recovery.regained} entries were taken over from {export}")
     if recovery.proven:
@@ -359,9 +378,7 @@ def node_close(
     """Give back what is set aside for a run that will not go on; it is not admitted again."""
     from clients.node_directory import NodeDirectory
 
-    ledger = NodeDirectory(node).open_ledger()
-    closed = ledger.close_plans(run_id)
-    ledger.close()
+    closed = NodeDirectory(node).close_plans(run_id)
     typer.echo(f"run {run_id}: {closed} open plan(s) closed")
     if as_json:
         _print_json({"run_id": run_id, "closed": closed})

@@ -14,6 +14,7 @@ from clients.protocol import (
     ChooseRequest,
     CloseRequest,
     DescribeRequest,
+    EvaluateRequest,
     ProtocolError,
     Refusal,
     TrainRequest,
@@ -70,6 +71,17 @@ def train(message: Message, context: Context) -> Message:
     def run() -> RecordDict:
         request = decode(message.content, TrainRequest)
         return open_node(context).train(request, message.content)
+
+    return _answer(message, run)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Measure a model on held-out units and reply with the noised sums."""
+
+    def run() -> RecordDict:
+        request = decode(message.content, EvaluateRequest)
+        return open_node(context).evaluate(request, message.content)
 
     return _answer(message, run)
 

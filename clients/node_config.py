@@ -21,12 +21,15 @@ class DatasetConfig(Frozen):
 
     id: the owner's name for the data; there is one ledger for it, and one budget.
     unit: whose participation is protected: each ``record``, or all records of a ``group``.
+    held_out: the share of units that never train, so that models can be measured on them. They have a ledger of their
+        own with the same budget: a unit is on one side only, so (ε, δ) holds for every unit.
     """
 
     id: str = Field(min_length=1, max_length=200)
     data: Path
     unit: Literal["record", "group"] = "record"
     declared_size: int = Field(ge=1)
+    held_out: float = Field(default=0.0, ge=0.0, le=0.9)
 
 
 class BudgetConfig(Frozen):
@@ -39,8 +42,8 @@ class BudgetConfig(Frozen):
 class StorageConfig(Frozen):
     """Where things lie; paths are relative to the folder of ``node.toml``.
 
-    witness: a file that the ledger's last head is copied to. On another disk or machine than ``state``, or a restored
-        backup cannot be told from the ledger itself.
+    witness: a file that the ledger's last head is copied to; held-out units' has ``.held-out`` after its name. On
+        another disk or machine than ``state``, or a restored backup cannot be told from the ledger itself.
     machine: stands for the operating system's machine id, where that is missing or shared (containers).
     """
 
@@ -104,6 +107,8 @@ data = {_toml(str(dataset.data))}
 unit = {_toml(dataset.unit)}
 # Public: how many units this node says it has.
 declared_size = {dataset.declared_size}
+# Share of units that never train: models are measured on them. Fixed when the ledgers were created.
+held_out = {dataset.held_out!r}
 
 [budget]
 # For everything that ever leaves. Fixed when the ledger was created.
@@ -138,6 +143,8 @@ certified_only = true
 delta = 1.0
 # Noised histograms of expert loads, by which a server balances experts.
 # loads = 0.05
+# What is measured on held-out units, which have a ledger and a budget of their own.
+# metrics = 1.0
 """
 
 

@@ -1,4 +1,4 @@
-"""A node's folder: its configuration, its ledger and the ledger's key, and what the owner does with them."""
+"""A node's folder: its configuration, its ledgers and their keys, and what the owner does with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from clients.ledger_files import LedgerFiles
 from clients.node_config import (
     BudgetConfig,
     DatasetConfig,
@@ -19,17 +20,17 @@ from model.errors import BadInputError
 from model.store import write_atomically
 from privacy.canonical import decimal
 from privacy.ledger import Genesis, Ledger
-from privacy.ledger.heads import public_hex
-from privacy.ledger.keys import create_key, load_key
+from privacy.ledger.entry import Side
 from privacy.ledger.machine import machine_id
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.recovery import Recovery, recover
+from privacy.ledger.recovery import Recovery
 from privacy.ledger.registry import claim, default_registry
-from privacy.ledger.witness import Witness
 
 
 class NodeDirectory:
-    """The folder that holds a ``node.toml``."""
+    """The folder that holds a ``node.toml``.
+
+    training: the ledger of the units that train. held_out: that of the units kept out of it; None where all train.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the configuration.
@@ -39,16 +40,14 @@ class NodeDirectory:
         """
         self.path = path
         self.config: NodeConfig = read_node_config(path / "node.toml")
-        state = path / self.config.storage.state
-        self.ledger_path, self.key_path = state / "ledger.db", state / "ledger.key"
-        self._next_key_path = state / "ledger.key.next"
-        self.witness = Witness(path / self.config.storage.witness)
+        self.training, held_out = _files(path, self.config.storage)
+        self.held_out = held_out if self.config.dataset.held_out else None
 
     @classmethod
     def create(
         cls, path: Path, *, dataset: DatasetConfig, budget: BudgetConfig, storage: StorageConfig, registry: Path
     ) -> NodeDirectory:
-        """Write ``node.toml``, and create key, ledger and witness.
+        """Write ``node.toml``, and create keys, ledgers and witnesses.
 
         Args:
             registry: where datasets that have a ledger are noted.
@@ -59,88 +58,93 @@ class NodeDirectory:
         config_path = path / "node.toml"
         if config_path.exists():
             raise BadInputError(f"{config_path}: exists already, must be a new node")
-        ledger_path = path / storage.state / "ledger.db"
-        claim(registry, dataset.id, path / dataset.data, ledger_path)
+        training, held_out = _files(path, storage)
+        claim(registry, dataset.id, path / dataset.data, training.path)
         try:
-            ledger_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            training.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise BadInputError(f"{ledger_path.parent}: cannot be created ({error.strerror})") from error
-        key_path = ledger_path.with_name("ledger.key")
-        key = load_key(key_path) if key_path.exists() else create_key(key_path)  # an interrupted attempt left it
+            raise BadInputError(f"{training.path.parent}: cannot be created ({error.strerror})") from error
         genesis = Genesis.new(
-            public_key=public_hex(key),
+            public_key=training.public_key(),
             dataset_id=dataset.id,
-            split_key=secrets.token_hex(32),
+            split_key=held_out.genesis.split_key if held_out.path.exists() else secrets.token_hex(32),
             unit=dataset.unit,
             epsilon=budget.epsilon,
             delta=budget.delta,
             mode="deployment",
             machine_id=machine_id(storage.machine),
+            held_out=dataset.held_out,
         )
-        Ledger.create(ledger_path, genesis, key, witness=Witness(path / storage.witness)).close()
+        if dataset.held_out and not held_out.path.exists():  # else an interrupted attempt left it, and it is unused
+            held_out.create(genesis.for_held_out(held_out.public_key()))
+        training.create(genesis)
         write_atomically(config_path, default_text(dataset, budget, storage).encode())
         return cls(path)
 
-    def open_ledger(self) -> Ledger:
-        """Open the ledger for work.
+    def files(self, side: Side) -> LedgerFiles:
+        """Return the ledger of one side, checked against the configuration.
 
         Raises:
-            BadInputError: it was restored or copied, its witness is missing or ahead, the machine or the key is
-                another, or the configuration states another budget, dataset or unit than the ledger was created with.
+            BadInputError: the node holds no units out, or the configuration states another budget, dataset, unit or
+                share than the ledger was created with.
         """
-        self._finish_rotation()
-        self._check_constants(LedgerFile(self.ledger_path).genesis)
-        return Ledger(
-            self.ledger_path,
-            load_key(self.key_path),
-            witness=self.witness,
-            machine=machine_id(self.config.storage.machine),
-        )
+        files = self.training if side == "training" else self.held_out
+        if files is None:
+            raise BadInputError(f"{self.path / 'node.toml'}: dataset.held_out is 0, so there is no such ledger")
+        self._check_constants(files.genesis)
+        return files
 
-    def rotate_key(self) -> str:
-        """Replace the ledger's signing key by a new one; return its public half. A crash leaves one of the two in use.
+    def open_ledger(self, side: Side = "training") -> Ledger:
+        """Open a ledger for work.
+
+        Raises:
+            BadInputError: as :meth:`files`; or it was restored or copied, its witness is missing or ahead, the machine
+                or the key is another.
+        """
+        return self.files(side).open(self._machine)
+
+    def rotate_key(self, side: Side = "training") -> str:
+        """Replace a ledger's signing key by a new one; return its public half. A crash leaves one of the two in use.
 
         Raises:
             BadInputError: see :meth:`open_ledger`.
         """
-        ledger = self.open_ledger()
-        try:
-            self._next_key_path.unlink(missing_ok=True)
-            new_key = create_key(self._next_key_path)
-            ledger.rotate_key(new_key)
-        finally:
-            ledger.close()
-        self._next_key_path.replace(self.key_path)
-        return public_hex(new_key)
+        return self.files(side).rotate_key(self._machine)
 
-    def restore(self, evidence: Path | None = None) -> Recovery:
+    def restore(self, evidence: Path | None = None, side: Side = "training") -> Recovery:
         """Start again from a restored or moved ledger; see :mod:`privacy.ledger.recovery`.
 
         Raises:
             BadInputError: it is no ledger of this node, or the evidence does not hold.
         """
-        self._finish_rotation()
-        self._check_constants(LedgerFile(self.ledger_path).genesis)
-        return recover(
-            self.ledger_path,
-            load_key(self.key_path),
-            witness=self.witness,
-            machine=machine_id(self.config.storage.machine),
-            evidence=evidence,
-        )
+        return self.files(side).restore(self._machine, evidence)
 
-    def _finish_rotation(self) -> None:
-        """Where a crash came between the ledger's new key and the key file's, finish."""
-        if self._next_key_path.exists():
-            next_key = load_key(self._next_key_path)
-            if LedgerFile(self.ledger_path).head.signed_by(public_hex(next_key)):
-                self._next_key_path.replace(self.key_path)
+    def close_plans(self, run_id: str) -> int:
+        """Give back what is set aside for a run on either side; return how many plans were open.
+
+        Raises:
+            BadInputError: see :meth:`open_ledger`.
+        """
+        sides: tuple[Side, ...] = ("training",) if self.held_out is None else ("training", "held-out")
+        closed = 0
+        for side in sides:
+            ledger = self.open_ledger(side)
+            try:
+                closed += ledger.close_plans(run_id)
+            finally:
+                ledger.close()
+        return closed
+
+    @property
+    def _machine(self) -> str:
+        return machine_id(self.config.storage.machine)
 
     def _check_constants(self, genesis: Genesis) -> None:
         dataset, budget = self.config.dataset, self.config.budget
         for key, stated, fixed in (
             ("dataset.id", dataset.id, genesis.dataset_id),
             ("dataset.unit", dataset.unit, genesis.unit),
+            ("dataset.held_out", decimal(dataset.held_out), genesis.held_out),
             ("budget.epsilon", decimal(budget.epsilon), genesis.epsilon),
             ("budget.delta", decimal(budget.delta), genesis.delta),
         ):
@@ -148,6 +152,13 @@ class NodeDirectory:
                 raise BadInputError(
                     f"{self.path / 'node.toml'}: {key} is {stated}, must be {fixed}: the ledger was created with it"
                 )
+
+
+def _files(path: Path, storage: StorageConfig) -> tuple[LedgerFiles, LedgerFiles]:
+    """Return where the ledgers of the units that train, and of those held out, lie or would lie."""
+    state, witness = path / storage.state, path / storage.witness
+    aside = witness.with_name(f"{witness.name}.held-out")
+    return LedgerFiles(state / "ledger.db", witness), LedgerFiles(state / "held-out.db", aside)
 
 
 def create_node(

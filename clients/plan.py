@@ -14,6 +14,7 @@ from privacy.accounting import charge_units, fixed_order
 from privacy.affinity_config import AffinityPlan
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
+from privacy.evaluation_config import EvaluationPlan
 from privacy.load_histogram import load_shapes, noise_parts, release_shares
 from privacy.local_optimizers import OptimizerConfig, SgdConfig
 from privacy.mechanisms import SampledGaussian
@@ -41,9 +42,10 @@ class Plan(Frozen):
     affinity: choices of experts that nodes make; None where the server alone assigns them.
     local_experts: so many of each layer's routed experts, those with the highest ids, never travel: every node trains
         its own.
+    evaluation: measuring on held-out units; a budget of its own pays for it. None where there is none.
     """
 
-    younger: ClassVar[frozenset[str]] = frozenset({"affinity", "load_share", "local_experts", "traffic"})
+    younger: ClassVar[frozenset[str]] = frozenset({"affinity", "evaluation", "load_share", "local_experts", "traffic"})
     model: ModelConfig
     privacy: PrivacyConfig
     training: TrainingConfig
@@ -53,6 +55,7 @@ class Plan(Frozen):
     local_experts: int = Field(default=0, ge=0)
     affinity: AffinityPlan | None = None
     traffic: TrafficConfig = TrafficConfig()
+    evaluation: EvaluationPlan | None = None
 
     def stays(self, wire_name: str) -> bool:
         """Whether a tensor is of an expert that never travels. Its router's row does travel."""
@@ -77,6 +80,16 @@ class Plan(Frozen):
                 f"affinity.experts is {self.affinity.experts}, must be from top_k {self.model.experts.top_k} "
                 f"to {self.model.experts.routed}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _measures_what_exists(self) -> Self:
+        if self.evaluation is None:
+            return self
+        if (self.evaluation.noise_multiplier is None) != (self.noise_multiplier is None):
+            raise ValueError("evaluation.noise_multiplier must be set with privacy, and only then")
+        if self.evaluation.experts == "all" and self.local_experts:
+            raise ValueError("evaluation.experts is all, must be assigned where experts stay on nodes")
         return self
 
     @model_validator(mode="after")
@@ -137,6 +150,19 @@ class Plan(Frozen):
         """Name → shape of what a node needs to choose: the shared weights and every expert's router row."""
         every = shapes(self.model, self.model.all_experts)
         return {name: shape for name, shape in every.items() if owner(name).group != "expert"}
+
+    @property
+    def metric(self) -> tuple[str, float]:
+        """What is measured on held-out units, and what a unit's value of 1 stands for.
+
+        ``accuracy``; or ``bits_per_byte``, of which more than 8, a uniform guess, count as 8.
+        """
+        return ("accuracy", 1.0) if self.model.head.kind == "classification" else ("bits_per_byte", 8.0)
+
+    @property
+    def metric_shapes(self) -> dict[str, Size]:
+        """Name → shape of what an evaluation releases; see :mod:`privacy.private_metrics`."""
+        return {f"metric/{self.metric[0]}": Size([2])}
 
     def reply_shapes(self, held: HeldExperts) -> dict[str, Size]:
         """Return name → shape of every tensor of a reply to a request for ``held``: the delta's, and the loads'."""

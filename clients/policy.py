@@ -24,7 +24,8 @@ class Policy(Frozen):
         :mod:`clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is allowed.
     certified_only: refuse gradient modes without a certified clip bound.
     releases: what may leave, each with the largest share of a plan's budget it may take: ``delta``, and ``loads``, the
-        histogram of expert loads, which nobody gets unless the owner names it.
+        histogram of expert loads, which nobody gets unless the owner names it. So must ``metrics`` be named, of
+        held-out units, which a budget of their own pays for: with any share above 0.
     scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
         is the server's word, a plan's hash binds.
     models: each ``module:function`` that this node may import and run for a plan with a model of its own; none unless
@@ -83,3 +84,22 @@ class Policy(Frozen):
                 raise ProtocolError(
                     "not-allowed", f"{name} takes {share:g} of the budget, policy.releases allows {allowed:g}"
                 )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the owner lets out what is measured on held-out units."""
+        return self.releases.get("metrics", 0.0) > 0.0
+
+    def check_evaluation(self, plan: Plan) -> None:
+        """Check what a plan asks of held-out units, before anything is charged.
+
+        Raises:
+            ProtocolError: as :meth:`check`.
+        """
+        if plan.evaluation is None:
+            raise ProtocolError("bad-request", "the plan has no evaluation")
+        if not self.evaluates:
+            raise ProtocolError("not-allowed", "policy.releases does not name metrics")
+        noise = plan.evaluation.noise_multiplier
+        if not self.simulation and (noise is None or noise < self.min_noise_multiplier):
+            raise ProtocolError("not-allowed", "the noise of metrics is below policy.min_noise_multiplier")

@@ -32,6 +32,7 @@ QUERY_ADMIT = "query.admit"
 QUERY_CLOSE = "query.close"
 QUERY_CHOOSE = "query.choose"
 TRAIN = "train"
+EVALUATE = "evaluate"
 
 Code = Literal[
     "bad-request",
@@ -101,10 +102,10 @@ class Closed(Frozen):
     run_id: str = Field(max_length=128)
 
 
-class TrainRequest(Frozen):
-    """Train one round. The tensors for exactly ``held`` travel beside it.
+class _WithModel(Frozen):
+    """A request beside which the tensors for exactly ``held`` travel.
 
-    receipt: the last one that the server has of this node. A ledger that does not have it is an older copy.
+    receipt: the last one that the server has of the ledger that pays. A ledger that does not have it is an older copy.
     """
 
     version: Literal[2] = PROTOCOL_VERSION
@@ -118,6 +119,14 @@ class TrainRequest(Frozen):
     def model_in_hash(self, body: bytes) -> str:
         """Identify what is trained on: the weights (their ``body`` on the wire) and which experts they are for."""
         return sha256(self.model_dump_json(include={"held"}).encode() + body)
+
+
+class TrainRequest(_WithModel):
+    """Train one round."""
+
+
+class EvaluateRequest(_WithModel):
+    """Measure the model on held-out units, after a round."""
 
 
 class ChooseRequest(Frozen):
@@ -153,18 +162,23 @@ class TrainReply(Frozen):
     receipt: SignedHead
 
 
-class Description(Frozen):
-    """What a node says about itself: public by assumption, never computed from record values.
+class EvaluateReply(Frozen):
+    """A committed evaluation. The noised sums travel beside it. receipt: of the held-out side's ledger."""
 
-    public_key: the first key of its ledger, which is its identity for good.
+    version: Literal[2] = PROTOCOL_VERSION
+    charge_id: str = Field(pattern=r"^[0-9a-f]{64}$")
+    receipt: SignedHead
+
+
+class LedgerIdentity(Frozen):
+    """Which ledger, and whose signature its receipts bear.
+
+    public_key: its first key, which is its identity for good.
     rotations: how it came to the key it signs with now.
     """
 
-    version: Literal[2] = PROTOCOL_VERSION
     public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
     rotations: tuple[KeyRotation, ...] = Field(default=(), max_length=64)
-    declared_size: int = Field(ge=1, le=10**12)
-    expert_capacity: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _keys_hold(self) -> Self:
@@ -184,8 +198,27 @@ class Description(Frozen):
 
     @property
     def fingerprint(self) -> str:
-        """The node's identity: 16 hexadecimal digits of its ledger key's hash."""
+        """16 hexadecimal digits of the first key's hash; those of its training ledger identify a node."""
         return fingerprint(self.public_key)
+
+
+class HeldOutSide(LedgerIdentity):
+    """What a node says about its held-out units: their ledger, and their public share of all its units."""
+
+    share: float = Field(gt=0.0, lt=1.0)
+
+
+class Description(LedgerIdentity):
+    """What a node says about itself: public by assumption, never computed from record values. Its keys identify it.
+
+    declared_size: of the units that train.
+    held_out: None where the node does not evaluate.
+    """
+
+    version: Literal[2] = PROTOCOL_VERSION
+    declared_size: int = Field(ge=1, le=10**12)
+    expert_capacity: int = Field(ge=1)
+    held_out: HeldOutSide | None = None
 
 
 class Refusal(Frozen):
@@ -371,9 +404,10 @@ def norms(tensors: Mapping[str, Tensor]) -> list[float]:
 CODES: tuple[str, ...] = get_args(Code)
 
 __all__ = [
-    "CODES", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CHOOSE", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN",
+    "CODES", "EVALUATE", "PROTOCOL_VERSION", "QUERY_ADMIT", "QUERY_CHOOSE", "QUERY_CLOSE", "QUERY_DESCRIBE", "TRAIN",
     "Admission", "AdmitRequest", "ChooseReply", "ChooseRequest",
-    "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "Flaw",
+    "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "EvaluateReply", "EvaluateRequest",
+    "Flaw", "HeldOutSide", "LedgerIdentity",
     "Plan", "ProtocolError", "Refusal",
     "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode",
     "encode_tensors", "encodings_of", "fingerprint", "lengths", "norm_growth", "norms", "pack", "tensors_of", "unpack",

@@ -11,15 +11,18 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict, Field
 
+from clients.held_out import HeldOut, sides_of
 from clients.node import Node
 from clients.policy import Policy
 from clients.protocol import ProtocolError
 from data.config import DataConfig, PartitionConfig, taking_part
 from data.partition import partition
-from data.sources import GROUP, DataSet, declared_size, load
+from data.sources import GROUP, DataSet, Records, declared_size, load
 from model.config import Frozen
 from privacy.config import PrivacyConfig
+from privacy.evaluation_config import EvaluationConfig
 from privacy.ledger import Genesis, Ledger
+from privacy.ledger.entry import Side
 from privacy.ledger.heads import public_hex
 from privacy.randomness import derive
 
@@ -33,7 +36,7 @@ class SimulatedCapacities(Frozen):
 
     def policy_of(self, number: int) -> Policy:
         """Return the policy of simulated node ``number``."""
-        policy = Policy(simulation=True, releases={"delta": 1.0, "loads": 1.0, "choice": 1.0})
+        policy = Policy(simulation=True, releases={"delta": 1.0, "loads": 1.0, "choice": 1.0, "metrics": 1.0})
         if not self.capacities:
             return policy
         return policy.model_copy(update={"expert_capacity": self.capacities[number % len(self.capacities)]})
@@ -49,11 +52,17 @@ class SimulatedData(Frozen):
     partition: PartitionConfig
     privacy: PrivacyConfig
     federation: SimulatedCapacities
+    evaluation: EvaluationConfig | None = None
 
 
 def ledger_path(run_dir: Path, node: int) -> Path:
     """Where the ledger of simulated node number ``node`` lies."""
     return run_dir / "ledgers" / f"node-{node:04d}.db"
+
+
+def held_out_ledger_path(run_dir: Path, node: int) -> Path:
+    """Where the ledger of a simulated node's held-out units lies."""
+    return run_dir / "held-out" / f"node-{node:04d}.db"
 
 
 @lru_cache(maxsize=1024)
@@ -74,23 +83,35 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
     root = derive(sections.seed.to_bytes(32, "big"), "simulated node", number)
     # Groups decide who holds what. No model sees them, and where they are not the unit, no node.
     grouped = sections.privacy.unit == "group"
-    records = {name: tensor[index] for name, tensor in dataset.train.items() if grouped or name != GROUP}
+    records: Records = {name: tensor[index] for name, tensor in dataset.train.items() if grouped or name != GROUP}
     units = len(index)
     if grouped:
         if GROUP not in records:
             raise ProtocolError("schema-mismatch", "the records have no groups")
         units = len(records[GROUP].unique())
-    path = ledger_path(Path(run_dir), number)
-    key = Ed25519PrivateKey.from_private_bytes(derive(root, "ledger key"))
-    ledger = Ledger(path, key) if path.exists() else Ledger.create(path, _genesis(sections, root, number, key), key)
+    ledger = _open_ledger(sections, ledger_path(Path(run_dir), number), root, number, "training")
+    size, held_out = declared_size(units), None
+    if sections.evaluation is not None:
+        path = held_out_ledger_path(Path(run_dir), number)
+        records, aside = sides_of(records, ledger.genesis)
+        held_out = HeldOut(aside, _open_ledger(sections, path, root, number, "held-out"))
+        size = max(1, round(size * (1.0 - sections.evaluation.held_out)))
     return Node(
         records=records,
         schema=dataset.schema,
-        declared_size=declared_size(units),
+        declared_size=size,
         policy=sections.federation.policy_of(number),
         ledger=ledger,
         new_secret=lambda charge_id: derive(root, "charge", charge_id),
+        held_out=held_out,
     )
+
+
+def _open_ledger(sections: SimulatedData, path: Path, root: bytes, number: int, side: Side) -> Ledger:
+    key = Ed25519PrivateKey.from_private_bytes(derive(root, "ledger key" if side == "training" else "held-out key"))
+    if path.exists():
+        return Ledger(path, key)
+    return Ledger.create(path, _genesis(sections, root, number, key, side), key)
 
 
 @lru_cache(maxsize=4)
@@ -106,14 +127,19 @@ def deal(scenario_toml: str) -> tuple[SimulatedData, DataSet, list[np.ndarray]]:
     return sections, dataset, [shares[number] for number in taking_part(sections.partition)]
 
 
-def _genesis(sections: SimulatedData, root: bytes, number: int, key: Ed25519PrivateKey) -> Genesis:
+def _genesis(sections: SimulatedData, root: bytes, number: int, key: Ed25519PrivateKey, side: Side) -> Genesis:
+    evaluation, epsilon = sections.evaluation, sections.privacy.epsilon
+    if side == "held-out" and evaluation is not None and evaluation.epsilon is not None:
+        epsilon = evaluation.epsilon
     return Genesis.new(
         public_key=public_hex(key),
         dataset_id=f"{sections.data.source}/node-{number}",
         split_key=derive(root, "split").hex(),
         unit=sections.privacy.unit,
-        epsilon=sections.privacy.epsilon,
+        epsilon=epsilon,
         delta=sections.privacy.delta,
         mode="simulation",
         machine_id="simulation",
+        held_out=0.0 if evaluation is None else evaluation.held_out,
+        side=side,
     )

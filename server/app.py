@@ -89,6 +89,10 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
         strategy.aggregate_train(round_number, replies)
+        measuring = strategy.configure_evaluate(round_number, ArrayRecord(), ConfigRecord(), grid)
+        if measuring:
+            answers = grid.send_and_receive(measuring, timeout=scenario.federation.reply_timeout_s)
+            strategy.aggregate_evaluate(round_number, answers)
         wire = strategy.optimizer.snapshot()
         evaluation = evaluate(scenario.model, wire, test)
         seconds = time.perf_counter() - started
@@ -173,4 +177,5 @@ def _metrics(
         "bytes_full_model": full_bytes,
         "seconds": round(seconds, 4),
         **({} if tally.loads is None else {"private_load": tally.loads}),
+        **({} if tally.evaluation is None else {"private_evaluation": tally.evaluation.document()}),
     }

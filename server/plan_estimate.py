@@ -34,6 +34,7 @@ class PlanEstimate:
     parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
     holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
         :func:`server.coverage.outlook`.
+    evaluations: on held-out units, and evaluation_noise, σ of each; a budget of their own pays for them.
     choices: how often nodes choose experts. choice_share: of the budget's RDP, what that takes.
     node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
@@ -59,6 +60,8 @@ class PlanEstimate:
     seconds_per_node_round: float
     seconds_total: float
     choices: int = 0
+    evaluations: int = 0
+    evaluation_noise: float | None = None
     choice_share: float = 0.0
     node_noise_multiplier: float | None = None
     node_epsilon: float | None = None
@@ -120,6 +123,8 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         short_of_holders=expected.short,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
+        evaluations=0 if plan.evaluation is None else plan.evaluation.count(rounds),
+        evaluation_noise=None if plan.evaluation is None else plan.evaluation.noise_multiplier,
         choices=0 if plan.affinity is None else plan.affinity.count(rounds),
         choice_share=plan.choice_share,
         node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,

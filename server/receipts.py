@@ -11,10 +11,11 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from clients.protocol import Description
+from clients.protocol import LedgerIdentity
 from model.config import Frozen
 from model.errors import BadInputError
 from privacy.ledger import SignedHead
@@ -24,10 +25,15 @@ EMPTY_RECEIPT = SignedHead(ledger_id="0" * 32, seq=0, hash="0" * 64, signature="
 """Stands for a receipt where only the size of a message matters."""
 
 
+Kind = Literal["train", "choose", "evaluate"]
+
+
 class KeptReceipt(Frozen):
     """One line of ``receipts.jsonl``.
 
-    node: fingerprint. signing_key: the key that the node stated. output_hash: SHA-256 of the bytes that arrived.
+    node: fingerprint.
+    kind: what was paid for; ``evaluate`` is of the node's ledger for held-out units.
+    signing_key: the key that the node stated. output_hash: SHA-256 of the bytes that arrived.
     """
 
     round: int = Field(ge=1)
@@ -38,10 +44,14 @@ class KeptReceipt(Frozen):
     output_hash: str = Field(pattern=HEX_KEY)
     signing_key: str = Field(pattern=HEX_KEY)
     receipt: SignedHead
+    kind: Kind = "train"
 
 
 class ReceiptBook:
-    """The receipts of one run, in memory and in a file that only grows."""
+    """The receipts of one run, in memory and in a file that only grows.
+
+    A ledger is known by its fingerprint; those of a node's training ledger and of the node are the same.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         """Read what was kept before.
@@ -54,7 +64,7 @@ class ReceiptBook:
         """
         self._path = path
         self._heads: dict[str, dict[int, SignedHead]] = defaultdict(dict)
-        self._seqs: dict[tuple[str, str], int] = {}  # (node, charge id) → seq of its receipt
+        self._seqs: dict[tuple[str, str], int] = {}  # (ledger, charge id) → seq of its receipt
         self._charges: dict[tuple[str, int], str] = {}  # and back
         self._known: set[KeptReceipt] = set()
         self._new: list[KeptReceipt] = []
@@ -63,29 +73,29 @@ class ReceiptBook:
                 self._remember(kept)
             self._cut_torn_line(path)
 
-    def latest(self, node: str) -> SignedHead | None:
-        """Return the furthest head that a node has sent."""
-        heads = self._heads.get(node)
+    def latest(self, ledger: str) -> SignedHead | None:
+        """Return the furthest head of a ledger that was sent."""
+        heads = self._heads.get(ledger)
         return heads[max(heads)] if heads else None
 
-    def why_refused(self, description: Description, receipt: SignedHead) -> str | None:
+    def why_refused(self, ledger: LedgerIdentity, receipt: SignedHead) -> str | None:
         """Say what is wrong with a receipt that came with a reply; None if it continues what is known."""
-        if receipt.ledger_id != description.ledger_id:
+        if receipt.ledger_id != ledger.ledger_id:
             return "it is of another ledger"
-        heads = self._heads.get(description.fingerprint, {})
+        heads = self._heads.get(ledger.fingerprint, {})
         if receipt.seq in heads:
             return None if heads[receipt.seq].hash == receipt.hash else "it contradicts an earlier one"
         if heads and receipt.seq < max(heads):
             return "it is older than one that was sent before"
-        return None if receipt.signed_by(description.signing_key) else "it is not signed with the node's key"
+        return None if receipt.signed_by(ledger.signing_key) else "it is not signed with the node's key"
 
-    def has_charge(self, node: str, charge_id: str) -> bool:
-        """Say whether a node has sent a receipt for this charge."""
-        return (node, charge_id) in self._seqs
+    def has_charge(self, ledger: str, charge_id: str) -> bool:
+        """Say whether a receipt of this ledger for this charge was sent."""
+        return (ledger, charge_id) in self._seqs
 
-    def is_new_or_same(self, node: str, charge_id: str, receipt: SignedHead) -> bool:
+    def is_new_or_same(self, ledger: str, charge_id: str, receipt: SignedHead) -> bool:
         """Say whether charge and receipt are both unknown, or were sent together before: a stored reply again."""
-        seq, charge = self._seqs.get((node, charge_id)), self._charges.get((node, receipt.seq))
+        seq, charge = self._seqs.get((ledger, charge_id)), self._charges.get((ledger, receipt.seq))
         return seq in (None, receipt.seq) and charge in (None, charge_id)
 
     def keep(self, kept: KeptReceipt) -> None:
@@ -105,9 +115,10 @@ class ReceiptBook:
 
     def _remember(self, kept: KeptReceipt) -> None:
         self._known.add(kept)
-        self._heads[kept.node][kept.receipt.seq] = kept.receipt
-        self._seqs[kept.node, kept.charge_id] = kept.receipt.seq
-        self._charges[kept.node, kept.receipt.seq] = kept.charge_id
+        ledger = fingerprint_of(kept.receipt)
+        self._heads[ledger][kept.receipt.seq] = kept.receipt
+        self._seqs[ledger, kept.charge_id] = kept.receipt.seq
+        self._charges[ledger, kept.receipt.seq] = kept.charge_id
 
     @staticmethod
     def _cut_torn_line(path: Path) -> None:
@@ -115,6 +126,11 @@ class ReceiptBook:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(path, whole)
+
+
+def fingerprint_of(receipt: SignedHead) -> str:
+    """Return the fingerprint of the ledger that a receipt is of."""
+    return receipt.ledger_id[:16]
 
 
 def read_receipts(path: Path, *, forgive_last: bool = False) -> Iterable[KeptReceipt]:

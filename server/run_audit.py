@@ -7,14 +7,16 @@ ledger must still be what its receipts say; every charge must be for the plan of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from privacy.ledger.entry import Entry
+from model.errors import BadInputError
+from privacy.ledger.entry import Entry, Genesis, Side
 from privacy.ledger.mechanism_text import parse
 from privacy.ledger.reading import History, open_history
+from privacy.ledger.sides import check_pair
 from privacy.ledger.verification import LedgerAudit, audit_history
 from server.receipts import KeptReceipt, read_receipts
 from server.run_directory import RunDirectory
@@ -33,6 +35,8 @@ class RunAudit:
     unreceived: committed charges of this run without a receipt: replies that were lost on the way. They are paid for.
     epsilon: the largest over the ledgers, ``inf`` without privacy.
     node_level: the server's own account, where the node is the unit too.
+    held_out: audits of the ledgers of held-out units, and held_out_epsilon the largest of them. A unit is on one side
+        only, so it bears the one or the other.
     """
 
     verdict: Verdict
@@ -49,6 +53,8 @@ class RunAudit:
     missing_ledgers: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
     node_level: LedgerAudit | None = None
+    held_out: dict[str, LedgerAudit] = field(default_factory=dict)
+    held_out_epsilon: float = 0.0
 
 
 def audit_run(run: RunDirectory, ledgers: Sequence[Path] = ()) -> RunAudit:
@@ -61,7 +67,7 @@ def audit_run(run: RunDirectory, ledgers: Sequence[Path] = ()) -> RunAudit:
         BadInputError: not a run directory, or a file in it or a ledger cannot be read.
     """
     audit = _RunAudit(run)
-    for path in (*run.ledgers, *ledgers):
+    for path in (*run.ledgers, *run.held_out_ledgers, *ledgers):
         audit.take(path)
     return audit.result()
 
@@ -75,8 +81,9 @@ class _RunAudit:
             self.by_ledger[kept.receipt.ledger_id].append(kept)
         self.receipts = [kept for found in self.by_ledger.values() for kept in found]
         self.run_ids = {kept.run_id for kept in self.receipts}
-        self.ledgers: dict[str, LedgerAudit] = {}
+        self.audits: dict[Side, dict[str, LedgerAudit]] = {"training": {}, "held-out": {}}
         self.seen: dict[str, str] = {}
+        self.genesis: dict[str, Genesis] = {}
         self.findings: list[str] = []
         self.matched = 0
         self.lost = 0
@@ -91,12 +98,17 @@ class _RunAudit:
             self.findings.append(f"{name}: is the ledger of {self.seen[history.genesis.ledger_id]} once more")
             return
         self.seen[history.genesis.ledger_id] = name
-        self.ledgers[name] = audit_history(history, receipts=[item.receipt for item in kept])
-        self.findings += [f"{name}: {finding}" for finding in self.ledgers[name].findings]
-        self._match(name, history, kept)
+        self.genesis[history.genesis.ledger_id] = history.genesis
+        audit = audit_history(history, receipts=[item.receipt for item in kept])
+        self.audits[history.genesis.side][name] = audit
+        self.findings += [f"{name}: {finding}" for finding in audit.findings]
+        self._match(name, history, kept, unproven=audit.unproven)
 
-    def _match(self, name: str, history: History, kept: Sequence[KeptReceipt]) -> None:
+    def _match(self, name: str, history: History, kept: Sequence[KeptReceipt], *, unproven: bool) -> None:
         """Find each receipt's charge, and each charge's receipt."""
+        is_held_out = history.genesis.side == "held-out"
+        if any((item.kind == "evaluate") != is_held_out for item in kept):
+            self.findings.append(f"{name}: paid for what the units of its side do not take part in")
         wanted = {item.charge_id: item for item in kept}
         if len(wanted) < len(kept):
             self.findings.append(f"{name}: two receipts are for one charge, so an output was sent twice")
@@ -109,6 +121,8 @@ class _RunAudit:
                 self.findings.append(
                     f"{name}: entry {entry.seq} is charged for another plan than the run's scenario makes"
                 )
+            if (entry.releases == '["metrics"]') != is_held_out:
+                self.findings.append(f"{name}: entry {entry.seq} releases what its side is not for")
             if entry.state == "COMMITTED":
                 committed.add(entry.charge_id)
                 receipt = wanted.get(entry.charge_id)
@@ -117,7 +131,7 @@ class _RunAudit:
                 else:
                     self._compare(name, entry, receipt)
         for item in (wanted[charge_id] for charge_id in wanted.keys() - committed):
-            if self.ledgers[name].unproven:
+            if unproven:
                 self.lost += 1
                 continue
             self.findings.append(f"{name}: round {item.round} was received, but no committed charge paid for it")
@@ -135,15 +149,28 @@ class _RunAudit:
 
     def _check_metrics(self) -> None:
         """Nothing may have been averaged that there is no receipt for."""
-        nodes: dict[int, set[str]] = defaultdict(set)
+        nodes: dict[tuple[str, int], set[str]] = defaultdict(set)
         for kept in self.receipts:
-            nodes[kept.round].add(kept.node)
+            nodes[kept.kind, kept.round].add(kept.node)
         for line in self.run.metrics():
-            received = len(nodes[line["round"]])
+            measured = line.get("private_evaluation", {}).get("by_node", {})
+            if not measured.keys() <= nodes["evaluate", line["round"]]:
+                self.findings.append(f"round {line['round']}: a node's evaluation has no receipt")
+            received = len(nodes["train", line["round"]])
             if line["accepted"] > received:
                 self.findings.append(
                     f"round {line['round']}: {line['accepted']} replies were averaged, but {received} have a receipt"
                 )
+
+    def _check_sides(self) -> None:
+        """No unit may be on both sides of a node: its two ledgers must divide one data set in one way."""
+        for node, ledger in {(k.node, k.receipt.ledger_id) for k in self.receipts if k.kind == "evaluate"}:
+            training = next((found for name, found in self.genesis.items() if name.startswith(node)), None)
+            if training is not None and ledger in self.genesis:
+                try:
+                    check_pair(training, self.genesis[ledger])
+                except BadInputError as error:
+                    self.findings.append(f"node {node}: {error}")
 
     def _check_node_level(self) -> LedgerAudit | None:
         """Every round whose model was published must be a committed charge of the server's own account."""
@@ -169,6 +196,7 @@ class _RunAudit:
 
     def result(self) -> RunAudit:
         self._check_metrics()
+        self._check_sides()
         node_level = self._check_node_level()
         for kept in self.receipts:
             if kept.plan_hash != self.plan_hash:
@@ -176,21 +204,28 @@ class _RunAudit:
                 break
         if len(self.run_ids) > 1:
             self.findings.append(f"the receipts are of {len(self.run_ids)} runs, must be of one")
-        missing = sorted({found[0].node for ledger, found in self.by_ledger.items() if ledger not in self.seen})
+        absent = [found[0] for ledger, found in self.by_ledger.items() if ledger not in self.seen]
+        missing = sorted(f"{kept.node}{' (held-out units)' * (kept.kind == 'evaluate')}" for kept in absent)
         complete = bool(self.receipts) and not missing
         return RunAudit(
             verdict="VIOLATED" if self.findings else "NOT_REFUTED" if complete else "INCOMPLETE",
             run_id=", ".join(sorted(self.run_ids)),
             plan_hash=self.plan_hash,
             rounds=len(self.run.metrics()),
-            nodes=len(self.by_ledger),
+            nodes=len({kept.node for kept in self.receipts}),
             receipts=len(self.receipts),
             matched=self.matched,
             lost=self.lost,
             unreceived=self.unreceived,
-            epsilon=max((audit.epsilon for audit in self.ledgers.values()), default=0.0),
-            ledgers=self.ledgers,
+            epsilon=_largest(self.audits["training"]),
+            ledgers=self.audits["training"],
             missing_ledgers=missing,
             findings=self.findings,
             node_level=node_level,
+            held_out=self.audits["held-out"],
+            held_out_epsilon=_largest(self.audits["held-out"]),
         )
+
+
+def _largest(audits: Mapping[str, LedgerAudit]) -> float:
+    return max((audit.epsilon for audit in audits.values()), default=0.0)

@@ -67,6 +67,11 @@ class RunDirectory:
         return sorted((self.path / "ledgers").glob("*.db"))
 
     @property
+    def held_out_ledgers(self) -> list[Path]:
+        """Ledger files of the units that nodes hold out of training; simulation only."""
+        return sorted((self.path / "held-out").glob("*.db"))
+
+    @property
     def checkpoint(self) -> Path:
         """The last round's checkpoint file."""
         return self.path / "checkpoint" / "round.safetensors"

@@ -20,6 +20,7 @@ from model.explain import explain, keys_of
 from privacy.affinity_config import AffinityPlan
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
+from privacy.evaluation_config import EvaluationConfig, EvaluationPlan
 from privacy.mechanisms import SampledGaussian
 from server.balancing import BalancingConfig
 from server.config import AffinityConfig, FederationConfig, NodePrivacyConfig, PoissonCohort
@@ -47,8 +48,9 @@ class Scenario(Frozen):
     balancing: BalancingConfig | None = None
     affinity: AffinityConfig | None = None
     traffic: TrafficConfig = TrafficConfig()
+    evaluation: EvaluationConfig | None = None
 
-    younger: ClassVar[frozenset[str]] = frozenset({"affinity", "balancing", "node_privacy", "traffic"})
+    younger: ClassVar[frozenset[str]] = frozenset({"affinity", "balancing", "evaluation", "node_privacy", "traffic"})
 
     @model_validator(mode="after")
     def _fits_node_level(self) -> Scenario:
@@ -58,6 +60,8 @@ class Scenario(Frozen):
         federation = self.federation
         if self.balancing is not None:
             raise ValueError("balancing is set, must be left out with node_privacy: biases follow from who is there")
+        if self.evaluation is not None:
+            raise ValueError("evaluation is set, must be left out with node_privacy: it tells nodes apart")
         if not isinstance(federation.cohort, PoissonCohort):
             raise ValueError(f"federation.cohort.kind is {federation.cohort.kind}, must be poisson with node_privacy")
         for key, value, allowed in (
@@ -115,6 +119,11 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.assignment is {self.federation.assignment}, must be affinity with [affinity], only there"
             )
+        if self.evaluation is not None and self.evaluation.experts == "all" and self._local_experts:
+            raise ValueError(
+                f"evaluation.experts is all, must be assigned with federation.expert_scope '{scope}': a node has no "
+                "other node's experts"
+            )
         if self.affinity is not None and self.privacy.mechanism == "none":
             raise ValueError("privacy.mechanism is none, must be gaussian with [affinity]: choices are charged")
         return self
@@ -171,7 +180,23 @@ class Scenario(Frozen):
             affinity=affinity,
             traffic=self.traffic,
             load_share=0.0 if self.balancing is None else self.balancing.share,
+            evaluation=self._evaluation_plan(),
         )
+
+    def _evaluation_plan(self) -> EvaluationPlan | None:
+        evaluation = self.evaluation
+        if evaluation is None:
+            return None
+        noise = None
+        if self.privacy.mechanism == "gaussian":
+            noise = calibrate_noise(
+                epsilon=self.privacy.epsilon if evaluation.epsilon is None else evaluation.epsilon,
+                delta=self.privacy.delta,
+                sampling_rate=1.0,
+                steps_per_charge=1,
+                charges=evaluation.count(self.federation.rounds),
+            )
+        return EvaluationPlan(every=evaluation.every, experts=evaluation.experts, noise_multiplier=noise)
 
     @property
     def _affinity_plan(self) -> AffinityPlan | None:

@@ -16,10 +16,12 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from clients.protocol import (
+    EVALUATE,
     QUERY_CHOOSE,
     TRAIN,
     ChooseRequest,
     Description,
+    EvaluateRequest,
     Plan,
     ProtocolError,
     TrainReply,
@@ -39,6 +41,7 @@ from server.cohort import choose_cohort
 from server.config import FederationConfig
 from server.node_rounds import NodeLevel
 from server.optimizer import ServerOptimizer
+from server.private_evaluation import PrivateEvaluation, collect
 from server.receipts import EMPTY_RECEIPT, ReceiptBook
 from server.robust import make_aggregator
 from server.step_scale import step_scales
@@ -56,6 +59,7 @@ class RoundTally:
     refused: code → nodes that refused with it. dropped_by: reason → replies that did not count for it. missing: nodes
     that sent nothing in time. changed: whether the model moved; with too few acceptable replies nothing does. trained:
     the experts of each accepted reply.
+    evaluation: what nodes measured on held-out units after the round; None where nothing was due.
     loads: by layer and expert, the noised load relative to what its holders expected; None where nobody held the
         expert, or where nothing is balanced.
     """
@@ -70,6 +74,7 @@ class RoundTally:
     held_back: int = 0
     trained: list[HeldExperts] = field(default_factory=list)
     loads: list[list[float | None]] | None = None
+    evaluation: PrivateEvaluation | None = None
     changed: bool = False
 
     @property
@@ -124,6 +129,7 @@ class ExpertStrategy(Strategy):
         self.tally = RoundTally()
         self._asked: dict[int, Asked] = {}
         self._answered: set[int] = set()
+        self._evaluated: dict[int, Asked] = {}
         self._balancer = None if balancing is None else Balancer(plan, balancing)
 
     def summary(self) -> None:
@@ -211,12 +217,45 @@ class ExpertStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Ask nothing: the server evaluates on public data; private evaluation would be a charged release."""
-        return []
+        """Return the requests to measure the model on held-out units, where the plan has that after this round.
+
+        All nodes that hold units out are asked, also those that the round left out.
+        """
+        evaluation = self.plan.evaluation
+        self._evaluated = {}
+        if evaluation is None or not evaluation.due(server_round, self.plan.rounds):
+            return []
+        evaluating = {name: found for name, found in self.nodes.items() if found[1].held_out is not None}
+        assignment = self._assigned(list(evaluating), server_round)
+        every, tensors = self.plan.model.all_experts, dict[str, ArrayRecord]()
+        messages = []
+        for name, (node, description) in evaluating.items():
+            fits = description.expert_capacity >= self.plan.model.experts.routed
+            held = every if evaluation.experts == "all" and fits else assignment[name]
+            if str(held) not in tensors:
+                tensors[str(held)] = self._tensors(held)
+            side = description.held_out
+            request = EvaluateRequest(
+                run_id=self.run_id,
+                scenario=self.scenario,
+                round=server_round,
+                plan=self.plan,
+                held=held,
+                receipt=None if side is None else self.receipts.latest(side.fingerprint),
+            )
+            content = encode(request, tensors[str(held)])
+            self._evaluated[node] = Asked(description, request, content)
+            messages.append(Message(content, node, EVALUATE, group_id=str(server_round)))
+        return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return nothing; see :meth:`configure_evaluate`."""
-        return None
+        """Check and pool what nodes measured; see :mod:`server.private_evaluation`."""
+        if not self._evaluated:
+            return None
+        self.tally.evaluation = collect(self.plan, self._evaluated, replies, self.receipts)
+        self.receipts.save()
+        mean = self.tally.evaluation.over_units
+        return None if mean is None else MetricRecord({self.tally.evaluation.metric: mean.value})
 
     def full_model_bytes(self) -> int:
         """Return the bytes of one exchange (request and reply) that carried the whole model."""
@@ -232,10 +271,15 @@ class ExpertStrategy(Strategy):
         """Return who takes part in a round, and with which experts."""
         if self.node_level is not None:
             return self.node_level.begin(list(self.nodes), server_round)
-        cohort = choose_cohort(list(self.nodes), self.config.cohort, self.seed, server_round)
+        return self._assigned(
+            choose_cohort(list(self.nodes), self.config.cohort, self.seed, server_round), server_round
+        )
+
+    def _assigned(self, names: Iterable[str], server_round: int) -> dict[str, HeldExperts]:
+        """Return which experts these nodes hold in a round."""
         assigned = assign(
             self.config.assignment,
-            capacities={name: self.nodes[name][1].expert_capacity for name in cohort},
+            capacities={name: self.nodes[name][1].expert_capacity for name in names},
             experts=self.plan.model.experts.routed,
             per_node=self.config.experts_per_node,
             layers=self.plan.model.layers,

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from clients.protocol import (
     Description,
+    EvaluateReply,
+    EvaluateRequest,
     Flaw,
+    LedgerIdentity,
     Plan,
     ProtocolError,
     TrainReply,
@@ -29,7 +32,7 @@ from privacy.ledger.entry import charge_id_of
 from privacy.load_histogram import DELTA
 from privacy.local_optimizers import AdamConfig
 from server.balancing import load_bound, plausible, split_loads
-from server.receipts import KeptReceipt, ReceiptBook
+from server.receipts import KeptReceipt, Kind, ReceiptBook
 
 Reason = Flaw | Literal["no-answer", "not-asked", "duplicate", "bad-receipt", "replay", "wrong-charge", "over-norm"]
 """Why a reply was dropped.
@@ -55,8 +58,62 @@ class Asked:
     """What a node was asked in a round: the request and the message that carries it."""
 
     node: Description
-    request: TrainRequest
+    request: TrainRequest | EvaluateRequest
     content: RecordDict
+
+
+class ChargeChecker:
+    """Compares what replies were charged for with what was asked in a round, and keeps their receipts."""
+
+    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: Kind) -> None:
+        self._plan_hash = plan.hash
+        self._receipts = receipts
+        self._kind: Kind = kind
+        self._model_in: dict[str, str] = {}  # of a broadcast, once for all nodes that got it
+
+    def accept(self, answer: TrainReply | EvaluateReply, body: bytes, asked: Asked, ledger: LedgerIdentity) -> None:
+        """Check that an answer's charge is the one of ``ledger`` for exactly what was asked; keep its receipt.
+
+        Raises:
+            DroppedError: it is not.
+        """
+        wrong = self._receipts.why_refused(ledger, answer.receipt)
+        if wrong is not None:
+            raise DroppedError("bad-receipt", f"its receipt was refused: {wrong}")
+        name = ledger.fingerprint
+        if not self._receipts.is_new_or_same(name, answer.charge_id, answer.receipt):
+            raise DroppedError("replay", "its receipt is of another charge, or its charge has another receipt")
+        if answer.charge_id != self._charge_id(asked, ledger):
+            if self._receipts.has_charge(name, answer.charge_id):
+                raise DroppedError("replay", "its charge was answered before")
+            raise DroppedError("wrong-charge", "its charge is not for what was asked")
+        self._receipts.keep(
+            KeptReceipt(
+                round=asked.request.round,
+                node=asked.node.fingerprint,
+                run_id=asked.request.run_id,
+                plan_hash=self._plan_hash,
+                charge_id=answer.charge_id,
+                output_hash=sha256(body),
+                signing_key=ledger.signing_key,
+                receipt=answer.receipt,
+                kind=self._kind,
+            )
+        )
+
+    def _charge_id(self, asked: Asked, ledger: LedgerIdentity) -> str:
+        """Return the charge of a ledger for exactly this round, plan and model, as the node works it out."""
+        held = str(asked.request.held)
+        if held not in self._model_in:
+            self._model_in[held] = asked.request.model_in_hash(body_of(asked.content))
+        return charge_id_of(
+            self._kind,
+            ledger_id=ledger.ledger_id,
+            run_id=asked.request.run_id,
+            round_number=asked.request.round,
+            plan_hash=self._plan_hash,
+            model_in_hash=self._model_in[held],
+        )
 
 
 class ReplyChecker:
@@ -70,9 +127,7 @@ class ReplyChecker:
         """
         self._bounded = bounded
         self._plan = plan
-        self._plan_hash = plan.hash
-        self._receipts = receipts
-        self._model_in: dict[str, str] = {}  # of a broadcast, once for all nodes that got it
+        self._charges = ChargeChecker(plan, receipts, "train")
 
     def parts_of(self, reply: Message, asked: Asked) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the delta of an acceptable reply, and the expert loads beside it, if the plan asks for them.
@@ -87,8 +142,7 @@ class ReplyChecker:
             raise DroppedError("no-answer", "it failed to answer")
         try:
             answer = decode(reply.content, TrainReply)
-            self._check_charge(answer, asked)
-            self._keep_receipt(answer, body_of(reply.content), asked)
+            self._charges.accept(answer, body_of(reply.content), asked, asked.node)
             held = asked.request.held
             expected = self._plan.travelling(held)
             encodings = encodings_of(self._plan.traffic.delta, expected)
@@ -104,46 +158,6 @@ class ReplyChecker:
         if loads and not plausible(loads, load_bound(self._plan, size)):
             raise DroppedError("over-norm", "its expert loads are above the bound")
         return delta, loads
-
-    def _check_charge(self, answer: TrainReply, asked: Asked) -> None:
-        wrong = self._receipts.why_refused(asked.node, answer.receipt)
-        if wrong is not None:
-            raise DroppedError("bad-receipt", f"its receipt was refused: {wrong}")
-        node = asked.node.fingerprint
-        if not self._receipts.is_new_or_same(node, answer.charge_id, answer.receipt):
-            raise DroppedError("replay", "its receipt is of another charge, or its charge has another receipt")
-        if answer.charge_id != self._charge_id(asked):
-            if self._receipts.has_charge(node, answer.charge_id):
-                raise DroppedError("replay", "its charge was answered before")
-            raise DroppedError("wrong-charge", "its charge is not for what was asked")
-
-    def _charge_id(self, asked: Asked) -> str:
-        """Return the charge of the node for exactly this round, plan and model, as the node works it out."""
-        held = str(asked.request.held)
-        if held not in self._model_in:
-            self._model_in[held] = asked.request.model_in_hash(body_of(asked.content))
-        return charge_id_of(
-            "train",
-            ledger_id=asked.node.ledger_id,
-            run_id=asked.request.run_id,
-            round_number=asked.request.round,
-            plan_hash=self._plan_hash,
-            model_in_hash=self._model_in[held],
-        )
-
-    def _keep_receipt(self, answer: TrainReply, body: bytes, asked: Asked) -> None:
-        self._receipts.keep(
-            KeptReceipt(
-                round=asked.request.round,
-                node=asked.node.fingerprint,
-                run_id=asked.request.run_id,
-                plan_hash=self._plan_hash,
-                charge_id=answer.charge_id,
-                output_hash=sha256(body),
-                signing_key=asked.node.signing_key,
-                receipt=answer.receipt,
-            )
-        )
 
 
 def norm_bound(plan: Plan, parameters: int, declared_size: int, round_number: int) -> float:

@@ -92,6 +92,7 @@ class Wishes:
                 output_hash=sha256(body_of(content)),
                 signing_key=node.signing_key,
                 receipt=answer.receipt,
+                kind="choose",
             )
         )
         wish = [chosen[f"choice/{layer}"] for layer in range(plan.model.layers)]

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.node import charged_mechanism
+from clients.charges import charged_mechanism
 from clients.node_directory import NodeDirectory
 from clients.protocol import ProtocolError
 from model.errors import BadInputError
 from model.store import write_atomically
+from privacy.ledger.entry import Side
 from privacy.ledger.reading import History, open_history, write_export
 from privacy.ledger.spending import Budget, Forecast, budget_of, forecast
 from server.scenario import Scenario
@@ -37,17 +38,20 @@ class BudgetReport:
     plot: str | None = None
 
 
-def budget_report(source: Path, scenario: Scenario | None, plot: Path | None) -> BudgetReport:
+def budget_report(
+    source: Path, scenario: Scenario | None, plot: Path | None, *, side: Side = "training"
+) -> BudgetReport:
     """Sum up the ledger of a node's folder, a ledger file or an export.
 
     Args:
+        side: of a node's folder, which ledger.
         scenario: what it would add is worked out; a node's policy is asked too.
         plot: where to write a chart of ε over time, as SVG.
 
     Raises:
         BadInputError: no ledger there, a plan without privacy, or the chart cannot be written.
     """
-    history = _history(source)
+    history = _history(source, side)
     report = BudgetReport(str(source), budget_of(history))
     if scenario is not None:
         report.planned = _planned(source, history, report.budget, scenario)
@@ -60,13 +64,13 @@ def budget_report(source: Path, scenario: Scenario | None, plot: Path | None) ->
     return report
 
 
-def export_ledger(source: Path, out: Path) -> int:
+def export_ledger(source: Path, out: Path, *, side: Side = "training") -> int:
     """Write the export of a ledger to a new file, readable by its owner only; return the number of entries.
 
     Raises:
         BadInputError: no ledger there, or the file exists or cannot be written.
     """
-    history = _history(source)
+    history = _history(source, side)
     try:
         with os.fdopen(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
             return write_export(history, stream)
@@ -74,8 +78,8 @@ def export_ledger(source: Path, out: Path) -> int:
         raise BadInputError(f"{out}: cannot be written ({error.strerror}), must be a new file") from error
 
 
-def _history(source: Path) -> History:
-    return open_history(NodeDirectory(source).ledger_path if source.is_dir() else source)
+def _history(source: Path, side: Side) -> History:
+    return open_history(NodeDirectory(source).files(side).path if source.is_dir() else source)
 
 
 def _planned(source: Path, history: History, budget: Budget, scenario: Scenario) -> PlannedRun:

@@ -15,6 +15,7 @@ from server.metrics import dropped_by, unchanged
 from server.run_audit import audit_run
 from server.run_directory import RunDirectory
 from simulations import charts
+from simulations.tables import said_of_held_out
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -83,6 +84,8 @@ def write_report(run: RunDirectory) -> Path:
         without_holder=sum(map(sum, without_holder)),
         traffic_share=exchanged / last["bytes_full_model"],
         exchanged=exchanged,
+        held_out=last.get("private_evaluation"),
+        held_out_said=said_of_held_out(last["private_evaluation"]) if "private_evaluation" in last else "",
         refused=sum(sum(line["refused"].values()) for line in metrics),
         dropped_by=dropped_by(metrics),
         missing=sum(line["missing"] for line in metrics),

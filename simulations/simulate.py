@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from flwr.app import Message
@@ -37,6 +37,8 @@ class Summary:
     node_epsilon: of the server's account at ``node_delta``, where the node is the unit too; the two stand side by side.
     bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire; 0 in a baseline without federation.
     dropped_by: reason → replies over the run that did not count for it. unchanged: rounds that had too few replies.
+    held_out: what the last private evaluation came to, and held_out_epsilon what all of them spent, the largest over
+        nodes; None where there is none.
     baseline: which one the run is, if it is one.
     """
 
@@ -53,6 +55,8 @@ class Summary:
     run: Path
     node_epsilon: float | None = None
     node_delta: float | None = None
+    held_out: dict[str, Any] | None = None
+    held_out_epsilon: float | None = None
     baseline: BaselineNote | None = None
 
 
@@ -134,7 +138,7 @@ def summarize(run: RunDirectory) -> Summary:
         accuracy=metrics[-1].get("accuracy"),
         bits_per_byte=metrics[-1].get("bits_per_byte"),
         order0_bits_per_byte=metrics[-1].get("order0_bits_per_byte"),
-        epsilon=max((budget_of(LedgerFile(path)).spent for path in run.ledgers), default=0.0),
+        epsilon=_largest_epsilon(run.ledgers),
         delta=scenario.privacy.delta,
         rounds=len(metrics),
         bytes_per_node=round(sum(exchanged) / len(exchanged)) if note is None or note.federated else 0,
@@ -144,5 +148,11 @@ def summarize(run: RunDirectory) -> Summary:
         run=run.path,
         node_epsilon=None if scenario.node_privacy is None else budget_of(LedgerFile(run.node_account)).spent,
         node_delta=None if scenario.node_privacy is None else scenario.node_privacy.delta,
+        held_out=metrics[-1].get("private_evaluation"),
+        held_out_epsilon=None if scenario.evaluation is None else _largest_epsilon(run.held_out_ledgers),
         baseline=note,
     )
+
+
+def _largest_epsilon(ledgers: Sequence[Path]) -> float:
+    return max((budget_of(LedgerFile(path)).spent for path in ledgers), default=0.0)

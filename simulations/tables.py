@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -57,6 +58,11 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
             f"epsilon {summary.node_epsilon:.4f} at delta {node.delta:g} (budget {node.epsilon:g}, per node, "
             "for the published model; the server is trusted)",
         )
+    if summary.held_out is not None:
+        table.add_row("held out", said_of_held_out(summary.held_out))
+        if scenario.privacy.mechanism != "none":
+            spent = f"epsilon {summary.held_out_epsilon:.4f} at delta {summary.delta:g}"
+            table.add_row("", f"{spent}, of an account of its own: no unit both trains and is held out")
     if note is None or note.federated:
         share = summary.bytes_per_node / summary.bytes_full_model
         table.add_row("traffic", f"{summary.bytes_per_node:,} bytes a node and round, {share:.0%} of the whole model's")
@@ -67,6 +73,18 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
     table.add_row("run", str(summary.run))
     table.add_row("report", str(report_path))
     _console().print(table)
+
+
+def said_of_held_out(evaluation: Mapping[str, Any]) -> str:
+    """Say what a private evaluation came to, a sentence without its end."""
+    metric = evaluation["metric"].replace("_", " ")
+    told = sum(pair is not None for pair in evaluation["by_node"].values())
+
+    def said(pair: list[float] | None) -> str:
+        return "drowned in noise" if pair is None else f"{pair[0]:.4f} ± {pair[1]:.4f}"
+
+    units, nodes = said(evaluation["over_units"]), said(evaluation["over_nodes"])
+    return f"{metric} {units} over held-out units, {nodes} as the mean of {told} nodes (± is the noise alone)"
 
 
 def _said_of(note: BaselineNote) -> str:
@@ -103,6 +121,11 @@ def print_plan(estimate: PlanEstimate) -> None:
         table.add_row(
             "choices", f"{estimate.choices} times a node chooses its experts, {estimate.choice_share:.1%} of the budget"
         )
+    if estimate.evaluations:
+        table.add_row(
+            "held out",
+            f"{estimate.evaluations} evaluations, {_noise(estimate.evaluation_noise)}, from an account of their own",
+        )
     if estimate.node_epsilon is not None:
         table.add_row(
             "node level",
@@ -127,6 +150,10 @@ def print_plan(estimate: PlanEstimate) -> None:
         f"{estimate.seconds_per_node_round * 1e3:.1f} ms a node and round, on this machine",
     )
     _console().print(table)
+
+
+def _noise(multiplier: float | None) -> str:
+    return "without noise" if multiplier is None else f"sigma {multiplier:g} each"
 
 
 def print_model_card(card: ModelCard) -> None:
@@ -172,6 +199,9 @@ def print_ledger_audits(audit: LedgersAudit) -> None:
 def print_run_audit(audit: RunAudit) -> None:
     """Print whether receipts, ledgers and plan of a run tell one story."""
     _print_ledgers(audit.ledgers)
+    if audit.held_out:
+        _console().print("ledgers of held-out units")
+        _print_ledgers(audit.held_out)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("rounds", f"{audit.rounds}, {audit.nodes} nodes sent receipts")
     table.add_row("receipts", f"{audit.receipts}, of which {audit.matched} match a committed charge and its output")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -16,6 +16,8 @@ from privacy.mechanisms import Mechanism
 
 FORMAT_VERSION = 2
 INFINITE = "inf"
+
+Side = Literal["training", "held-out"]
 
 State = Literal["RESERVED", "COMMITTED", "ABANDONED", "ADMITTED", "CLOSED", "ROTATED", "RESTORED", "MIGRATED"]
 """RESERVED → COMMITTED | ABANDONED is the life of a charge, ADMITTED → CLOSED of the budget set aside for a plan. The
@@ -43,6 +45,8 @@ class Genesis(Hashed):
 
     mode: ``simulation`` ledgers accept seeded randomness and ``mechanism = none``; ``deployment`` ones never.
     order, rdp_budget: the filter that enforces (epsilon, delta); see :mod:`privacy.accounting`.
+    held_out: the share of units that is kept out of training, for evaluation alone; ``split_key`` decides which.
+    side: which of the two this ledger is for. Each side has its own ledger and budget, and no unit is on both.
     public_key: the first signing key; its hash is the ledger's identity, also after rotations.
     """
 
@@ -60,6 +64,16 @@ class Genesis(Hashed):
     machine_id: str
     public_key: str
     time: str
+    held_out: str = "0"
+    side: Side = "training"
+
+    @property
+    def line(self) -> bytes:
+        """The canonical JSON, as it always was where nothing is held out."""
+        document = asdict(self)
+        if self.held_out == "0":
+            del document["held_out"], document["side"]
+        return canonical_json(document)
 
     @classmethod
     def new(
@@ -73,12 +87,16 @@ class Genesis(Hashed):
         delta: float,
         mode: Literal["simulation", "deployment"],
         machine_id: str,
+        held_out: float = 0.0,
+        side: Side = "training",
     ) -> Genesis:
         """Begin a ledger with the budget (ε, δ), which is enforced at the order that suits it.
 
         Raises:
-            BadInputError: the budget allows no release at all.
+            BadInputError: the budget allows no release at all, or all units are held out.
         """
+        if not 0.0 <= held_out < 1.0:
+            raise BadInputError(f"held_out is {held_out}, must be at least 0 and below 1")
         order = fixed_order(epsilon, delta)
         return cls(
             version=FORMAT_VERSION,
@@ -95,7 +113,13 @@ class Genesis(Hashed):
             machine_id=machine_id,
             public_key=public_key,
             time=utc_now(),
+            held_out=decimal(held_out),
+            side=side,
         )
+
+    def for_held_out(self, public_key: str) -> Genesis:
+        """Return the genesis of the ledger for the units that this one's side leaves out: the same data and budget."""
+        return replace(self, side="held-out", public_key=public_key, ledger_id=ledger_id_of(public_key))
 
     @classmethod
     def parse(cls, line: bytes | str) -> Genesis:
@@ -124,6 +148,10 @@ class Genesis(Hashed):
             raise ValueError("another mode")
         if not (0.0 < epsilon < math.inf and 0.0 < delta < 1.0 and 1.0 < order < math.inf):
             raise ValueError("numbers that no budget can have")
+        if self.side not in ("training", "held-out") or not 0.0 <= float(self.held_out) < 1.0:
+            raise ValueError("no such side, or no such share of units")
+        if self.side == "held-out" and self.held_out == "0":
+            raise ValueError("a ledger for units that do not exist")
         budget_units(epsilon, delta, order)
         _ = self.line  # raises where a string has no UTF-8
 

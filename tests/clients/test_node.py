@@ -13,8 +13,9 @@ from test_protocol import plan, request
 
 import clients.node
 from clients import trainer
+from clients.charges import charged_mechanism
 from clients.encodings import WireForm
-from clients.node import Node, charged_mechanism
+from clients.node import Node
 from clients.policy import Policy
 from clients.protocol import (
     AdmitRequest,
@@ -223,7 +224,9 @@ def test_experts_learn_slower_where_few_are_held(tmp_path):
 
 def test_what_a_node_says_about_itself_is_public(node):
     described = node.describe()
-    assert set(described.model_dump()) == {"version", "public_key", "rotations", "declared_size", "expert_capacity"}
+    named = {"version", "public_key", "rotations", "declared_size", "expert_capacity", "held_out"}
+    assert set(described.model_dump()) == named
+    assert described.held_out is None
     assert described.declared_size == 40
 
 

@@ -57,15 +57,15 @@ def edit(node: NodeDirectory, old: str, new: str) -> NodeDirectory:
 
 def test_a_new_node_has_a_deployment_ledger_with_the_budget_it_states(make):
     node = make()
-    genesis = LedgerFile(node.ledger_path).genesis
+    genesis = LedgerFile(node.training.path).genesis
     assert (genesis.mode, genesis.dataset_id, genesis.unit) == ("deployment", "ward-7", "record")
     assert (genesis.epsilon, genesis.delta, genesis.order) == ("8", "0.00001", "3.4")
-    assert genesis.public_key == public_hex(load_key(node.key_path))
-    for path in (node.ledger_path, node.key_path, node.witness.path):
+    assert genesis.public_key == public_hex(load_key(node.training.key_path))
+    for path in (node.training.path, node.training.key_path, node.training.witness.path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
-    assert stat.S_IMODE(node.ledger_path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(node.training.path.parent.stat().st_mode) == 0o700
     spend(node, 3)
-    audit = audit_history(LedgerFile(node.ledger_path), witness=node.witness.read())
+    audit = audit_history(LedgerFile(node.training.path), witness=node.training.witness.read())
     assert (audit.findings, audit.charges, audit.seeded) == ([], 3, False)
 
 
@@ -168,7 +168,7 @@ def test_a_restored_backup_does_not_start_and_restoring_it_costs_the_rest(make, 
     with pytest.raises(BudgetExhaustedError):
         ledger.reserve(request(9), bytes(32))
     ledger.close()
-    assert audit_history(LedgerFile(node.ledger_path), witness=node.witness.read()).findings == []
+    assert audit_history(LedgerFile(node.training.path), witness=node.training.witness.read()).findings == []
 
 
 def test_a_move_to_another_machine_with_its_witness_costs_nothing(make):
@@ -184,31 +184,33 @@ def test_a_move_to_another_machine_with_its_witness_costs_nothing(make):
 
 def test_a_lost_witness_stops_the_node(make):
     node = make()
-    node.witness.path.unlink()
+    node.training.witness.path.unlink()
     with pytest.raises(BadInputError, match="is missing, so entries may have been lost"):
         node.open_ledger()
 
 
 def test_rotating_the_key_survives_a_crash_at_either_side(make, monkeypatch):
     node = make()
-    before = node.key_path.read_bytes()
+    before = node.training.key_path.read_bytes()
     with monkeypatch.context() as patch:  # the new key was written, the ledger did not hear of it
         patch.setattr(Ledger, "rotate_key", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             node.rotate_key()
     spend(node)
-    assert node.key_path.read_bytes() == before
+    assert node.training.key_path.read_bytes() == before
     with monkeypatch.context() as patch:  # the ledger has the new key, its file was not renamed
-        rename = type(node.key_path).replace
-        patch.setattr(type(node.key_path), "replace", lambda a, b: 1 / 0 if b == node.key_path else rename(a, b))
+        rename = type(node.training.key_path).replace
+        patch.setattr(
+            type(node.training.key_path), "replace", lambda a, b: 1 / 0 if b == node.training.key_path else rename(a, b)
+        )
         with pytest.raises(ZeroDivisionError):
             node.rotate_key()
     spend(node)
-    assert node.key_path.read_bytes() != before
+    assert node.training.key_path.read_bytes() != before
     public = node.rotate_key()
-    assert public_hex(load_key(node.key_path)) == public
+    assert public_hex(load_key(node.training.key_path)) == public
     spend(node)
-    audit = audit_history(LedgerFile(node.ledger_path), witness=node.witness.read())
+    audit = audit_history(LedgerFile(node.training.path), witness=node.training.witness.read())
     assert (audit.findings, audit.rotations, audit.charges) == ([], 2, 3)
 
 
@@ -239,7 +241,7 @@ def test_where_the_witness_cannot_be_written_nothing_goes_on(make, monkeypatch):
         patch.setattr("privacy.ledger.witness.write_atomically", lambda *a, **k: os.write(-1, b""))
         with pytest.raises(BadInputError, match="cannot be written"):
             ledger.reserve(request(1), b"1" * 32)
-    assert node.witness.read().seq == 0
+    assert node.training.witness.read().seq == 0
     assert ledger.reserve(request(1), b"2" * 32).secret == b"1" * 32  # and now the witness follows first
-    assert node.witness.read().seq == 1
+    assert node.training.witness.read().seq == 1
     ledger.close()

@@ -20,7 +20,6 @@ from mortal_node import Kill, Step, lines, run_to_death, steps_of, witness_of
 
 import privacy.ledger.store
 from model.errors import BadInputError
-from privacy.canonical import canonical_json
 from privacy.ledger import BudgetExhaustedError, ChargeAbandonedError, Ledger, PlanClosedError, SignedHead, StoredReply
 from privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION
 from privacy.ledger.reading import LedgerFile, write_export
@@ -182,7 +181,7 @@ def make_v1(folder: Path) -> list[str]:
     db = sqlite3.connect(ledger_of(folder), isolation_level=None)
     db.execute("PRAGMA journal_mode = WAL")
     db.executescript(V1_TABLES)
-    db.execute("INSERT INTO genesis VALUES (?)", (canonical_json(asdict(first)).decode(),))
+    db.execute("INSERT INTO genesis VALUES (?)", (first.line.decode(),))
     hashes = [first.hash]
     for entry in entries:
         old = replace(entry, version=1, prev_hash=hashes[-1])

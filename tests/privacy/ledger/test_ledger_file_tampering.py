@@ -371,5 +371,5 @@ def test_a_secret_for_a_committed_or_abandoned_charge_revives_nothing(tmp_path):
 def test_genesis_lines_read_back(original):
     first = open_history(original.path).genesis
     assert Genesis.parse(first.line) == first
-    assert json.loads(first.line) == asdict(first)
+    assert asdict(first) == json.loads(first.line) | {"held_out": "0", "side": "training"}
     assert first.hash != genesis().hash or first == genesis()

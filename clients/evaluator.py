@@ -1,0 +1,59 @@
+"""How good a model is on a node's held-out units: each unit's value of the task's metric, summed and noised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from clients.protocol import Plan
+from data.sources import GROUP, Records
+from model import HeldExperts, Network, from_state, parameters
+from model.network import Batch
+from privacy.bookkeeping import Units
+from privacy.private_metrics import MetricSums
+from privacy.randomness import derive
+from privacy.unit_index import UnitIndex
+
+_AT_ONCE = 512
+
+
+def evaluate(
+    plan: Plan, held: HeldExperts, tensors: Mapping[str, Tensor], held_out: Records, secret: bytes
+) -> dict[str, Tensor]:
+    """Evaluate a model with the held experts on held-out records; return what may be released.
+
+    Guarantee: the Gaussian mechanism of the plan's evaluation under add/remove of one unit.
+
+    Args:
+        tensors: wire name → float32, the model for exactly ``held``.
+        held_out: the node's records that never train.
+        secret: of this charge.
+    """
+    if plan.evaluation is None:
+        raise ValueError("the plan has no evaluation")
+    network = from_state(plan.model, held, parameters.join(tensors, held)).eval()
+    group_B = held_out[GROUP] if plan.privacy.unit == "group" else None
+    index = UnitIndex(len(next(iter(held_out.values()))), group_B, plan.privacy.records_per_unit)
+    inputs = {name: tensor for name, tensor in held_out.items() if name != GROUP}
+    sums = MetricSums()
+    at_once = 1 if plan.privacy.numeric == "strict" else _AT_ONCE
+    with torch.inference_mode():
+        for part, unit_B in index.parts(torch.arange(index.count), at_once):
+            batch = {name: tensor[part] for name, tensor in inputs.items()}
+            units = Units.one_each(len(part)) if unit_B is None else Units(len(part), int(unit_B[-1]) + 1, unit_B)
+            sums.add(_values(plan, network, batch), units)
+    (name,) = plan.metric_shapes
+    return {name: sums.noised(plan.evaluation.noise_multiplier, derive(secret, name))}
+
+
+def _values(plan: Plan, network: Network, batch: Batch) -> Tensor:
+    """Return the metric of each example, in [0, 1], shape [B]."""
+    output = network(batch)
+    metric, bound = plan.metric
+    if metric == "accuracy":
+        return torch.eq(output.scores.argmax(dim=1), batch["label"]).double()
+    bits_B = network.task_loss(output, batch).double() / (bound * math.log(2.0))
+    return torch.where(bits_B.isfinite(), bits_B, 1.0)  # where a model fails it has learned nothing

@@ -1,0 +1,104 @@
+"""A node's ledger as a message sees it: what pays, under the lease, and the codes that the server may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from clients.protocol import ProtocolError
+from model import BadInputError
+from privacy.canonical import canonical_json, sha256
+from privacy.ledger import (
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    ChargeConflictError,
+    ChargeRequest,
+    Ledger,
+    LedgerMismatchError,
+    PlanClosedError,
+    ReplyExpiredError,
+    Reservation,
+    SignedHead,
+    StoredReply,
+)
+from privacy.repeatability import repeat_key
+
+State = tuple[bytes | None, ...]
+
+
+@contextmanager
+def paid(
+    ledger: Ledger,
+    charge: ChargeRequest,
+    new_secret: Callable[[str], bytes],
+    set_aside: Callable[[], None],
+    state: Callable[[], State] = tuple,
+) -> Iterator[tuple[Reservation | StoredReply, State]]:
+    """Reserve a charge of a plan and hold the ledger's lease while its work is done.
+
+    Args:
+        new_secret: charge id → 256-bit secret.
+        set_aside: sets the budget of the charge's plan aside; called where none is.
+        state: reads, under the lease, the node's state that the output follows from.
+
+    Yields:
+        What pays, or the reply that was stored before; and the state.
+
+    Raises:
+        ProtocolError: with the code that the server may see.
+    """
+    charge_id = charge.charge_id(ledger.genesis.ledger_id)
+    if not ledger.knows(charge_id) and not ledger.is_open(charge.run_id, charge.plan_hash):
+        set_aside()
+    with ledger.lease():
+        states = state()
+        key = repeat_key(torch.device("cpu"), _joined(states))
+        with as_codes():
+            reservation = ledger.reserve(charge, new_secret(charge_id), repeat_key=key)
+        yield reservation, states
+
+
+def check_receipt(ledger: Ledger, receipt: SignedHead | None) -> None:
+    """Compare with what the server has of a ledger: it must not have seen more than is here.
+
+    Raises:
+        ProtocolError: ``ledger-mismatch``, or ``bad-request`` for a receipt of another ledger.
+    """
+    if receipt is None or ledger.holds(receipt):
+        return
+    keys = (ledger.genesis.public_key, *(rotation.new_key for rotation in ledger.rotations))
+    if receipt.ledger_id != ledger.genesis.ledger_id or not any(map(receipt.signed_by, keys)):
+        raise ProtocolError("bad-request", "the receipt is not of this ledger")
+    raise ProtocolError(
+        "ledger-mismatch", f"the server has a receipt of entry {receipt.seq}, which this ledger does not hold"
+    )
+
+
+@contextmanager
+def as_codes() -> Iterator[None]:
+    """Turn the ledger's answers into the codes that the server may see."""
+    try:
+        yield
+    except BudgetExhaustedError as error:
+        raise ProtocolError("budget-exhausted") from error
+    except ChargeAbandonedError as error:
+        raise ProtocolError("charge-abandoned") from error
+    except ChargeConflictError as error:
+        raise ProtocolError("bad-request", "the charge was made before with other content") from error
+    except ReplyExpiredError as error:
+        raise ProtocolError("reply-expired") from error
+    except PlanClosedError as error:
+        raise ProtocolError("not-allowed", "the plan was closed") from error
+    except LedgerMismatchError as error:
+        raise ProtocolError("ledger-mismatch", str(error)) from error
+    except BadInputError as error:
+        raise ProtocolError("not-allowed", str(error)) from error
+
+
+def _joined(states: tuple[bytes | None, ...]) -> bytes | None:
+    """Return what stands for several states at once; None where there are none."""
+    if all(state is None for state in states):
+        return None
+    return canonical_json(["" if state is None else sha256(state) for state in states])

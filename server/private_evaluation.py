@@ -114,9 +114,9 @@ def _sums(reply: Message, asked: Asked, side: HeldOutSide, checker: ChargeChecke
             raise
         raise DroppedError(error.flaw, str(error)) from error
     units = asked.node.declared_size * side.share / (1.0 - side.share)
-    slack = _DEVIATIONS * (1.0 + math.sqrt(units) + _noise(plan))
+    noise = _DEVIATIONS * _noise(plan) + 1.0
     first, second = sums.tolist()
-    if min(first, second) < -slack or first + second > 2.0 * units + slack:
+    if min(first, second) < -noise or first + second > 2.0 * units + _DEVIATIONS * math.sqrt(units) + 2.0 * noise:
         raise DroppedError("over-norm", "it claims other numbers of units than it can have")
     return first, second
 

@@ -84,16 +84,23 @@ def _history(source: Path, side: Side) -> History:
 
 def _planned(source: Path, history: History, budget: Budget, scenario: Scenario) -> PlannedRun:
     plan = scenario.plan()
-    mechanism = charged_mechanism(plan)
+    mechanism, charges = charged_mechanism(plan), plan.rounds
+    if history.genesis.side == "held-out":
+        if plan.evaluation is None:
+            raise BadInputError(f"--plan {scenario.name}: measures nothing on held-out units, must have [evaluation]")
+        mechanism, charges = plan.evaluation.mechanism, plan.evaluation.count(plan.rounds)
     if mechanism is None:
         raise BadInputError(f"--plan {scenario.name}: trains without privacy, so no budget allows it")
-    expected = forecast(budget, history.genesis, mechanism, plan.rounds)
+    expected = forecast(budget, history.genesis, mechanism, charges)
     refused = None if expected.fits else "the budget does not suffice"
     if plan.privacy.unit != budget.unit:
         refused = f"the budget protects a {budget.unit}, the plan a {plan.privacy.unit}"
     elif source.is_dir():
         try:
-            NodeDirectory(source).config.policy.check(plan, scenario.name)
+            policy = NodeDirectory(source).config.policy
+            policy.check(plan, scenario.name)
+            if history.genesis.side == "held-out":
+                policy.check_evaluation(plan)
         except ProtocolError as error:
             refused = str(error)
     return PlannedRun(scenario.name, plan.hash, expected, refused)

@@ -11,7 +11,6 @@ import tomllib
 import pytest
 from ledger_samples import request
 
-import clients.node_directory
 from clients.node_config import BudgetConfig, DatasetConfig, StorageConfig, read_node_config
 from clients.node_directory import NodeDirectory, create_node
 from clients.policy import Policy
@@ -20,15 +19,17 @@ from privacy.ledger import BudgetExhaustedError, Ledger, Reservation
 from privacy.ledger.heads import public_hex
 from privacy.ledger.keys import load_key
 from privacy.ledger.reading import LedgerFile
+from privacy.ledger.sides import check_pair
+from privacy.ledger.spending import budget_of
 from privacy.ledger.verification import audit_history
 
 
 @pytest.fixture
 def make(tmp_path):
-    def build(name="node", dataset="ward-7", data="data", witness="witness", **budget) -> NodeDirectory:
+    def build(name="node", dataset="ward-7", data="data", witness="witness", held_out=0.0, **budget) -> NodeDirectory:
         return NodeDirectory.create(
             tmp_path / name,
-            dataset=DatasetConfig(id=dataset, data=tmp_path / data, declared_size=1000),
+            dataset=DatasetConfig(id=dataset, data=tmp_path / data, declared_size=1000, held_out=held_out),
             budget=BudgetConfig(**({"epsilon": 8.0, "delta": 1e-5} | budget)),
             storage=StorageConfig(witness=tmp_path / "elsewhere" / witness, machine="machine-a"),
             registry=tmp_path / "registry",
@@ -141,7 +142,7 @@ def test_deleting_a_spent_ledger_does_not_bring_the_budget_back(make, tmp_path):
 
 def test_an_interrupted_creation_can_be_repeated(make, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node_directory.Ledger, "create", lambda *a, **k: 1 / 0)
+        patch.setattr(Ledger, "create", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make()
     with monkeypatch.context() as patch:  # the witness was written, the ledger not
@@ -245,3 +246,89 @@ def test_where_the_witness_cannot_be_written_nothing_goes_on(make, monkeypatch):
     assert ledger.reserve(request(1), b"2" * 32).secret == b"1" * 32  # and now the witness follows first
     assert node.training.witness.read().seq == 1
     ledger.close()
+
+
+def test_held_out_units_have_a_ledger_of_their_own_with_the_same_budget(make):
+    node = make(held_out=0.25)
+    training, aside = node.training.genesis, node.held_out.genesis
+    check_pair(training, aside)
+    assert (aside.held_out, aside.side, aside.epsilon, aside.delta) == ("0.25", "held-out", "8", "0.00001")
+    assert training.public_key != aside.public_key
+    assert len(training.split_key) == 64
+    for path in (node.held_out.path, node.held_out.key_path, node.held_out.witness.path):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for side, files in (("training", node.training), ("held-out", node.held_out)):
+        ledger = node.open_ledger(side)
+        ledger.reserve(request(1), bytes(32))
+        ledger.close()
+        assert audit_history(LedgerFile(files.path), witness=files.witness.read()).charges == 1
+
+
+def test_a_node_that_holds_nothing_out_has_one_ledger(make):
+    node = make()
+    assert node.held_out is None
+    assert sorted(path.name for path in node.training.path.parent.glob("*.db")) == ["ledger.db"]
+    with pytest.raises(BadInputError, match=r"held_out is 0"):
+        node.open_ledger("held-out")
+
+
+@pytest.mark.parametrize("stated", ["0.5", "0.0"])
+def test_the_share_that_is_held_out_is_fixed(make, stated):
+    """Another share would move units from one side to the other."""
+    node = edit(make(held_out=0.25), "held_out = 0.25", f"held_out = {stated}")
+    with pytest.raises(BadInputError, match=f"dataset.held_out is {stated.removesuffix('.0')}, must be 0.25"):
+        node.open_ledger()
+
+
+def test_holding_out_cannot_begin_later(make):
+    node = edit(make(), "held_out = 0.0", "held_out = 0.25")
+    with pytest.raises(BadInputError, match=r"held_out is 0\.25, must be 0:"):
+        node.open_ledger()
+    with pytest.raises(BadInputError, match="held-out"):
+        node.open_ledger("held-out")
+
+
+def test_each_ledger_has_its_keys_and_its_restoring(make):
+    node = make(held_out=0.25)
+    before = node.training.key_path.read_bytes()
+    public = node.rotate_key("held-out")
+    assert public == public_hex(load_key(node.held_out.key_path)) != node.held_out.genesis.public_key
+    assert node.training.key_path.read_bytes() == before
+    ledger = node.open_ledger("held-out")
+    ledger.reserve(request(1), bytes(32))
+    ledger.close()
+    node.held_out.witness.path.unlink()
+    with pytest.raises(BadInputError, match="witness"):
+        node.open_ledger("held-out")
+    assert not node.restore(side="held-out").proven
+    assert budget_of(LedgerFile(node.held_out.path)).spent == pytest.approx(8.0)
+    assert budget_of(LedgerFile(node.training.path)).spent == 0.0
+
+
+def test_a_creation_interrupted_between_the_two_ledgers_can_be_repeated(make, monkeypatch):
+    real, made = Ledger.create.__func__, []
+
+    def create(cls, *args, **options):
+        if made:
+            raise KeyboardInterrupt
+        made.append(1)
+        return real(cls, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "create", classmethod(create))
+        with pytest.raises(KeyboardInterrupt):
+            make(held_out=0.25)
+    node = make(held_out=0.25)
+    check_pair(node.training.genesis, node.held_out.genesis)
+    node.open_ledger("held-out").close()
+    spend(node)
+
+
+def test_closing_a_run_is_for_both_sides(make):
+    node = make(held_out=0.25)
+    for side in ("training", "held-out"):
+        ledger = node.open_ledger(side)
+        ledger.admit(request(1), 2)
+        ledger.close()
+    assert node.close_plans("7") == 2
+    assert node.close_plans("7") == 0

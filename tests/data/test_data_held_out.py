@@ -27,9 +27,7 @@ def sides(found, **options):
 
 def keys(found):
     """Each record as bytes."""
-    return [
-        b"".join(found[name][i].numpy().tobytes() for name in sorted(found)) for i in range(len(found["label"]))
-    ]
+    return [b"".join(found[name][i].numpy().tobytes() for name in sorted(found)) for i in range(len(found["label"]))]
 
 
 def test_a_side_is_the_keyed_hash_of_the_record():

@@ -50,8 +50,8 @@ ROOT = Path(clients.app.__file__).parent.parent
 WATCHED = tuple(
     str(ROOT / name)
     for name in (
-        "privacy/ledger/", "privacy/release.py", "privacy/repeatability.py", "clients/node.py", "clients/node_ledger.py",
-        "clients/charges.py", "clients/app.py", "model/store.py",
+        "privacy/ledger/", "privacy/release.py", "privacy/repeatability.py", "clients/node.py",
+        "clients/node_ledger.py", "clients/charges.py", "clients/app.py", "model/store.py",
     )
 )  # fmt: skip
 """Where every single line is a step: from the message to the reply, all that decides what is charged and sent. The

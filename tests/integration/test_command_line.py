@@ -336,6 +336,36 @@ def test_the_budget_of_a_ledger(run, capsys, tmp_path):
     assert (status, err.count("trains without privacy")) == (2, 1)
 
 
+def test_a_node_that_holds_units_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    decisions = (
+        "--dataset", "ward-7", "--data", "data", "--declared-size", 1400, "--epsilon", 8, "--delta", 1e-5,
+        "--witness", "elsewhere/head", "--machine", "here", "--held-out", 0.2,
+    )  # fmt: skip
+    status, out, _ = call(capsys, "node", "init", "node", *decisions, "--json")
+    first = json.loads(out.splitlines()[-1])
+    assert status == 0
+    assert first["held_out_ledger_id"] != first["ledger_id"]
+    planned = ("node", "budget", "node", "--held-out", "--plan", "digits")
+    status, _, err = call(capsys, *planned)
+    assert (status, "must have [evaluation]" in err) == (2, True)
+    status, out, _ = call(capsys, *planned, "--set", "evaluation.every=20")
+    assert "would add 3 charges" in out
+    assert "would be refused: policy.releases does not name metrics" in out
+    config = tmp_path / "node" / "node.toml"
+    config.write_text(config.read_text().replace("# metrics = 1.0", "metrics = 1.0"))
+    status, out, _ = call(capsys, *planned, "--set", "evaluation.every=20", "--json")
+    document = json.loads(out.splitlines()[-1])
+    assert (document["planned"]["refused"], document["planned"]["forecast"]["fits"]) == (None, True)
+    status, out, _ = call(capsys, "node", "rotate-key", "node", "--held-out", "--json")
+    assert json.loads(out.splitlines()[-1])["public_key"] != first["held_out_public_key"]
+    assert call(capsys, "node", "export", "node", "aside.jsonl", "--held-out")[0] == 0
+    assert call(capsys, "audit", "ledger", "aside.jsonl", "--witness", "elsewhere/head.held-out")[0] == 0
+    status, _, err = call(capsys, "node", "init", "other", *decisions[:-1], 1.0)
+    assert (status, "held_out" in err) == (2, True)
+
+
 def test_a_node_from_its_beginning(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -360,6 +390,8 @@ def test_a_node_from_its_beginning(capsys, tmp_path, monkeypatch):
     assert call(capsys, "audit", "ledger", "ledger.jsonl", "--witness", "elsewhere/head")[0] == 0
     assert json.loads(call(capsys, "node", "restore", "node", "--json")[1].splitlines()[-1])["proven"] is True
     assert json.loads(call(capsys, "node", "close", "node", "7", "--json")[1].splitlines()[-1])["closed"] == 0
+    status, _, err = call(capsys, "node", "budget", "node", "--held-out")
+    assert (status, "dataset.held_out is 0" in err) == (2, True)
     (tmp_path / "elsewhere" / "head").unlink()
     status, out, _ = call(capsys, "node", "restore", "node")
     assert (status, out.count("the rest of the budget counts as spent")) == (0, 1)

@@ -22,9 +22,9 @@ CHANGES = {"federation.rounds": 3, "partition.nodes": 4}
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("traffic", [{}, {"traffic.delta": "int8", "traffic.model": "bf16"}])
-def test_ray_gives_the_same_ledger_events_and_model(tmp_path, traffic):
-    scenario = read_scenario(find("digits"), CHANGES | traffic)
+@pytest.mark.parametrize("more", [{}, {"traffic.delta": "int8", "traffic.model": "bf16"}, {"evaluation": {"every": 2}}])
+def test_ray_gives_the_same_ledger_events_and_model(tmp_path, more):
+    scenario = read_scenario(find("digits"), CHANGES | more)
     runs = {}
     for engine in ("inline", "ray"):
         runs[engine] = RunDirectory.create(scenario, tmp_path / engine)

@@ -30,6 +30,7 @@ CHANGES = {
     "model.experts.hidden": 8,
     "model.width": 8,
     "federation.optimizer.momentum": 0.5,
+    "evaluation": {"every": 2, "held_out": 0.3},
 }
 KILLS = 20
 
@@ -43,7 +44,7 @@ def events(directory):
     clock = {"time", "prev_hash"}
     return [
         [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in entries_of(path)]
-        for path in directory.ledgers
+        for path in (*directory.ledgers, *directory.held_out_ledgers)
     ]
 
 
@@ -105,6 +106,8 @@ def test_a_run_killed_anywhere_and_resumed_ends_the_same(undisturbed, calls, tmp
     assert (again / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert [line["round"] for line in run.metrics()] == [1, 2, 3, 4]
     assert [line["loss"] for line in run.metrics()] == [line["loss"] for line in undisturbed.metrics()]
+    measured = [line.get("private_evaluation") for line in run.metrics()]
+    assert measured == [line.get("private_evaluation") for line in undisturbed.metrics()]
     assert events(run) == events(undisturbed)  # nothing lost, nothing doubled, nothing charged twice
     for path in run.ledgers:
         audit = audit_history(LedgerFile(path))

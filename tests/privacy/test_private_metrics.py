@@ -1,4 +1,4 @@
-"""A metric with noise: the sensitivity by brute force, the sums against plain arithmetic, the mean against its error."""
+"""A metric with noise: sensitivity by brute force, sums against plain arithmetic, the mean against its own error."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def test_the_mean_and_its_error_are_what_many_draws_show():
     """The spread of 4000 means against the stated error: a false alarm has probability about 1e-6."""
     sums = MetricSums()
     sums.add(torch.tensor([1.0] * 90 + [0.0] * 10), Units.one_each(100))
-    means = [
-        private_mean(tuple(sums.noised(2.0, derive(bytes(32), number)).tolist()), 2.0) for number in range(4000)
-    ]
+    means = [private_mean(tuple(sums.noised(2.0, derive(bytes(32), number)).tolist()), 2.0) for number in range(4000)]
     values = torch.tensor([mean.value for mean in means], dtype=torch.float64)
     stated = private_mean((90.0, 10.0), 2.0)
     assert stated.noise == pytest.approx(2.0 * math.hypot(0.9, 0.1) / 100)

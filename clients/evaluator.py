@@ -34,6 +34,13 @@ def evaluate(
     """
     if plan.evaluation is None:
         raise ValueError("the plan has no evaluation")
+    (name,) = plan.metric_shapes
+    sums = metric_sums(plan, held, tensors, held_out)
+    return {name: sums.noised(plan.evaluation.noise_multiplier, derive(secret, name))}
+
+
+def metric_sums(plan: Plan, held: HeldExperts, tensors: Mapping[str, Tensor], held_out: Records) -> MetricSums:
+    """Return the sums before their noise. Never release them."""
     network = from_state(plan.model, held, parameters.join(tensors, held)).eval()
     group_B = held_out[GROUP] if plan.privacy.unit == "group" else None
     index = UnitIndex(len(next(iter(held_out.values()))), group_B, plan.privacy.records_per_unit)
@@ -45,8 +52,7 @@ def evaluate(
             batch = {name: tensor[part] for name, tensor in inputs.items()}
             units = Units.one_each(len(part)) if unit_B is None else Units(len(part), int(unit_B[-1]) + 1, unit_B)
             sums.add(_values(plan, network, batch), units)
-    (name,) = plan.metric_shapes
-    return {name: sums.noised(plan.evaluation.noise_multiplier, derive(secret, name))}
+    return sums
 
 
 def _values(plan: Plan, network: Network, batch: Batch) -> Tensor:

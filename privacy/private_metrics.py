@@ -45,6 +45,10 @@ class MetricSums:
             value_U = value_U.new_zeros(units.count).index_add_(0, unit_B, value_U) // size_U
         self._sums += torch.stack([value_U.sum(), (_ONE - value_U).sum()])
 
+    def exact(self) -> Tensor:
+        """Return both sums without noise, float64 [2]: for audits. Never release them."""
+        return self._sums.double() * 2.0**-GRID_BITS
+
     def noised(self, noise_multiplier: float | None, secret: bytes) -> Tensor:
         """Return both sums, float32 [2].
 

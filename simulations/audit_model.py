@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from clients.trainer import mechanism_of
-from model import build
+from model import build, parameters
 from model.errors import BadInputError
 from privacy.audit.model import audit_model
 from privacy.audit.subject import Finding, Subject
 from privacy.dpsgd import DpSgd
 from server.scenario import Scenario
+from simulations.audit_releases import audit_releases
 
 _EXAMPLES = 8
 _DECLARED_SIZE = 100
@@ -37,7 +38,11 @@ def audit_scenario(scenario: Scenario) -> list[Finding]:
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     batch = network.synthetic_batch(_EXAMPLES)
-    return audit_model(Subject(network, network.loss, batch, mechanism_of(plan, _DECLARED_SIZE)))
+    findings = audit_model(Subject(network, network.loss, batch, mechanism_of(plan, _DECLARED_SIZE)))
+    if plan.affinity is None and plan.evaluation is None:
+        return findings
+    tensors = {name: tensor.detach() for name, tensor in parameters.split(network.state_dict(), network.held).items()}
+    return findings + audit_releases(plan, tensors, batch)
 
 
 def audit_own(path: str) -> list[Finding]:

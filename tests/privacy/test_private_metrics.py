@@ -24,7 +24,7 @@ def sums_of(values, group=None):
         numbers = torch.tensor(group).unique_consecutive(return_inverse=True)[1]
         units = Units(len(values), int(numbers[-1]) + 1 if len(values) else 0, numbers)
     sums.add(value_B, units)
-    return sums._sums.double() * STEP
+    return sums.exact()
 
 
 @pytest.mark.parametrize(

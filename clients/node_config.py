@@ -52,13 +52,28 @@ class StorageConfig(Frozen):
     machine: str | None = Field(default=None, min_length=1, max_length=200)
 
 
+class ConnectionConfig(Frozen):
+    """The server that the node dials; paths are relative to the folder of ``node.toml``.
+
+    address: host:port. ca: certificates of those who may have signed the server's.
+    key: what the node proves itself with; its public half is enrolled at the server.
+    internal_port: of Flower's SuperNode, on loopback only.
+    """
+
+    address: str = Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")
+    ca: Path
+    key: Path = Path("state/node.key")
+    internal_port: int = Field(default=9094, ge=1, le=65_535)
+
+
 class NodeConfig(Frozen):
-    """All of ``node.toml``."""
+    """All of ``node.toml``. server: None where the node is not connected to any."""
 
     dataset: DatasetConfig
     budget: BudgetConfig
     storage: StorageConfig
     policy: Policy = Policy()
+    server: ConnectionConfig | None = None
 
     @model_validator(mode="after")
     def _is_no_simulation(self) -> Self:

@@ -125,15 +125,40 @@ class NodeDirectory:
         Raises:
             BadInputError: see :meth:`open_ledger`.
         """
-        sides: tuple[Side, ...] = ("training",) if self.held_out is None else ("training", "held-out")
         closed = 0
-        for side in sides:
+        for side in self.sides:
             ledger = self.open_ledger(side)
             try:
                 closed += ledger.close_plans(run_id)
             finally:
                 ledger.close()
         return closed
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides that have a ledger."""
+        return ("training",) if self.held_out is None else ("training", "held-out")
+
+    @property
+    def state(self) -> Path:
+        """The folder of what the node keeps: ledgers, keys, plans, Flower's files."""
+        return self.training.path.parent
+
+    @property
+    def plans(self) -> Path:
+        """The folder of plans that wait for the owner or were approved."""
+        return self.state / "plans"
+
+    def connection_files(self) -> tuple[Path, Path]:
+        """Return the node's key for the server, and the certificates that may have signed the server's.
+
+        Raises:
+            BadInputError: the node is not connected to a server.
+        """
+        server = self.config.server
+        if server is None:
+            raise BadInputError(f"{self.path / 'node.toml'}: no [server], must say which server to dial")
+        return self.path / server.key, self.path / server.ca
 
     @property
     def _machine(self) -> str:

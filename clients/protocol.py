@@ -40,6 +40,8 @@ Code = Literal[
     "not-enrolled",
     "schema-mismatch",
     "not-allowed",
+    "awaiting-approval",
+    "paused",
     "budget-exhausted",
     "charge-abandoned",
     "reply-expired",

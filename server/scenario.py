@@ -110,7 +110,8 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}, must be at most partition.nodes {self.nodes}"
             )
-        mismatch = schema_of(self.data).mismatch(self.model)
+        schema = schema_of(self.data)
+        mismatch = None if schema is None else schema.mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
         if self.balancing is not None:

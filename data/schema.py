@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import BytesConfig, ClassificationConfig, ModelConfig
+from model.config import (
+    BytesConfig,
+    ClassificationConfig,
+    ImageConvConfig,
+    ImagePatchConfig,
+    ModelConfig,
+    TableConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,7 @@ class ImageSchema:
     def mismatch(self, model: ModelConfig) -> str | None:
         """Return what is wrong with a model for these records, as the end of a sentence; None if it fits."""
         encoder, head = model.encoder, model.head
-        if isinstance(encoder, BytesConfig) or not isinstance(head, ClassificationConfig):
+        if not (isinstance(encoder, ImagePatchConfig | ImageConvConfig) and isinstance(head, ClassificationConfig)):
             return "model.encoder.kind must be image-patch or image-conv and model.head.kind classification"
         image = (encoder.channels, encoder.height, encoder.width)
         if image != self.image:
@@ -42,4 +49,23 @@ class TextSchema:
         return None
 
 
-Schema = ImageSchema | TextSchema
+@dataclass(frozen=True)
+class TableSchema:
+    """``table`` float [features] with a ``label`` below ``classes``."""
+
+    features: int
+    classes: int
+
+    def mismatch(self, model: ModelConfig) -> str | None:
+        """Return what is wrong with a model for these records; see :class:`ImageSchema`."""
+        encoder, head = model.encoder, model.head
+        if not (isinstance(encoder, TableConfig) and isinstance(head, ClassificationConfig)):
+            return "model.encoder.kind must be table and model.head.kind classification"
+        if encoder.features != self.features:
+            return f"model.encoder.features is {encoder.features}, must be {self.features}"
+        if head.classes != self.classes:
+            return f"model.head.classes is {head.classes}, must be {self.classes}"
+        return None
+
+
+Schema = ImageSchema | TextSchema | TableSchema

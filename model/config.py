@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -17,6 +17,7 @@ class ImagePatchConfig(Frozen):
     ``(value − center)/scale``: public constants, never statistics of private records.
     """
 
+    modality: ClassVar[str] = "image"
     kind: Literal["image-patch"] = "image-patch"
     height: int = Field(ge=1, le=4096)
     width: int = Field(ge=1, le=4096)
@@ -32,7 +33,7 @@ class ImagePatchConfig(Frozen):
         return self
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         """Tokens per image."""
         return (self.height // self.patch) * (self.width // self.patch)
 
@@ -76,6 +77,7 @@ class ImageConvConfig(Frozen):
     as ``(value − center)/scale``: public constants, never statistics of private records.
     """
 
+    modality: ClassVar[str] = "image"
     kind: Literal["image-conv"] = "image-conv"
     height: int = Field(ge=1, le=4096)
     width: int = Field(ge=1, le=4096)
@@ -109,7 +111,7 @@ class ImageConvConfig(Frozen):
         return height, width
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         """Tokens per image."""
         height, width = self.map_sides
         return (height // self.patch) * (width // self.patch)
@@ -123,13 +125,32 @@ class ImageConvConfig(Frozen):
 class BytesConfig(Frozen):
     """Text as bytes: each byte of a window of ``window`` bytes is one token."""
 
+    modality: ClassVar[str] = "text"
     kind: Literal["bytes"] = "bytes"
     window: int = Field(ge=2, le=65_536)
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         """Tokens per window."""
         return self.window
+
+
+class TableConfig(Frozen):
+    """A row of ``features`` numbers, which are to come standardised, by public constants.
+
+    ``tokens = "row"``: the row, mapped linearly, is one token. ``tokens = "feature"``: each feature is one, its value
+    times a learned vector plus a learned position, so that attention sees which features go together.
+    """
+
+    modality: ClassVar[str] = "table"
+    kind: Literal["table"] = "table"
+    features: int = Field(ge=1, le=65_536)
+    tokens: Literal["row", "feature"] = "row"
+
+    @property
+    def token_count(self) -> int:
+        """Tokens per row."""
+        return 1 if self.tokens == "row" else self.features
 
 
 class ClassificationConfig(Frozen):
@@ -153,7 +174,7 @@ class NextByteConfig(Frozen):
 
 
 ImageConfig = ImagePatchConfig | ImageConvConfig
-EncoderConfig = Annotated[ImageConfig | BytesConfig, Field(discriminator="kind")]
+EncoderConfig = Annotated[ImageConfig | BytesConfig | TableConfig, Field(discriminator="kind")]
 HeadConfig = Annotated[ClassificationConfig | NextByteConfig, Field(discriminator="kind")]
 
 
@@ -288,7 +309,7 @@ class ModelConfig(Frozen):
         if (self.encoder.kind == "bytes") != (self.head.kind == "next-byte"):
             raise ValueError(
                 f"model.head.kind is {self.head.kind}, does not fit the encoder {self.encoder.kind}: "
-                "must be classification for images, next-byte for bytes"
+                "must be classification for images and tables, next-byte for bytes"
             )
         encoder = self.encoder
         if isinstance(encoder, ImageConvConfig) and not encoder.project and encoder.patch_values != self.width:

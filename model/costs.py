@@ -49,7 +49,7 @@ def costs_of(config: ModelConfig) -> ModelCosts:
         # How many experts a model of the user's own uses for a token, nobody can tell: all it holds.
         active=total if config.source is not None else total - config.layers * (experts.routed - experts.top_k) * one,
         expert=one,
-        flops_per_token=_flops(config) // (_EXAMPLES * config.encoder.tokens),
+        flops_per_token=_flops(config) // (_EXAMPLES * config.encoder.token_count),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.config import BytesConfig, ImageConfig, ImageConvConfig, ImagePatchConfig
+from model.config import BytesConfig, ImageConfig, ImageConvConfig, ImagePatchConfig, TableConfig
+from model.elementwise import Scale
 from model.errors import BadInputError
 from model.padding import only_present
 
@@ -43,7 +44,7 @@ class ImagePatchEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Linear(config.patch_values, width, bias=False)
-        self.position = PositionTable(config.tokens, width) if config.tokens > 1 else None
+        self.position = PositionTable(config.token_count, width) if config.token_count > 1 else None
 
     def forward(self, image_BCHW: Tensor, present_BT: Tensor | None = None) -> Tensor:
         """Return tokens [B, T, D] in reading order, exact zeros at padding.
@@ -76,7 +77,7 @@ class ImageConvEncoder(nn.Module):
             for before, layer in zip(channels, config.layers, strict=False)
         )
         self.embed = nn.Linear(config.patch_values, width, bias=False) if config.project else None
-        self.position = PositionTable(config.tokens, width) if config.tokens > 1 else None
+        self.position = PositionTable(config.token_count, width) if config.token_count > 1 else None
 
     def forward(self, image_BCHW: Tensor, present_BT: Tensor | None = None) -> Tensor:
         """Return tokens [B, T, D] in reading order of the map.
@@ -122,3 +123,46 @@ class ByteEncoder(nn.Module):
             raise BadInputError(f"text of shape {list(text_BT.shape)}, must be [batch, at most {self.config.window}]")
         byte_BT = text_BT.long() if present_BT is None else torch.where(present_BT, text_BT.long(), 0)
         return only_present(self.table(byte_BT), present_BT)
+
+
+def _check_rows(table_BF: Tensor, config: TableConfig) -> None:
+    if table_BF.ndim != 2 or table_BF.shape[1] != config.features:
+        raise BadInputError(f"rows of shape {list(table_BF.shape[1:])}, must be [{config.features}] (features)")
+
+
+class RowEncoder(nn.Module):
+    """A row of numbers, mapped linearly to one token."""
+
+    def __init__(self, config: TableConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Linear(config.features, width, bias=False)
+
+    def forward(self, table_BF: Tensor, present_BT: Tensor | None = None) -> Tensor:
+        """Return tokens [B, 1, D], exact zeros at padding.
+
+        Raises:
+            BadInputError: the rows are not [B, features] as configured.
+        """
+        _check_rows(table_BF, self.config)
+        return only_present(self.embed(only_present(table_BF.unsqueeze(1), present_BT)), present_BT)
+
+
+class FeatureEncoder(nn.Module):
+    """A token for each number of a row: its value times a learned vector, plus a learned position."""
+
+    def __init__(self, config: TableConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vectors = Scale(config.features, width)
+        self.position = PositionTable(config.features, width)
+
+    def forward(self, table_BF: Tensor, present_BT: Tensor | None = None) -> Tensor:
+        """Return tokens [B, T, D] in the order of the features, exact zeros at padding.
+
+        Raises:
+            BadInputError: the rows are not [B, features] as configured.
+        """
+        _check_rows(table_BF, self.config)
+        x_BTD: Tensor = self.vectors(only_present(table_BF.unsqueeze(2), present_BT))
+        return only_present(self.position(x_BTD), present_BT)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.after_next import AfterNext
 from model.attention import MultiHeadAttention
-from model.encoders import ByteEncoder, ImageConvEncoder, ImagePatchEncoder, PositionTable
+from model.encoders import ByteEncoder, FeatureEncoder, ImageConvEncoder, ImagePatchEncoder, PositionTable, RowEncoder
 from model.experts import RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
 from model.latent_attention import LatentAttention
@@ -30,9 +30,11 @@ def initialise(network: Network, generator: torch.Generator) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             _draw(module.weight, math.prod(module.weight.shape[1:]), init.conv, generator)
-        elif isinstance(module, ImagePatchEncoder | ImageConvEncoder):
+        elif isinstance(module, ImagePatchEncoder | ImageConvEncoder | RowEncoder):
             if module.embed is not None:
                 _draw(module.embed.weight, module.embed.in_features, init.embed, generator)
+        elif isinstance(module, FeatureEncoder):
+            _draw(module.vectors.weight, 1, init.embed, generator)
         elif isinstance(module, PositionTable):
             module.weight.normal_(0.0, _POSITION_STD, generator=generator)
         elif isinstance(module, Router):

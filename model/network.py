@@ -18,8 +18,9 @@ from model.config import (
     ImageConvConfig,
     ModelConfig,
     NextByteConfig,
+    TableConfig,
 )
-from model.encoders import ByteEncoder, ImageConvEncoder, ImagePatchEncoder
+from model.encoders import ByteEncoder, FeatureEncoder, ImageConvEncoder, ImagePatchEncoder, RowEncoder
 from model.errors import BadInputError
 from model.heads import ClassificationHead, NextByteHead, byte_loss
 from model.moe import MoELayer
@@ -54,12 +55,18 @@ class _Trunk(NamedTuple):
     present_BT: Tensor | None
 
 
-def make_encoder(config: ModelConfig) -> ImagePatchEncoder | ImageConvEncoder | ByteEncoder:
+Encoder = ImagePatchEncoder | ImageConvEncoder | ByteEncoder | RowEncoder | FeatureEncoder
+
+
+def make_encoder(config: ModelConfig) -> Encoder:
     """Return the configured encoder."""
     if isinstance(config.encoder, BytesConfig):
         return ByteEncoder(config.encoder, config.width)
     if isinstance(config.encoder, ImageConvConfig):
         return ImageConvEncoder(config.encoder, config.width)
+    if isinstance(config.encoder, TableConfig):
+        kind = RowEncoder if config.encoder.tokens == "row" else FeatureEncoder
+        return kind(config.encoder, config.width)
     return ImagePatchEncoder(config.encoder, config.width)
 
 
@@ -115,7 +122,7 @@ class Network(nn.Module):
         """Run the model on a batch.
 
         Args:
-            batch: ``image`` float [B, C, H, W], or ``text`` bytes [B, T].
+            batch: ``image`` float [B, C, H, W], ``text`` bytes [B, T] or ``table`` float [B, features].
             allowed: layer → bool mask over the held experts; default, all of them.
         """
         trunk = self._trunk(batch, allowed)
@@ -124,8 +131,7 @@ class Network(nn.Module):
 
     def _trunk(self, batch: Batch, allowed: Mapping[int, Tensor] | None) -> _Trunk:
         present_BT = present_tokens(batch, self._tokens(batch))
-        raw = batch["text" if self.config.encoder.kind == "bytes" else "image"]
-        embedded_BTD = x_BTD = self.encoder(raw, present_BT)
+        embedded_BTD = x_BTD = self.encoder(batch[self.config.encoder.modality], present_BT)
         aux_B = x_BTD.new_zeros(x_BTD.shape[0])
         routings = []
         for layer, block in enumerate(self.blocks):
@@ -140,7 +146,7 @@ class Network(nn.Module):
 
     def _tokens(self, batch: Batch) -> int:
         """How many tokens each example has, padding included; a text may be shorter than the window."""
-        return batch["text"].shape[-1] if self.config.encoder.kind == "bytes" else self.config.encoder.tokens
+        return batch["text"].shape[-1] if self.config.encoder.kind == "bytes" else self.config.encoder.token_count
 
     def synthetic_batch(self, examples: int, seed: int = 0) -> Batch:
         """Return made-up examples of the right shapes and types: for timing and checks, without data."""
@@ -149,7 +155,11 @@ class Network(nn.Module):
         if isinstance(encoder, BytesConfig):
             text = torch.randint(256, (examples, encoder.window), generator=generator, dtype=torch.uint8)
             return {"text": text}
-        batch = {"image": torch.rand(examples, encoder.channels, encoder.height, encoder.width, generator=generator)}
+        if isinstance(encoder, TableConfig):
+            batch = {"table": torch.randn(examples, encoder.features, generator=generator)}
+        else:
+            shape = (encoder.channels, encoder.height, encoder.width)
+            batch = {"image": torch.rand(examples, *shape, generator=generator)}
         if isinstance(head, ClassificationConfig):
             batch["label"] = torch.randint(head.classes, (examples,), generator=generator)
         return batch

@@ -1,9 +1,9 @@
 """Models of the user's own: a torch module that ``module:function`` builds, trained like the family's.
 
 The function is called with the model's configuration and the experts to hold, ``build(config, held) -> nn.Module``. The
-module maps a batch's ``image`` or ``text`` to scores: [B, classes], or [B, T, 256] for the next byte. Parameters named
-``…layers.<layer>.experts.<id>.…`` belong to that expert, with global ids, and only those of ``held`` may be there; all
-others are shared weights.
+module maps a batch's ``image``, ``text`` or ``table`` to scores: [B, classes], or [B, T, 256] for the next byte.
+Parameters named ``…layers.<layer>.experts.<id>.…`` belong to that expert, with global ids, and only those of ``held``
+may be there; all others are shared weights.
 
 Naming code is naming what runs beside private data. A node therefore builds only what its owner allows by name
 (``policy.models``), and never because a server says so.
@@ -47,7 +47,7 @@ class OwnNetwork(Network):
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
         """Return the module's scores; it has no auxiliary loss, and its routing is its own business."""
         del allowed
-        scores = self.own(batch["text" if self.config.encoder.kind == "bytes" else "image"])
+        scores = self.own(batch[self.config.encoder.modality])
         return Output(scores, scores.new_zeros(len(scores)), ())
 
     def task_loss(self, output: Output, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from data.config import DataConfig
 from data.sources import load as load_data
 from model import BadInputError, Network, load
-from model.config import BytesConfig, ImageConfig
+from model.config import BytesConfig, ImageConfig, TableConfig
 
 _LARGEST_SIDE = 8192
 _TESTS = {"digits": DataConfig(source="digits"), "mnist": DataConfig(source="mnist", test_records=10_000)}
@@ -46,7 +46,8 @@ def predict(
     Args:
         model: a model folder, or a run directory.
         source: for images a file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` or
-            ``mnist:N`` for the N-th public test record; for text the prompt.
+            ``mnist:N`` for the N-th public test record; for text the prompt; for tables the row's standardised
+            numbers, separated by commas.
         max_bytes: text only, how many bytes to generate, 1 to 65,536.
         temperature: text only, above 0: the scores are divided by it before drawing.
         seed: text only, fixes the draw.
@@ -59,9 +60,9 @@ def predict(
     encoder = network.config.encoder
     if isinstance(encoder, BytesConfig):
         return _continue(network, source, encoder.window, max_bytes, temperature, seed)
-    image_CHW, truth = _read(source, encoder)
+    values, truth = (_read_row(source, encoder), None) if isinstance(encoder, TableConfig) else _read(source, encoder)
     with torch.inference_mode():
-        probabilities = network({"image": image_CHW.unsqueeze(0)}).scores.softmax(dim=1)[0]
+        probabilities = network({encoder.modality: values.unsqueeze(0)}).scores.softmax(dim=1)[0]
     label = int(probabilities.argmax())
     return Prediction(label, float(probabilities[label]), probabilities.tolist(), truth)
 
@@ -86,6 +87,16 @@ def _continue(
             probabilities_V = (scores_V / temperature).softmax(dim=0)
             text.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
     return Continuation(bytes(text[start:]).decode(errors="replace"), max_bytes)
+
+
+def _read_row(source: str, config: TableConfig) -> Tensor:
+    try:
+        row_F = torch.tensor([float(value) for value in source.split(",")], dtype=torch.float32)
+    except ValueError:
+        row_F = torch.empty(0)
+    if len(row_F) != config.features or not row_F.isfinite().all():
+        raise BadInputError(f"the input must be {config.features} finite numbers, separated by commas")
+    return row_F
 
 
 def _read(source: str, config: ImageConfig) -> tuple[Tensor, int | None]:

@@ -70,6 +70,14 @@ def make_batch(examples: int, classes: int = 5, seed: int = 1) -> Batch:
     }
 
 
+def make_table(examples: int, features: int = 7, classes: int = 5, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "table": torch.randn(examples, features, generator=generator),
+        "label": torch.randint(classes, (examples,), generator=generator),
+    }
+
+
 def load_benchmark(name: str) -> ModuleType:
     """Import ``benchmarks/<name>.py``, which may import its siblings by their bare names."""
     folder = Path(__file__).parents[1] / "benchmarks"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from conftest import make_config, make_text_config
+from conftest import make_batch, make_config, make_table, make_text, make_text_config
 
-from model import ModelConfig
+from model import Batch, ModelConfig
 
 LATENT = {"kind": "latent", "heads": 2, "kv_rank": 6, "rope_width": 4}
 
@@ -29,6 +29,20 @@ def make_conv_config(patch: int, *, channels: int = 5, project: bool = True, **e
     return ModelConfig.model_validate(make_config(**experts).model_dump() | {"encoder": encoder})
 
 
+def make_table_config(tokens: str, **changes) -> ModelConfig:
+    """Rows of seven numbers, as one token or as seven."""
+    encoder = {"kind": "table", "features": 7, "tokens": tokens}
+    return ModelConfig.model_validate(make_config().model_dump() | {"encoder": encoder} | changes)
+
+
+def examples_for(config: ModelConfig, examples: int) -> Batch:
+    """Examples of the kind that a small model takes."""
+    make = {"text": make_text, "image": make_batch, "table": make_table}[config.encoder.modality]
+    return make(examples)
+
+
+FEATURES_ATTEND = {"preset": "transformer", "layers": 2, "attention": {"heads": 2, "causal": False}}
+
 FAMILY = {
     "convolutions, one token": make_conv_config(patch=4, activation="tanh"),
     "convolutions, four tokens": make_conv_config(patch=2),
@@ -43,5 +57,8 @@ FAMILY = {
     "gated": make_config(activation="swiglu"),
     "deep": make_config(depth=3),
     "deep-moe, gated": make_deep_config(activation="swiglu"),
+    "table, one token": make_table_config("row"),
+    "table, a token for each feature": make_table_config("feature"),
+    "table, features that attend": make_table_config("feature", **FEATURES_ATTEND),
     "fine-grained, gated": make_config(routed=24, top_k=8, hidden=8, activation="swiglu", shared=2),
 }

@@ -77,7 +77,7 @@ def test_json_keeps_every_field(config):
 @pytest.mark.parametrize(("patch", "tokens", "values"), [(8, 1, 64), (4, 4, 16), (2, 16, 4), (1, 64, 1)])
 def test_token_counts(patch, tokens, values):
     encoder = ModelConfig.model_validate(changed("encoder.patch", patch)).encoder
-    assert (encoder.tokens, encoder.patch_values) == (tokens, values)
+    assert (encoder.token_count, encoder.patch_values) == (tokens, values)
 
 
 def test_all_experts_names_each_once(config):

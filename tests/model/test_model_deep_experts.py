@@ -98,6 +98,8 @@ def test_every_weight_is_drawn_with_the_documented_scale(name):
         if weight.dim() < 2 or "table" in key or "position" in key:
             continue
         fan_in = math.prod(weight.shape[1:]) if "convolutions" in key else weight.shape[1]  # experts are stacked
+        if "vectors" in key:
+            fan_in = 1  # each value has a vector of its own
         # The relative error of a normal sample's deviation is 1/√(2n); a false alarm at 6 of them: 2e-9 a tensor.
         deviation = float(weight.detach().double().std()) * math.sqrt(fan_in)
         assert deviation == pytest.approx(1.0, rel=6.0 / math.sqrt(2 * weight.numel())), key

@@ -51,7 +51,7 @@ def test_tokens_are_patches_of_what_the_convolutions_make(patch, project):
     encoder = build(config, seed=3).encoder
     image_BCHW = make_batch(3)["image"]
     tokens_BTD = encoder(image_BCHW)
-    assert tokens_BTD.shape == (3, config.encoder.tokens, config.width) == (3, (4 // patch) ** 2, 16)
+    assert tokens_BTD.shape == (3, config.encoder.token_count, config.width) == (3, (4 // patch) ** 2, 16)
     for image_CHW, tokens_TD in zip(image_BCHW, tokens_BTD, strict=True):
         x = image_CHW.double() - 0.3
         for layer, convolution in zip(config.encoder.layers, encoder.convolutions, strict=True):
@@ -154,4 +154,4 @@ def test_the_last_map_is_as_large_as_torch_makes_it(side, kernel, stride, paddin
     made = torch.nn.Conv2d(1, 2, kernel, stride, padding)(torch.zeros(1, 1, side, side + 1))
     made = torch.nn.functional.max_pool2d(made, pool, pool_stride)
     assert config.map_sides == tuple(made.shape[2:])
-    assert config.tokens == made.shape[2] * made.shape[3]
+    assert config.token_count == made.shape[2] * made.shape[3]

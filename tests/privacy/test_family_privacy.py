@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_batch, make_text
-from family_samples import FAMILY
+from family_samples import FAMILY, examples_for
 from microbatches import alone, relative_error
 
 from model import build
@@ -19,7 +18,7 @@ MECHANISM = DpSgd(steps=1, learning_rate=1.0, sampling_rate=0.1, clip=0.5, noise
 
 
 def records(name, examples):
-    return make_text(examples) if FAMILY[name].encoder.kind == "bytes" else make_batch(examples)
+    return examples_for(FAMILY[name], examples)
 
 
 @pytest.mark.parametrize("mode", ["bookkeeping", "hooks", "ghost", "strict"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_text, make_text_config
-from family_samples import FAMILY
+from conftest import make_batch, make_config, make_text_config
+from family_samples import FAMILY, examples_for
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 
 import privacy.gradients  # noqa: F401  (registers the samplers under test)
@@ -48,18 +48,13 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
-def batch_with_repeats(units: int, kind: str):
+def batch_with_repeats(units: int, config):
     """Random records; the second is a constant (its tokens repeat), the third equals the first."""
-    if kind == "bytes":
-        text = make_text(units)["text"].clone()
-        if units > 2:
-            text[1], text[2] = 97, text[0]
-        return {"text": text}
-    batch = dict(make_batch(units))
-    batch["image"] = batch["image"].clone()
+    batch, modality = dict(examples_for(config, units)), config.encoder.modality
+    batch[modality] = batch[modality].clone()
     if units > 2:
-        batch["image"][1] = 0.5
-        batch["image"][2] = batch["image"][0]
+        batch[modality][1] = 97 if modality == "text" else 0.5
+        batch[modality][2] = batch[modality][0]
     return batch
 
 
@@ -67,7 +62,7 @@ def batch_with_repeats(units: int, kind: str):
 @pytest.mark.parametrize("units", [1, 7])
 def test_hooks_gradients_equal_microbatches(name, units):
     network = build(CONFIGS[name], seed=3)
-    batch = batch_with_repeats(units, CONFIGS[name].encoder.kind)
+    batch = batch_with_repeats(units, CONFIGS[name])
     truth = microbatch_truth(network, batch)
     hooks = GradSampleHooks(network, loss_reduction="sum")
     network.loss(batch).sum().backward()
@@ -82,7 +77,7 @@ def test_hooks_gradients_equal_microbatches(name, units):
 @pytest.mark.parametrize("units", [1, 7])
 def test_ghost_norms_equal_microbatches(name, units):
     network = build(CONFIGS[name], seed=3)
-    batch = batch_with_repeats(units, CONFIGS[name].encoder.kind)
+    batch = batch_with_repeats(units, CONFIGS[name])
     truth = microbatch_truth(network, batch)
     hooks = GradSampleHooksFastGradientClipping(network, loss_reduction="sum")
     network.loss(batch).sum().backward()

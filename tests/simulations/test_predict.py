@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from family_samples import make_table_config
 from PIL import Image
 
 from data.config import DataConfig
@@ -59,3 +60,18 @@ def test_bad_input_is_refused_in_one_sentence(model, tmp_path):
             predict(folder, source)
     with pytest.raises(BadInputError, match="saved model"):
         predict(tmp_path, "digits:0")
+
+
+@pytest.mark.parametrize("tokens", ["row", "feature"])
+def test_a_row_of_a_table_is_numbers_with_commas(tmp_path, tokens):
+    config = make_table_config(tokens)
+    network = build(config, seed=5).eval()
+    save_model(tmp_path, config, parameters.split(network.state_dict(), network.held))
+    row = [0.5, -1, 2e-1, 0, 3, 4.25, -0.125]
+    expected = network({"table": torch.tensor([row])}).scores[0].softmax(0)
+    found = predict(tmp_path, ",".join(map(str, row)))
+    torch.testing.assert_close(torch.tensor(found.probabilities), expected)
+    assert found.truth is None
+    for wrong in ("1,2", "", "a,b,c,d,e,f,g", "1,2,3,4,5,6,nan", "1,2,3,4,5,6,7,8"):
+        with pytest.raises(BadInputError, match="must be 7 finite numbers"):
+            predict(tmp_path, wrong)

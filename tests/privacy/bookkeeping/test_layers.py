@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, make_config, make_text, make_text_config
-from family_samples import FAMILY
+from family_samples import FAMILY, examples_for
 from microbatches import alone, relative_error
 from torch import nn
 
@@ -108,7 +110,7 @@ MODELS = {
     "moe, most experts unrouted": (make_config(routed=64, shared=0), make_batch),
     "transformer": (make_text_config(), make_text),
 }
-MODELS |= {name: (c, make_text if c.encoder.kind == "bytes" else make_batch) for name, c in FAMILY.items()}
+MODELS |= {name: (c, partial(examples_for, c)) for name, c in FAMILY.items()}
 UNITS = {"records": torch.arange(6), "groups": torch.tensor([0, 0, 0, 1, 2, 2])}
 
 

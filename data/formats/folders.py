@@ -1,0 +1,74 @@
+"""Folders of one file a record: what a file's name and place say about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+import numpy as np
+
+from data.formats.config import FolderConfig
+from data.formats.files import files_in, folder_at
+from data.formats.rows import BadRow, BadValueError, Row, attempt
+from data.formats.values import class_of, group_of
+
+
+class _Place(NamedTuple):
+    label: str | None
+    group: str | None
+
+
+def folder_rows(
+    path: Path,
+    config: FolderConfig,
+    suffixes: tuple[str, ...],
+    known: Mapping[str, int] | None,
+    records: Callable[[Path], np.ndarray],
+) -> Iterator[Row | BadRow]:
+    """Yield a row for each file of a folder and its sub-folders.
+
+    Args:
+        suffixes: of the files that count, in lower case; others are left alone.
+        known: the class of every label; None where there are none.
+        records: reads a file, [records, …]; raises :class:`BadValueError`.
+
+    Raises:
+        BadInputError: there is no such folder, or no such file in it.
+    """
+    files = files_in(folder_at(path), suffixes)
+
+    def make(file: Path) -> Row:
+        place = _place(file.relative_to(path), config, labelled=known is not None)
+        label = None if known is None else class_of(place.label, known)
+        group = None if place.group is None else group_of(place.group)
+        try:
+            return Row(records(file), label, group)
+        except OSError:
+            raise BadValueError("must be a file that can be read") from None
+
+    return (attempt(str(file.relative_to(path)), lambda file=file: make(file)) for file in files)  # type: ignore[misc]
+
+
+def _place(file: PurePath, config: FolderConfig, *, labelled: bool) -> _Place:
+    match = None
+    if config.pattern is not None:
+        match = re.fullmatch(config.pattern, file.stem)
+        if match is None:
+            raise BadValueError("must have a name that pattern fits")
+    folders = file.parts[:-1]
+    if config.names("label"):
+        label = match["label"] if match else None
+    elif labelled:
+        if not folders:
+            raise BadValueError("must lie in a sub-folder that is named like its label")
+        label, folders = folders[0], folders[1:]
+    else:
+        label = None
+    if config.names("group"):
+        return _Place(label, (match["group"] if match else None) or "")
+    if config.group_by == "folder" and not folders:
+        raise BadValueError("must lie in a folder of its group")
+    by = {"folder": "/".join(folders), "file": file.as_posix(), None: None}
+    return _Place(label, by[config.group_by])

@@ -1,0 +1,48 @@
+"""A pair of IDX files: images and their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data.formats.config import IdxConfig
+from data.formats.files import folder_at
+from data.formats.rows import BadRow, Reading, Row, attempt
+from data.formats.values import class_of
+from data.idx import read_idx
+from data.schema import ImageSchema
+from model.errors import BadInputError
+
+
+def read_idx_pair(path: Path, config: IdxConfig) -> Reading:
+    """Return the images of a folder.
+
+    Raises:
+        BadInputError: a file is missing, damaged or of another shape; see :mod:`data.idx`.
+    """
+    images = read_idx(_file(path, config.image_file), (config.height, config.width))
+    labels = read_idx(_file(path, config.label_file), ())
+    if len(labels) != len(images):
+        raise BadInputError(f"{path}: has {len(labels)} labels, must have one for each of the {len(images)} images")
+    schema = ImageSchema(image=(1, config.height, config.width), classes=config.class_count)
+    return Reading(schema, _rows(images, labels, config))
+
+
+def _file(path: Path, name: str) -> Path:
+    folder = folder_at(path)
+    for file in (folder / name, folder / f"{name}.gz"):
+        if file.is_file():
+            return file
+    raise BadInputError(f"{folder}: has no {name}, must have it, plain or .gz")
+
+
+def _rows(images: np.ndarray, labels: np.ndarray, config: IdxConfig) -> Iterator[Row | BadRow]:
+    known = config.known()
+
+    def make(number: int) -> Row:
+        return Row(images[number][np.newaxis, np.newaxis].astype(np.float32) / 255.0, class_of(labels[number], known))
+
+    for number in range(len(images)):
+        yield attempt(f"row {number + 1}", lambda number=number: make(number))  # type: ignore[misc]  # bound at once

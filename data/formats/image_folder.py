@@ -1,0 +1,27 @@
+"""A folder of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data.formats.config import ImageFolderConfig
+from data.formats.folders import folder_rows
+from data.formats.picture import picture_from
+from data.formats.rows import Reading
+from data.schema import ImageSchema
+
+
+def read_image_folder(path: Path, config: ImageFolderConfig) -> Reading:
+    """Return the pictures of a folder and its sub-folders.
+
+    Raises:
+        BadInputError: there is no such folder, or no picture in it.
+    """
+
+    def records(file: Path) -> np.ndarray:
+        return picture_from(file.read_bytes(), config)[np.newaxis]
+
+    schema = ImageSchema(image=(config.channels, config.height, config.width), classes=config.class_count)
+    return Reading(schema, folder_rows(path, config, (".png", ".jpg", ".jpeg", ".bmp"), config.known(), records))

@@ -1,0 +1,131 @@
+"""Arrays that numpy saved, ``.npz``. Nothing is unpickled: arrays of objects are refused."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data.formats.config import NpzConfig
+from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
+from data.formats.values import class_of, group_of
+from data.schema import ImageSchema, Schema, TableSchema, TextSchema
+from model.errors import BadInputError
+
+MOST_BYTES = 1 << 34
+"""What a file may unpack to. A file of some kilobytes could claim any size."""
+
+
+def read_npz(path: Path, config: NpzConfig) -> Reading:
+    """Return the rows of the arrays of one file.
+
+    Raises:
+        BadInputError: the file cannot be read; an array is missing, holds objects, or has another shape or type.
+    """
+    wanted = [name for name in (config.image, config.table, config.text) if name is not None]
+    extra = [name for name in (config.label, config.group_by) if name is not None]
+    arrays = _load(path, [*wanted, *extra])
+    values, count = arrays[wanted[0]], len(arrays[wanted[0]])
+    for name in extra:
+        if arrays[name].shape != (count,):
+            raise BadInputError(f"{path}: {name!r} has the shape {list(arrays[name].shape)}, must be [{count}]")
+    schema, record = _records(path, config, wanted[0], values)
+    return Reading(schema, _rows(config, values, record, arrays))
+
+
+def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as opened:
+            if not isinstance(opened, np.lib.npyio.NpzFile):
+                raise ValueError("not an archive")
+            archive = opened.zip
+            if archive is None or sum(item.file_size for item in archive.infolist()) > MOST_BYTES:
+                raise BadInputError(f"{path}: unpacks to more than {MOST_BYTES} bytes, must be at most that")
+            missing = [name for name in names if name not in opened.files]
+            if missing:
+                raise BadInputError(f"{path}: has no array {missing[0]!r}, must have it")
+            arrays = {name: opened[name] for name in names}
+    except BadInputError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInputError(f"{path}: cannot be read, must be an undamaged .npz file without Python objects") from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufUS" or array.ndim == 0:
+            raise BadInputError(f"{path}: {name!r} holds {array.dtype}, must be an array of numbers or strings")
+    return arrays
+
+
+def _records(
+    path: Path, config: NpzConfig, name: str, values: np.ndarray
+) -> tuple[Schema, Callable[[np.ndarray], np.ndarray]]:
+    shape = values.shape[1:]
+    if config.text is not None:
+        if len(shape) != 1 or shape[0] < 2 or values.dtype != np.uint8:
+            raise BadInputError(f"{path}: {name!r} is {values.dtype} {list(shape)} a record, must be uint8 [window]")
+        return TextSchema(window=shape[0]), lambda row: row
+    classes = config.labelled.class_count
+    if config.table is not None:
+        return _table(path, config, name, values, classes)
+    if len(shape) != len(config.axes) or 0 in shape or not (values.dtype == np.uint8 or values.dtype.kind == "f"):
+        raise BadInputError(
+            f"{path}: {name!r} is {values.dtype} {list(shape)} a record, must be uint8 or float {config.axes}"
+        )
+    in_order = dict(zip(config.axes, shape, strict=True))
+    image = (in_order.get("C", 1), in_order["H"], in_order["W"])
+    return ImageSchema(image=image, classes=classes), lambda row: _picture(row, config).reshape(image)
+
+
+def _picture(row: np.ndarray, config: NpzConfig) -> np.ndarray:
+    if row.dtype == np.uint8:
+        picture = row.astype(np.float32) / 255.0
+    elif not (np.isfinite(row).all() and row.min() >= 0.0 and row.max() <= 1.0):
+        raise BadValueError("a picture's values must be in [0, 1]")
+    else:
+        picture = row.astype(np.float32)
+    return picture.transpose(2, 0, 1) if config.axes == "HWC" else picture
+
+
+def _table(
+    path: Path, config: NpzConfig, name: str, values: np.ndarray, classes: int
+) -> tuple[Schema, Callable[[np.ndarray], np.ndarray]]:
+    shape = values.shape[1:]
+    if len(shape) != 1 or shape[0] < 1 or values.dtype.kind not in "biuf":
+        raise BadInputError(f"{path}: {name!r} is {values.dtype} {list(shape)} a record, must be numbers [features]")
+    for key in ("center", "scale"):
+        given = getattr(config, key)
+        if isinstance(given, tuple) and len(given) != shape[0]:
+            raise BadInputError(f"{path}: {key} has {len(given)} constants, must have one or {shape[0]}")
+    center, scale = np.asarray(config.center, np.float64), np.asarray(config.scale, np.float64)
+
+    def record(row: np.ndarray) -> np.ndarray:
+        missing = np.isnan(row) if row.dtype.kind == "f" else np.zeros(shape, dtype=bool)
+        if config.missing is None and missing.any():
+            raise BadValueError("a value is missing, must be given where missing is not set")
+        with np.errstate(over="ignore", invalid="ignore"):
+            standard = ((row.astype(np.float64) - center) / scale).astype(np.float32)
+        found = np.where(missing, np.float32(config.missing or 0.0), standard)
+        if not np.isfinite(found).all():
+            raise BadValueError("a value must be a finite number, within what float32 holds")
+        return found
+
+    return TableSchema(features=shape[0], classes=classes), record
+
+
+def _rows(
+    config: NpzConfig,
+    values: np.ndarray,
+    record: Callable[[np.ndarray], np.ndarray],
+    arrays: dict[str, np.ndarray],
+) -> Iterator[Row | BadRow]:
+    known = {} if config.label is None else config.labelled.known()
+
+    def make(number: int) -> Row:
+        label = None if config.label is None else class_of(arrays[config.label][number], known)
+        group = None if config.group_by is None else group_of(arrays[config.group_by][number])
+        return Row(record(values[number])[np.newaxis], label, group)
+
+    for number in range(len(values)):
+        yield attempt(f"row {number + 1}", lambda number=number: make(number))  # type: ignore[misc]  # bound at once

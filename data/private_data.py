@@ -1,0 +1,128 @@
+"""Private data from the files that their owner has.
+
+Privacy: which rows can be used is told from each row alone, so no unit decides about another's. Which could not, and
+how many, derives from private data: it goes to the node's own log and nowhere else, and no message repeats what a row
+holds. Only reads: no copy, no cache, no connection.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.formats.config import FormatConfig
+from data.formats.csv_files import read_csv
+from data.formats.hugging_face import read_hugging_face
+from data.formats.idx_files import read_idx_pair
+from data.formats.image_folder import read_image_folder
+from data.formats.npz_file import read_npz
+from data.formats.parquet_files import read_parquet
+from data.formats.rows import BadRow, Reading, Row
+from data.formats.text_folder import read_text_folder
+from data.formats.values import group_number
+from data.formats.wav_folder import read_wav_folder
+from data.schema import ImageSchema, Schema, TableSchema
+from data.sources import GROUP, Records
+from model.errors import BadInputError
+
+log = logging.getLogger("conclave.node")
+
+MOST_NAMED = 1000
+"""So many bad rows are named in the log; all are counted."""
+
+_READERS: dict[str, Callable[[Path, Any], Reading]] = {
+    "csv": read_csv,
+    "parquet": read_parquet,
+    "hugging-face": read_hugging_face,
+    "npz": read_npz,
+    "idx": read_idx_pair,
+    "image-folder": read_image_folder,
+    "wav-folder": read_wav_folder,
+    "text-folder": read_text_folder,
+}
+
+
+@dataclass(frozen=True)
+class PrivateData:
+    """A node's data: the records by name, what they look like, and the rows that were left out.
+
+    records: ``image`` float32 [N, C, H, W] in [0, 1], ``table`` float32 [N, features] or ``text`` uint8 [N, window];
+        ``label`` int64 [N] but for text; ``group`` int64 [N] where records are grouped.
+    bad: for the owner's eyes only.
+    """
+
+    records: Records
+    schema: Schema
+    bad: tuple[BadRow, ...]
+
+
+def read_private(path: Path, config: FormatConfig, unit: Literal["record", "group"]) -> PrivateData:
+    """Read private data.
+
+    Rows that cannot be used are left out, counted, and named in the log ``conclave.node``. A group's number is the
+    hash of its name: it stays the same whoever joins or leaves.
+
+    Args:
+        path: a file or a folder, as the format says.
+        unit: whose participation is protected. A ``group`` needs a format that says which group a record is of.
+
+    Raises:
+        BadInputError: the data cannot be read, no row of them can be used, or there are no groups where they are the
+            unit.
+    """
+    if unit == "group" and not _grouped(config):
+        raise BadInputError(f"{path}: unit is group, so format.group_by must be given")
+    try:
+        reading = _READERS[config.kind](path, config)
+        rows, bad = _sort(reading)
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be read, must be data of format {config.kind}") from error
+    _report(path, len(rows), bad)
+    if not rows:
+        raise BadInputError(f"{path}: none of its rows can be used, must have one; the node's log says why")
+    return PrivateData(_records(reading.schema, rows), reading.schema, tuple(bad))
+
+
+def _grouped(config: FormatConfig) -> bool:
+    by_file = getattr(config, "grouped", None)
+    return bool(by_file) if by_file is not None else getattr(config, "group_by", None) is not None
+
+
+def _sort(reading: Reading) -> tuple[list[Row], list[BadRow]]:
+    rows: list[Row] = []
+    bad: list[BadRow] = []
+    for row in reading.rows:
+        if isinstance(row, BadRow):
+            bad.append(row)
+        else:
+            rows.append(row)
+    return rows, bad
+
+
+def _report(path: Path, usable: int, bad: list[BadRow]) -> None:
+    if not bad:
+        return
+    log.warning("%s: %d of %d rows cannot be used and are left out", path, len(bad), usable + len(bad))
+    for row in bad[:MOST_NAMED]:
+        log.warning("%s: %s: %s", path, row.where, row.why)
+    if len(bad) > MOST_NAMED:
+        log.warning("%s: %d more are not named", path, len(bad) - MOST_NAMED)
+
+
+def _records(schema: Schema, rows: list[Row]) -> dict[str, Tensor]:
+    modality = "image" if isinstance(schema, ImageSchema) else "table" if isinstance(schema, TableSchema) else "text"
+    records = {modality: torch.from_numpy(np.concatenate([row.records for row in rows]))}
+    if rows[0].label is not None:
+        records["label"] = torch.tensor([row.label for row in rows], dtype=torch.int64)
+    if rows[0].group is not None:
+        numbers = [group_number(row.group or "") for row in rows]
+        each = torch.tensor([len(row.records) for row in rows])
+        records[GROUP] = torch.tensor(numbers, dtype=torch.int64).repeat_interleave(each)
+    return records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +77,7 @@ class Approvals:
         found = [waiting for waiting in self.waiting() if waiting.hash.startswith(prefix)]
         if len(found) != 1:
             raise BadInputError(f"plan {prefix}: {len(found)} waiting plans begin like this, must be one")
-        os.replace(self._file(found[0].hash, "waiting"), self._file(found[0].hash, "approved"))
+        self._file(found[0].hash, "waiting").replace(self._file(found[0].hash, "approved"))
         return found[0]
 
     def pause(self) -> None:

@@ -93,26 +93,6 @@ class Authority:
         path.with_name(f"{path.name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def create_node_key(path: Path) -> Path:
-    """Make the key that a node proves itself with: EC P-384, ``path`` in OpenSSH's format, and its public half ``.pub``.
-
-    Returns:
-        The path of the public half, which the server's operator enrols.
-    """
-    key = ec.generate_private_key(ec.SECP384R1())
-    write_secret(
-        path,
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        ),
-    )
-    public = path.with_name(f"{path.name}.pub")
-    public.write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
-    )
-    return public
-
-
 def days_left(certificate: Path) -> float:
     """Return for how many days a certificate is still good; below 0 it has expired.
 

@@ -1,9 +1,9 @@
 """Everything that a deployment uses of Flower's inside: handing tasks out, and the control API. One version only.
 
-Flower starts a process for every message and runs, on a node too, whatever code the server sends. Here the SuperNode and
-the SuperLink run with ``--isolation process``: they wait for somebody to take their tasks. :func:`serve` takes them, in a
-process that stays warm, and calls what is installed. The bundle that comes with a task is bytes that nobody opens: no
-path of it is on ``sys.path``, nothing of it is written to disk.
+Flower starts a process for every message and runs, on a node too, whatever code the server sends. Here the SuperNode
+and the SuperLink run with ``--isolation process``: they wait for somebody to take their tasks. :func:`serve` does that,
+in a process that stays warm, and calls what is installed. The bundle that comes with a task is bytes that nobody opens:
+no path of it is on ``sys.path``, nothing of it is written to disk.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    StreamLogsRequest,
 )
 from flwr.proto.log_pb2 import PushLogsRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
 from flwr.serverapp import Grid
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -47,6 +47,7 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -294,6 +295,12 @@ class Control:
             ListedRun(number, run.status.status, run.status.sub_status, run.status.details)
             for number, run in sorted(found)
         ]
+
+    def said(self, run_id: int) -> Iterator[str]:
+        """Yield the lines that a run says, as they come, until it is over."""
+        with self._asking("follow the run"):
+            for found in self._client.StreamLogs(StreamLogsRequest(run_id=run_id)):
+                yield from found.log_output.splitlines()
 
     def nodes(self) -> list[tuple[int, str]]:
         """List the enrolled nodes: id and status."""

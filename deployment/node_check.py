@@ -10,7 +10,6 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from clients.charges import charged_mechanism
 from clients.node_directory import NodeDirectory
@@ -19,8 +18,8 @@ from deployment.certificates import days_left
 from deployment.flower_runtime import check_flower
 from deployment.node_loading import read_data
 from model.errors import BadInputError
-from privacy.ledger.spending import budget_of, forecast
 from privacy.ledger.reading import LedgerFile
+from privacy.ledger.spending import budget_of, forecast
 from server.scenario import Scenario
 
 _ENOUGH_DISK_MB = 1024
@@ -110,7 +109,7 @@ def _budget(directory: NodeDirectory, scenario: Scenario) -> str:
     expected = forecast(budget_of(ledger), ledger.genesis, mechanism, plan.rounds)
     if not expected.fits:
         raise BadInputError(f"scenario {scenario.name} needs {expected.share:.1%} of the budget, more than is left")
-    return f"scenario {scenario.name} takes {expected.share:.1%} of the budget, epsilon {expected.epsilon_after:.4f} after it"
+    return f"{scenario.name} takes {expected.share:.1%} of the budget, epsilon {expected.epsilon_after:.4f} after it"
 
 
 def _key(directory: NodeDirectory) -> str:

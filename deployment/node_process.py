@@ -10,48 +10,47 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from clients import app, deployed
-from clients.node import Node
+from clients.node_directory import NodeDirectory
 from clients.protocol import Refusal, encode
-from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
 from deployment.certificates import write_secret
-from clients.node_config import ConnectionConfig
+from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
+from deployment.node_loading import open_node
 from deployment.supervision import Family, Program
 
 log = logging.getLogger("conclave.node")
 
 
-def start_node(node: Node, connection: ConnectionConfig, state: Path) -> None:
+def start_node(directory: NodeDirectory) -> None:
     """Answer messages until SIGTERM or SIGINT.
 
-    Args:
-        state: the node's folder for what it keeps; Flower's files go there too.
-
     Raises:
-        BadInputError: another Flower is installed.
+        BadInputError: the node cannot be opened, is not connected to a server, or another Flower is installed.
     """
     check_flower()
-    secret = state / "executor.secret"
+    server = directory.config.server
+    key, ca = directory.connection_files()
+    if server is None:
+        raise ValueError("a node without a server has no files for it")
+    node = open_node(directory)
+    secret = directory.state / "executor.secret"
     secret.unlink(missing_ok=True)
     write_secret(secret, secrets.token_bytes(32))
-    deployed.deploy(node)
-    with Family([_supernode(connection, state, secret)]) as family:
-        log.info("node %s: connecting to %s", node.describe().fingerprint, connection.address)
-        api = RuntimeApi(f"127.0.0.1:{connection.internal_port}", secret.read_bytes())
-        serve(api, CLIENT_APP, lambda api, token: answer_message(app.app, api, token, _refusal), family.stopped)
-
-
-def _supernode(connection: ConnectionConfig, state: Path, secret: Path) -> Program:
-    return Program(
+    supernode = Program(
         "supernode",
         [
             str(Path(sys.executable).parent / "flower-supernode"),
-            "--root-certificates", str(connection.ca), "--superlink", connection.address,
-            "--auth-supernode-private-key", str(connection.key), "--isolation", "process",
-            "--host", "127.0.0.1", "--port", str(connection.internal_port), "--superexec-auth-secret-file", str(secret),
+            "--root-certificates", str(ca), "--superlink", server.address, "--auth-supernode-private-key", str(key),
+            "--isolation", "process", "--host", "127.0.0.1", "--port", str(server.internal_port),
+            "--superexec-auth-secret-file", str(secret),
         ],
-        state / "supernode.log",
-        {"FLWR_HOME": str(state / "flower")},
+        directory.state / "supernode.log",
+        {"FLWR_HOME": str(directory.state / "flower")},
     )  # fmt: skip
+    deployed.deploy(node)
+    with Family([supernode]) as family:
+        log.info("node %s: dials %s", node.describe().fingerprint, server.address)
+        api = RuntimeApi(f"127.0.0.1:{server.internal_port}", secret.read_bytes())
+        serve(api, CLIENT_APP, lambda api, token: answer_message(app.app, api, token, _refusal), family.stopped)
 
 
 def _refusal(name: str, version: str) -> RecordDict | None:

@@ -25,7 +25,9 @@ class Operator:
 def operator_text(host: str, port: int) -> str:
     """Return ``superlink.toml``."""
     shown = f"[{host}]" if ":" in host else host
-    return f'# Where the server is. ca.pem, operator.pem and operator.key lie beside this file.\naddress = "{shown}:{port}"\n'
+    return f"""# Where the server is. ca.pem, operator.pem and operator.key lie beside this file.
+address = "{shown}:{port}"
+"""
 
 
 def find_operator(name: str) -> Operator:

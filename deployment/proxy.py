@@ -27,8 +27,8 @@ def nginx_config(config: ServerConfig, folder: Path) -> str:
     """Return the configuration of nginx.
 
     Nodes reach Flower's Fleet API, which asks each request for a signature with an enrolled key. Operators, who show a
-    client certificate of the server's CA, reach the Control API. Nothing else is there: not the Runtime API, which hands
-    work out. Paths are matched after nginx has decoded and normalised them.
+    client certificate of the server's CA, reach the Control API. Nothing else is there, not the Runtime API either,
+    which hands work out. Paths are matched after nginx has decoded and normalised them.
 
     Args:
         folder: absolute, the server's; certificates lie in it, and state.

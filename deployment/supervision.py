@@ -62,13 +62,13 @@ class Family:
 
     def _start(self, program: Program) -> None:
         with program.log.open("ab") as out:
-            os.chmod(program.log, 0o600)
+            program.log.chmod(0o600)
             self._running[program.name] = subprocess.Popen(  # noqa: S603  (our own commands)
                 program.command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env=os.environ | QUIET_FLOWER | program.environment,
+                env={**os.environ, **QUIET_FLOWER, **program.environment},
                 start_new_session=True,  # a Ctrl-C in the terminal is for us; we end it in order
             )
         log.info("%s: started", program.name)

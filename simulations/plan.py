@@ -7,7 +7,6 @@ from data.sources import records_if_absent
 from server.plan_estimate import PlanEstimate, estimate
 from server.scenario import Scenario
 
-
 _ASSUMED = 1000
 """Units of a node whose records are its own."""
 

@@ -95,12 +95,19 @@ AGGREGATIONS: dict[str, dict[str, object]] = {
 
 
 def measure(
-    name: str, kind: str, aggregation: str, rounds: int, seed: int, *, signal: float | None = None
+    name: str,
+    kind: str,
+    aggregation: str,
+    rounds: int,
+    seed: int,
+    *,
+    signal: float | None = None,
+    across_rounds: bool = True,
 ) -> dict[str, object]:
     """Run it; ``signal`` turns the noise test on."""
     changes = {"seed": seed, "federation.aggregation": AGGREGATIONS[aggregation], "federation.rounds": rounds}
     if signal is not None:
-        changes["federation.noise_test.signal"] = signal
+        changes["federation.noise_test"] = {"signal": signal, "across_rounds": across_rounds}
     scenario = read_scenario(find(name), changes)
     liar = None
     if kind in AdaptiveLiar.KINDS and scenario.federation.noise_test is not None:
@@ -152,15 +159,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--signal", type=float, default=1.0, help="of the noise test, where it is on")
+    parser.add_argument("--one-by-one", action="store_true", help="the noise test forgets earlier rounds")
+    parser.add_argument("--aggregations", nargs="*", default=list(AGGREGATIONS), help="all if left out")
     parser.add_argument("--only", nargs="*", default=(), help="hostile kinds; all if left out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in range(1, options.seeds + 1):
         baseline: object = None
         for kind, name, signal in rows(options.scenario, options.signal):
-            if options.only and kind not in options.only:
+            if (options.only and kind not in options.only) or name not in options.aggregations:
                 continue
-            row = measure(options.scenario, kind, name, options.rounds, seed, signal=signal)
+            row = measure(
+                options.scenario, kind, name, options.rounds, seed, signal=signal, across_rounds=not options.one_by_one
+            )
             baseline = row["accuracy"] if baseline is None else baseline
             row["points_lost"] = round(100 * (baseline - row["accuracy"]), 2)  # type: ignore[operator]
             print(json.dumps(row) if options.json else row, flush=True)

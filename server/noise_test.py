@@ -83,7 +83,7 @@ class NoiseTest:
 
     def __init__(self, plan: Plan, config: NoiseTestConfig) -> None:
         """Test against the noise of ``plan``, which must be known: see :class:`server.scenario.Scenario`."""
-        self._plan, self._signal = plan, config.signal
+        self._plan, self._signal, self._across_rounds = plan, config.signal, config.across_rounds
         self.history: History = {}
 
     def standardise(self, held: HeldExperts, delta: Mapping[str, Tensor], declared_size: int) -> Standardised:
@@ -112,7 +112,9 @@ class NoiseTest:
         return None
 
     def remember(self, node: str, reply: Standardised) -> None:
-        """Compare later deltas of the node with this one too."""
+        """Compare later deltas of the node with this one too, unless rounds are tested one by one."""
+        if not self._across_rounds:
+            return
         sums = self.history.setdefault(node, {})
         for name, z in reply.values.items():
             sums[name] = sums[name] + z if name in sums else z

@@ -30,6 +30,7 @@ CHANGES = {
     "model.experts.hidden": 8,
     "model.width": 8,
     "federation.optimizer.momentum": 0.5,
+    "federation.noise_test": {},
 }
 KILLS = 20
 

@@ -27,6 +27,7 @@ import clients.app
 from clients.protocol import TRAIN, Refusal, TrainReply, TrainRequest, body_of, decode, encode, pack, unpack
 from data.shipped_scenarios import find
 from data.sources import load as load_data
+from privacy.gradient_modes import Records
 from server.app import run_scenario
 from server.metrics import dropped_by
 from server.run_directory import RunDirectory
@@ -49,11 +50,11 @@ class Federation:
         """Answer as Conclave's ClientApp, but for the hostile node."""
         reply = clients.app.app(message, context)
         if message.metadata.message_type == TRAIN and context.node_config["partition-id"] == HOSTILE:
-            size = clients.app.open_node(context).declared_size
-            reply.content = self._spoil(message.content, reply.content, size)
+            node = clients.app.open_node(context)
+            reply.content = self._spoil(message.content, reply.content, node.declared_size, node.records)
         return reply
 
-    def _spoil(self, asked: RecordDict, content: RecordDict, size: int) -> RecordDict:
+    def _spoil(self, asked: RecordDict, content: RecordDict, size: int, own: Records) -> RecordDict:
         request = decode(asked, TrainRequest)
         answer, delta = decode(content, TrainReply), load(body_of(content))
         if self.kind == "none":
@@ -67,7 +68,7 @@ class Federation:
             return self.first
         if self._liar is not None:
             weights = unpack(body_of(asked), request.plan.travelling(request.held))
-            lie = self._liar.lie(request, weights, size)
+            lie = self._liar.lie(request, weights, size, own)
             return encode(Refusal(code="not-allowed")) if lie is None else encode(answer, pack(lie))
 
         def in_bound(direction: Delta) -> Delta:
@@ -142,7 +143,7 @@ def rows(scenario: str, signal: float) -> Iterator[tuple[str, str, float | None]
     else:
         for kind in CAUGHT:
             yield kind, "mean", None
-        for kind in ("none", *IN_BOUND):
+        for kind in ("none", "absent", *IN_BOUND):
             yield kind, "mean", signal
         for kind in AdaptiveLiar.KINDS:
             for name in AGGREGATIONS:

@@ -61,9 +61,10 @@ class AdaptiveLiar:
     * ``minus-gradient``: fresh noise, less a multiple of the step that would help everyone.
     * ``plus-constant``: fresh noise, plus the same in every coordinate.
     * ``shaped``: exactly normal values, put in such an order that they follow the direction that harms everyone.
+    * ``shaped-own``: the same of a liar that has its own records only.
     """
 
-    KINDS = ("minus-gradient", "plus-constant", "shaped")
+    KINDS = ("minus-gradient", "plus-constant", "shaped", "shaped-own")
 
     def __init__(self, kind: str, config: NoiseTestConfig, records: Records) -> None:
         """Lie in the way of ``kind``; ``records`` are everyone's."""
@@ -72,8 +73,9 @@ class AdaptiveLiar:
         self._generator = torch.Generator().manual_seed(17)
         self.harm: list[float] = []
 
-    def lie(self, request: TrainRequest, weights: Mapping[str, Tensor], size: int) -> Delta | None:
+    def lie(self, request: TrainRequest, weights: Mapping[str, Tensor], size: int, own: Records) -> Delta | None:
         """Return the delta to send, and note how far it goes along the harmful direction; None where nothing passes."""
+        records = own if self.kind == "shaped-own" else self._records
         plan, held = request.plan, request.held
         self._test = self._test or NoiseTest(plan, self._config)
         test, std = self._test, PublicNoise.of(plan, size, 1.0, 1e-9).std
@@ -82,7 +84,7 @@ class AdaptiveLiar:
             harm = torch.ones(sum(shape.numel() for shape in shapes.values()))
         else:
             open_plan = plan.model_copy(update={"noise_multiplier": None})
-            step = train(open_plan, held, weights, self._records, size, bytes(32)).delta
+            step = train(open_plan, held, weights, records, size, bytes(32)).delta
             harm = -torch.cat([step[name].flatten() for name in shapes])
         harm /= torch.linalg.vector_norm(harm)
         noise = torch.randn(len(harm), generator=self._generator)
@@ -108,7 +110,7 @@ class AdaptiveLiar:
     def _families(self, harm: Tensor, noise: Tensor) -> list[Callable[[float], Tensor]]:
         """Return maps from an amount in [0, 1] to standardised deltas, the more harmful the larger it is."""
         length = math.sqrt(len(harm))
-        if self.kind != "shaped":
+        if not self.kind.startswith("shaped"):
             return [
                 lambda a, k=k: k * noise + 1.2 * length * a * harm  # type: ignore[misc]
                 for k in (1.0, 0.9, 0.7, 0.4)

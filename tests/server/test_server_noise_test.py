@@ -106,6 +106,16 @@ def test_every_family_noises_what_the_test_looks_at(name):
         assert float(z.double().square().sum()) > 1e-3 * z.numel(), tensor_name
 
 
+SPIKED = "shared/head.score.weight"
+
+
+def spiked(tensor):
+    """A value that no distance of distributions sees, and the norm does."""
+    flat = tensor.flatten().clone()
+    flat[0] = 40.0 * tensor.std()
+    return flat.view_as(tensor)
+
+
 LIES = {
     "zeros": (lambda d: scaled(d, 0.0), "norm"),
     "half the noise": (lambda d: scaled(d, 0.5), "norm"),
@@ -114,8 +124,9 @@ LIES = {
     "constant": (lambda d: as_long_as({n: torch.ones_like(t) for n, t in d.items()}, d), "normal"),
     "one sign": (lambda d: {n: t.abs() for n, t in d.items()}, "normal"),
     "two values": (lambda d: as_long_as({n: t.sign() for n, t in d.items()}, d), "normal"),
+    "one large value": (lambda d: d | {SPIKED: spiked(d[SPIKED])}, "norm"),
     "all in one tensor": (
-        lambda d: as_long_as({n: t * (n == "shared/head.score.weight") for n, t in d.items()}, d),
+        lambda d: as_long_as({n: t * (n == SPIKED) for n, t in d.items()}, d),
         "norm",
     ),
     "experts without noise": (lambda d: {n: t * (not n.startswith("expert/")) for n, t in d.items()}, "norm"),
@@ -181,7 +192,8 @@ def test_a_selection_bias_is_not_looked_at():
     test, delta = NoiseTest(plan, NoiseTestConfig()), noise_delta(plan, 1)
     names = [n for n in delta if n.endswith("/selection_bias")]
     assert names
-    assert flaw(test, delta | {n: torch.zeros_like(delta[n]) for n in names}) is None
+    for value in (0.0, 1e3):  # an honest one, and one that the server does not take
+        assert flaw(test, delta | {n: torch.full_like(delta[n], value) for n in names}) is None
 
 
 def biased():

@@ -3,9 +3,9 @@
 The hostile node is charged like the others; what it sends is spoiled on its way. Its kinds: what the checks of replies
 always catch (nan, wrong shape, unassigned expert, over the norm, replay, garbage); lies within the norm bound (its
 delta times −10, or the same step in every coordinate, ten times as long as its delta; both cut to the bound), without
-and with `federation.noise_test`; and lies made to pass that test (:mod:`lies`). `absent` refuses: its records are lost,
-whatever is done about it. `harm` is how far an adaptive liar's median delta goes in its direction, in units of a
-coordinate's noise. One JSON object a line with --json.
+and with `federation.noise_test`; the first honest delta again every round; and lies made to pass that test
+(:mod:`lies`). `absent` refuses: its records are lost, whatever is done about it. `harm` is how far an adaptive liar's
+median delta goes in its direction, in units of a coordinate's noise. One JSON object a line with --json.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Federation:
     def __init__(self, kind: str, liar: AdaptiveLiar | None = None) -> None:
         self.kind, self._liar = kind, liar
         self.first: RecordDict | None = None
+        self._noise: Delta = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer as Conclave's ClientApp, but for the hostile node."""
@@ -66,6 +67,9 @@ class Federation:
         if self.kind == "replay":
             self.first = self.first or content
             return self.first
+        if self.kind == "same-noise":
+            self._noise = delta | self._noise
+            return encode(answer, pack({name: self._noise[name] for name in delta}))
         if self._liar is not None:
             weights = unpack(body_of(asked), request.plan.travelling(request.held))
             lie = self._liar.lie(request, weights, size, own)
@@ -143,7 +147,7 @@ def rows(scenario: str, signal: float) -> Iterator[tuple[str, str, float | None]
     else:
         for kind in CAUGHT:
             yield kind, "mean", None
-        for kind in ("none", "absent", *IN_BOUND):
+        for kind in ("none", "absent", *IN_BOUND, "same-noise"):
             yield kind, "mean", signal
         for kind in AdaptiveLiar.KINDS:
             for name in AGGREGATIONS:

@@ -40,7 +40,7 @@ class NoiseTestConfig(Frozen):
     signal: what is assumed of honest nodes: that the sum of a batch's clipped gradients is at most so long, as a share
         of its units × the clip bound. 1 assumes nothing. Less finds smaller lies, and may drop who is over it.
     across_rounds: compare replies with what their node sent in earlier rounds. The server then keeps, and checkpoints,
-        one float32 copy for each node of what it held so far. Without it, a lie shaped like noise always passes.
+        one float32 copy for each node of what it held so far. Without it, the same noise passes in every round.
     """
 
     signal: float = Field(default=1.0, gt=0.0, le=1.0)

@@ -68,7 +68,7 @@ class PublicNoise:
         """Return between what an honest vector's norm lies, over ``count`` coordinates, in units of ``std``.
 
         The chance to be below or above is at most ``risk`` each. With one step, ‖noise + signal‖² is a noncentral χ²,
-        and its tails are Birgé's (2001, doi:10.1214/lnms/1215090070); with more, the noise's norm plus or minus the
+        and its tails are bounded as by Birgé (2001); with more, the noise's norm plus or minus the
         signal's.
         """
         x = -math.log(risk)

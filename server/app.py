@@ -106,7 +106,8 @@ def run_scenario(
         coverage.add(strategy.tally.trained)
         line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
         run.append_metrics({**line, **coverage.metrics()})
-        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state())
+        history = {} if strategy.noise_test is None else strategy.noise_test.history
+        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state(), history)
         write_checkpoint(run.checkpoint, checkpoint)
         said = _said(round_number, scenario.federation.rounds, strategy, evaluation, seconds)
         log.info(said)
@@ -160,6 +161,8 @@ def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int
     if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
         raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
     strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
+    if strategy.noise_test is not None:
+        strategy.noise_test.history = {node: dict(sums) for node, sums in checkpoint.history.items()}
     run.keep_metrics(checkpoint.round)
     return checkpoint.round
 

@@ -250,7 +250,11 @@ class Control:
         self._address = operator.address
         self._client = ControlHttpClient(f"https://{operator.address}", verify=context)
 
-    def close(self) -> None:
+    def __enter__(self) -> Control:
+        """Connect when something is asked."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Disconnect."""
         self._client.close()
 

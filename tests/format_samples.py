@@ -82,7 +82,7 @@ def write_wav(path: Path, samples: np.ndarray, *, width: int = 2, rate: int = 80
     """Write integers, [frames] or [frames, channels], of ``width`` bytes each."""
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     flat = samples.astype("<i4" if width > 1 else "u1").reshape(-1)
-    raw = flat.view("u1").reshape(len(flat), -1)[:, :width].tobytes()
+    raw = flat.view("u1").reshape(len(flat), flat.itemsize)[:, :width].tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(path), "wb") as file:
         file.setnchannels(channels)

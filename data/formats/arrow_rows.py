@@ -111,10 +111,20 @@ def _rows(config: ColumnsConfig, columns: Columns, rows: Iterable[Numbered | Bad
             yield attempt(where, lambda values=values: make(values))  # type: ignore[misc]  # bound at once
 
 
-def columns_of_numbers(types: pa.Schema) -> set[str]:
-    """Return the names of the columns whose type is a number's, or true and false."""
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
-    return {field.name for field in types if any(is_kind(field.type) for is_kind in kinds)}
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a typed file; ``numbers`` are those whose type is a number's, or true and false."""
+
+    types: pa.Schema
+    names: tuple[str, ...]
+    numbers: frozenset[str]
+
+    @classmethod
+    def of(cls, types: pa.Schema) -> Layout:
+        """Return the layout; raises a UnicodeError where names are damaged."""
+        kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+        numbers = (field.name for field in types if any(is_kind(field.type) for is_kind in kinds))
+        return cls(types, tuple(types.names), frozenset(numbers))
 
 
 def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[Values]:

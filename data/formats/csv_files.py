@@ -80,7 +80,7 @@ def _reader(
                 strings_can_be_null=False,
             ),
         )
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError) as error:
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, MemoryError) as error:
         header = "a header" if config.columns is None else "rows"
         raise BadInputError(f"{file}: cannot be read, must be an undamaged CSV file with {header}") from error
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_config, make_text_config
 from format_samples import PATIENTS, SAMPLES, TABLE, csv_text, parse, png, read, write_wav
 
 from data import private_data
 from data.formats.values import group_number
 from data.private_data import read_private
+from data.schema import ImageSchema, TextSchema
+from model import ModelConfig, build
 from model.errors import BadInputError
 
 DATA = os.environ.get("CONCLAVE_DATA")
@@ -46,6 +49,30 @@ def test_records_are_tensors_that_fit_their_schema(name, tmp_path):
         assert data.records["group"].shape == (count,)
         assert int(data.records["group"].min()) >= 0
     assert data.bad == ()
+
+
+def model_for(schema, tokens="row") -> ModelConfig:
+    """A small model that says it fits."""
+    if isinstance(schema, TextSchema):
+        config = make_text_config(encoder={"kind": "bytes", "window": schema.window})
+    else:
+        encoder = {"kind": "table", "features": getattr(schema, "features", 1), "tokens": tokens}
+        if isinstance(schema, ImageSchema):
+            _, height, width = schema.image
+            encoder = {"kind": "image-patch", "height": height, "width": width, "patch": 1, "channels": schema.image[0]}
+        head = {"kind": "classification", "classes": schema.classes}
+        config = ModelConfig.model_validate(make_config().model_dump() | {"encoder": encoder, "head": head})
+    assert schema.mismatch(config) is None
+    return config
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_model_that_fits_the_schema_takes_the_records(name, tmp_path):
+    path, document = SAMPLES[name](tmp_path)
+    data = read(path, **document)
+    network = build(model_for(data.schema), seed=1)
+    batch = {key: tensor[:2] for key, tensor in data.records.items() if key != "group"}
+    assert network.loss(batch).isfinite().all()
 
 
 @pytest.mark.parametrize("name", SAMPLES)

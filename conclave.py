@@ -33,6 +33,9 @@ app.add_typer(audit_app, name="audit")
 node_app = typer.Typer(help="Keep a node: its ledger, its budget, its keys.", no_args_is_help=True)
 app.add_typer(node_app, name="node")
 
+server_app = typer.Typer(help="Run a server: its certificates, its proxy, its nodes.", no_args_is_help=True)
+app.add_typer(server_app, name="server")
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. privacy.epsilon=3.")
 ]
@@ -277,9 +280,11 @@ def node_init(
         float, typer.Option(help="The share of units that never train, to measure models on; with a ledger of its own.")
     ] = 0.0,
     machine: Annotated[str | None, typer.Option(help="A name in place of the system's machine id.")] = None,
+    superlink: Annotated[str | None, typer.Option(help="The server to dial, host:port.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The ca.pem that the server's operator gave you.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Create a node's folder: node.toml, signing key and ledger. The budget cannot be changed afterwards."""
+    """Create a node's folder: node.toml, keys and ledger. The budget cannot be changed afterwards."""
     from clients.node_directory import create_node
 
     created = create_node(
@@ -288,6 +293,7 @@ def node_init(
         | ({"held_out": held_out} if held_out else {}),
         budget={"epsilon": epsilon, "delta": delta},
         storage={"witness": str(witness.absolute())} | ({} if machine is None else {"machine": machine}),
+        server=_connection(superlink, ca),
     )
     typer.echo(f"{node / 'node.toml'}: budget epsilon {epsilon:g} at delta {delta:g}, per {unit}; edit its policy")
     genesis = created.training.genesis
@@ -297,8 +303,17 @@ def node_init(
         aside = created.held_out.genesis
         typer.echo(f"ledger {aside.ledger_id} of the {held_out:.0%} held out, key {aside.public_key}, the same budget")
         result |= {"held_out_ledger_id": aside.ledger_id, "held_out_public_key": aside.public_key}
+    typer.echo(f"{created.node_key}.pub: the server's operator enrols it")
     if as_json:
-        _print_json(result)
+        _print_json(result | {"node_key": f"{created.node_key}.pub"})
+
+
+def _connection(superlink: str | None, ca: Path | None) -> dict[str, object] | None:
+    from model.errors import BadInputError
+
+    if (superlink is None) != (ca is None):
+        raise BadInputError("--superlink and --ca: must be given both, or neither")
+    return None if superlink is None or ca is None else {"address": superlink, "ca": str(ca.absolute())}
 
 
 @node_app.command("budget")
@@ -369,6 +384,195 @@ def node_restore(
         typer.echo("nothing proves that no entry is missing, so the rest of the budget counts as spent")
     if as_json:
         _print_json(recovery)
+
+
+@node_app.command("start")
+def node_start(node: NodeFolder) -> None:
+    """Answer the server's messages beside the private data, until interrupted."""
+    from clients.node_directory import NodeDirectory
+    from deployment.logs import log_to_terminal
+    from deployment.node_process import start_node
+
+    log_to_terminal()
+    start_node(NodeDirectory(node))
+
+
+@node_app.command("check")
+def node_check(
+    node: NodeFolder,
+    scenario: Annotated[
+        str | None, typer.Option(help="Whether data, policy and budget suit this scenario is looked at too.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Look at everything that a node needs before its first round; exit 1 if something is not in order."""
+    from clients.node_directory import NodeDirectory
+    from deployment.node_check import check_node
+
+    checks = check_node(NodeDirectory(node), None if scenario is None else _scenario(scenario, overrides or [], None))
+    for check in checks:
+        typer.echo(f"{check.what:<12} {'ok: ' + check.found if check.problem is None else 'NOT OK: ' + check.problem}")
+    if as_json:
+        _print_json({"checks": [asdict(check) for check in checks]})
+    if any(check.problem for check in checks):
+        raise typer.Exit(EXIT_VIOLATION)
+
+
+@node_app.command("approve")
+def node_approve(
+    node: NodeFolder,
+    plan_hash: Annotated[
+        str | None,
+        typer.Argument(metavar="[PLAN]", help="The plan's hash, or how it begins; lists what waits if absent."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Approve a plan that a server asked for; it may run from then on, within policy and budget."""
+    from clients.approvals import Approvals
+    from clients.node_directory import NodeDirectory
+
+    approvals = Approvals(NodeDirectory(node).plans)
+    found = approvals.waiting() if plan_hash is None else [approvals.approve(plan_hash)]
+    state = "waits" if plan_hash is None else "approved"
+    for item in found:
+        plan = item.plan
+        typer.echo(
+            f"{item.hash} {state}: scenario {item.scenario!r}, {plan.rounds} rounds of {plan.training.steps} steps, "
+            f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}, releases {', '.join(plan.releases)}"
+        )
+    if not found:
+        typer.echo("no plan waits")
+    if as_json:
+        _print_json({state: [{"plan": item.hash, "scenario": item.scenario} for item in found]})
+
+
+@node_app.command("pause")
+def node_pause(node: NodeFolder) -> None:
+    """Refuse every request from now on, also in the middle of a run."""
+    from clients.approvals import Approvals
+    from clients.node_directory import NodeDirectory
+
+    Approvals(NodeDirectory(node).plans).pause()
+    typer.echo("paused: conclave node resume goes on")
+
+
+@node_app.command("resume")
+def node_resume(node: NodeFolder) -> None:
+    """Answer again."""
+    from clients.approvals import Approvals
+    from clients.node_directory import NodeDirectory
+
+    Approvals(NodeDirectory(node).plans).resume()
+    typer.echo("answering")
+
+
+ServerFolder = Annotated[Path, typer.Argument(metavar="SERVER", help="The server's folder, which holds server.toml.")]
+SuperLink = Annotated[str, typer.Option("--superlink", help="An operator's folder, or its name in ~/.config/conclave.")]
+
+
+@server_app.command("init")
+def server_init(
+    server: Annotated[Path, typer.Argument(metavar="SERVER", help="The server's new folder.")],
+    host: Annotated[list[str], typer.Option(help="A name or address under which nodes reach it; may be repeated.")],
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="Where nodes and operators connect.")] = 9443,
+    days: Annotated[int, typer.Option(min=1, max=7300, help="For how long the certificates are good.")] = 825,
+    as_json: Json = False,
+) -> None:
+    """Create a server's folder: server.toml, a certificate authority, the server's certificate, an operator's."""
+    from deployment.server_directory import ServerDirectory
+
+    created = ServerDirectory.create(server, host, port=port, days=days)
+    typer.echo(f"{server / 'server.toml'}: listens on port {port} as {', '.join(host)}")
+    typer.echo(f"{server / 'operator'}: what an operator needs; keep it secret")
+    typer.echo(f"{server / 'operator' / 'ca.pem'}: give this file to every node")
+    if as_json:
+        _print_json({"server": str(server), "operator": str(created.operator), "ca": str(created.operator / "ca.pem")})
+
+
+@server_app.command("start")
+def server_start(server: ServerFolder) -> None:
+    """Serve nodes and operators, until interrupted."""
+    from deployment.logs import log_to_terminal
+    from deployment.server_directory import ServerDirectory
+    from deployment.server_process import start_server
+
+    log_to_terminal()
+    start_server(ServerDirectory(server))
+
+
+@server_app.command("enrol")
+def server_enrol(
+    public_key: Annotated[Path, typer.Argument(help="The node's public key (.pub), as node init made it.")],
+    superlink: SuperLink,
+    as_json: Json = False,
+) -> None:
+    """Let a node connect."""
+    from deployment.flower_runtime import Control
+    from deployment.operator import find_operator
+
+    node_id = Control(find_operator(superlink)).register(public_key)
+    typer.echo(f"{public_key} may connect, as Flower's node {node_id}")
+    if as_json:
+        _print_json({"node_id": str(node_id)})
+
+
+@app.command()
+def train(
+    superlink: SuperLink,
+    scenario: Annotated[str | None, typer.Argument(help="A shipped scenario's name, or a .toml file.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Go on with this run, named like its folder on the server.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train on real nodes: start a run on a server, follow it, and say where its run directory is."""
+    from deployment.flower_runtime import Control
+    from deployment.following import follow
+    from deployment.operator import find_operator
+    from model.errors import BadInputError
+
+    if (scenario is None) == (resume is None):
+        raise BadInputError("train: must be given a scenario, or --resume with the name of a run, and not both")
+    asked = (
+        {"resume": resume}
+        if resume is not None
+        else {"scenario": _scenario(scenario or "", overrides or [], None).to_toml()}
+    )
+    control = Control(find_operator(superlink))
+    run_id = control.start(asked)
+    outcome = follow(control, run_id, typer.echo)
+    if as_json:
+        _print_json({"run_id": str(run_id), "status": outcome.sub_status, "details": outcome.details})
+    if outcome.sub_status != "completed":
+        raise BadInputError(f"run {run_id}: {outcome.details or outcome.sub_status}")
+
+
+@app.command()
+def status(superlink: SuperLink, as_json: Json = False) -> None:
+    """List a server's nodes and its latest runs."""
+    from deployment.flower_runtime import Control
+    from deployment.operator import find_operator
+
+    control = Control(find_operator(superlink))
+    nodes, runs = control.nodes(), control.runs()
+    for node_id, state in nodes:
+        typer.echo(f"node {node_id}: {state}")
+    for run in runs:
+        typer.echo(f"run {run.run_id}: {run.status} {run.sub_status} {run.details}".rstrip())
+    if as_json:
+        _print_json({"nodes": {str(n): state for n, state in nodes}, "runs": [asdict(run) for run in runs]})
+
+
+@app.command()
+def stop(run_id: Annotated[int, typer.Argument(help="The run, as in status.")], superlink: SuperLink) -> None:
+    """Stop a run on a server. What its rounds cost stays spent; train --resume goes on with it."""
+    from deployment.flower_runtime import Control
+    from deployment.operator import find_operator
+
+    stopped = Control(find_operator(superlink)).stop(run_id)
+    typer.echo(f"run {run_id}: {'stopped' if stopped else 'was not running'}")
 
 
 @node_app.command("close")

@@ -1,9 +1,11 @@
 """Accuracy of `digits` with one hostile node of ten, kind by kind, against the run in which it is honest.
 
 The hostile node is charged like the others; what it sends is spoiled on its way. Its kinds: what the checks of replies
-catch (nan, wrong shape, unassigned expert, over the norm, replay, garbage), and what no check can (its delta times −10,
-or the same step in every coordinate, ten times as long as its delta; both cut to the norm bound). `absent` refuses: its
-records are lost, whatever is done about it. One JSON object a line with --json.
+always catch (nan, wrong shape, unassigned expert, over the norm, replay, garbage); lies within the norm bound (its
+delta times −10, or the same step in every coordinate, ten times as long as its delta; both cut to the bound), without
+and with `federation.noise_test`; the first honest delta again every round; and lies made to pass that test
+(:mod:`lies`). `absent` refuses: its records are lost, whatever is done about it. `harm` is how far an adaptive liar's
+median delta goes in its direction, in units of a coordinate's noise. One JSON object a line with --json.
 """
 
 from __future__ import annotations
@@ -11,66 +13,50 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message, RecordDict
+from lies import AdaptiveLiar, Delta, as_long_as_may_be, first_of, unassigned
 from safetensors.torch import load
-from torch import Tensor
 
 import clients.app
-from clients.protocol import TRAIN, Plan, Refusal, TrainReply, TrainRequest, body_of, decode, encode, norms, pack
+from clients.protocol import TRAIN, Refusal, TrainReply, TrainRequest, body_of, decode, encode, pack, unpack
 from data.shipped_scenarios import find
+from data.sources import load as load_data
+from privacy.gradient_modes import Records
 from server.app import run_scenario
 from server.metrics import dropped_by
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from server.validation import norm_bound
 from simulations.inline_engine import InlineGrid
 from simulations.simulate import run_number
 
-Delta = dict[str, Tensor]
 HOSTILE = 3
 """The number of the hostile node, one of about the mean size."""
-
-
-def first_of(delta: Delta, group: str, change: Callable[[Tensor], Tensor]) -> Delta:
-    name = next(n for n in sorted(delta) if n.startswith(group))
-    return delta | {name: change(delta[name])}
-
-
-def unassigned(delta: Delta, request: TrainRequest) -> Delta:
-    mine = request.held[0][0]
-    other = next(e for e in range(request.plan.model.experts.routed) if e not in request.held[0])
-    return {n.replace(f"/0/{mine}/", f"/0/{other}/"): t for n, t in delta.items()}
-
-
-def as_long_as_may_be(direction: Delta, honest: Delta, plan: Plan, size: int, round_number: int) -> Delta:
-    """Scale a direction to ten times the honest delta's norm, or to just below the bound if that is less."""
-    count = sum(t.numel() for t in honest.values())
-    norm = min(10.0 * math.hypot(*norms(honest)), 0.999 * norm_bound(plan, count, size, round_number))
-    factor = norm / math.hypot(*norms(direction))
-    return {n: factor * t for n, t in direction.items()}
 
 
 class Federation:
     """The ClientApp of a federation in which one node is hostile in one way; ``none`` is honest."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, liar: AdaptiveLiar | None = None) -> None:
+        self.kind, self._liar = kind, liar
         self.first: RecordDict | None = None
+        self._noise: Delta = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer as Conclave's ClientApp, but for the hostile node."""
         reply = clients.app.app(message, context)
         if message.metadata.message_type == TRAIN and context.node_config["partition-id"] == HOSTILE:
-            size = clients.app.open_node(context).declared_size
-            reply.content = self._spoil(decode(message.content, TrainRequest), reply.content, size)
+            node = clients.app.open_node(context)
+            reply.content = self._spoil(message.content, reply.content, node.declared_size, node.records)
         return reply
 
-    def _spoil(self, request: TrainRequest, content: RecordDict, size: int) -> RecordDict:
+    def _spoil(self, asked: RecordDict, content: RecordDict, size: int, own: Records) -> RecordDict:
+        request = decode(asked, TrainRequest)
         answer, delta = decode(content, TrainReply), load(body_of(content))
         if self.kind == "none":
             return content
@@ -81,6 +67,13 @@ class Federation:
         if self.kind == "replay":
             self.first = self.first or content
             return self.first
+        if self.kind == "same-noise":
+            self._noise = delta | self._noise
+            return encode(answer, pack({name: self._noise[name] for name in delta}))
+        if self._liar is not None:
+            weights = unpack(body_of(asked), request.plan.travelling(request.held))
+            lie = self._liar.lie(request, weights, size, own)
+            return encode(Refusal(code="not-allowed")) if lie is None else encode(answer, pack(lie))
 
         def in_bound(direction: Delta) -> Delta:
             return as_long_as_may_be(direction, delta, request.plan, size, request.round)
@@ -106,14 +99,29 @@ AGGREGATIONS: dict[str, dict[str, object]] = {
 }
 
 
-def measure(name: str, kind: str, aggregation: str, rounds: int, seed: int) -> dict[str, object]:
+def measure(
+    name: str,
+    kind: str,
+    aggregation: str,
+    rounds: int,
+    seed: int,
+    *,
+    signal: float | None = None,
+    across_rounds: bool = True,
+) -> dict[str, object]:
+    """Run it; ``signal`` turns the noise test on."""
     changes = {"seed": seed, "federation.aggregation": AGGREGATIONS[aggregation], "federation.rounds": rounds}
+    if signal is not None:
+        changes["federation.noise_test"] = {"signal": signal, "across_rounds": across_rounds}
     scenario = read_scenario(find(name), changes)
+    liar = None
+    if kind in AdaptiveLiar.KINDS and scenario.federation.noise_test is not None:
+        liar = AdaptiveLiar(kind, scenario.federation.noise_test, load_data(scenario.data).train)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory.create(scenario, Path(folder) / "run")
         config = {"scenario": scenario.to_toml(), "run-dir": str(run.path)}
         number = run_number(scenario)
-        app: Callable[[Message, Context], Message] = Federation(kind)
+        app: Callable[[Message, Context], Message] = Federation(kind, liar)
         grid = InlineGrid(app, scenario.partition.nodes, number, config, lambda reply: None)  # type: ignore[arg-type]
         run_scenario(grid, scenario, run, str(number))
         metrics = run.metrics()
@@ -121,11 +129,32 @@ def measure(name: str, kind: str, aggregation: str, rounds: int, seed: int) -> d
         "scenario": name,
         "hostile": kind,
         "aggregation": aggregation,
+        "noise_test": signal,
         "seed": seed,
         "accuracy": round(metrics[-1]["accuracy"], 4),
         "dropped_by": dropped_by(metrics),
         "seconds_a_round": round(sorted(line["seconds"] for line in metrics)[len(metrics) // 2], 3),
+        **({"harm": round(statistics.median(liar.harm), 1), "lies": len(liar.harm)} if liar and liar.harm else {}),
     }
+
+
+def rows(scenario: str, signal: float) -> Iterator[tuple[str, str, float | None]]:
+    """Yield hostile kind, aggregation and the noise test's signal (None: without it) of every row."""
+    for name in AGGREGATIONS:
+        yield "none", name, None
+    if scenario == "digits-open":  # without privacy there is no bound to be over, and no noise to look like
+        yield "absent", "mean", None
+    else:
+        for kind in CAUGHT:
+            yield kind, "mean", None
+        for kind in ("none", "absent", *IN_BOUND, "same-noise"):
+            yield kind, "mean", signal
+        for kind in AdaptiveLiar.KINDS:
+            for name in AGGREGATIONS:
+                yield kind, name, signal
+    for kind in IN_BOUND:
+        for name in AGGREGATIONS:
+            yield kind, name, None
 
 
 def main() -> None:
@@ -134,16 +163,20 @@ def main() -> None:
     parser.add_argument("--scenario", choices=("digits", "digits-open"), default="digits")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--signal", type=float, default=1.0, help="of the noise test, where it is on")
+    parser.add_argument("--one-by-one", action="store_true", help="the noise test forgets earlier rounds")
+    parser.add_argument("--aggregations", nargs="*", default=list(AGGREGATIONS), help="all if left out")
+    parser.add_argument("--only", nargs="*", default=(), help="hostile kinds; all if left out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for seed in range(1, options.seeds + 1):
-        pairs = [("none", name) for name in AGGREGATIONS]
-        if options.scenario == "digits":  # without privacy there is no bound to be over
-            pairs += [(kind, "mean") for kind in CAUGHT]
-        pairs += [(kind, name) for kind in IN_BOUND for name in AGGREGATIONS]
         baseline: object = None
-        for kind, name in pairs:
-            row = measure(options.scenario, kind, name, options.rounds, seed)
+        for kind, name, signal in rows(options.scenario, options.signal):
+            if (options.only and kind not in options.only) or name not in options.aggregations:
+                continue
+            row = measure(
+                options.scenario, kind, name, options.rounds, seed, signal=signal, across_rounds=not options.one_by_one
+            )
             baseline = row["accuracy"] if baseline is None else baseline
             row["points_lost"] = round(100 * (baseline - row["accuracy"]), 2)  # type: ignore[operator]
             print(json.dumps(row) if options.json else row, flush=True)

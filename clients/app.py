@@ -8,6 +8,7 @@ from collections.abc import Callable
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients.deployed import deployed
 from clients.node import Node
 from clients.protocol import (
     AdmitRequest,
@@ -87,13 +88,16 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def open_node(context: Context) -> Node:
-    """Find the node that this process stands for.
+    """Find the node that this process stands for: the deployed one, or a simulated one.
 
     ``partition-id`` is set by a simulation engine on its own side; a message cannot set it.
 
     Raises:
         ProtocolError: ``not-enrolled``, the node has not been set up.
     """
+    node = deployed()
+    if node is not None:  # and nothing that a message says leads to another
+        return node
     number, of = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
     if not isinstance(number, int) or not isinstance(of, int):
         raise ProtocolError("not-enrolled", "this node has no data configured")

@@ -55,6 +55,20 @@ def norm_growth(expected: Mapping[str, Size], encodings: Mapping[str, Encoding])
     return max(growth, 1.0 + math.sqrt(longest) / 126)
 
 
+def error_bounds(tensor: Tensor, encoding: Encoding) -> Tensor:
+    """Return by how much each value that arrived may differ from what it was before rounding; the tensor's shape.
+
+    bfloat16: less than 2^-7 of the value. int8: less than its row's scale, of which the row's largest is 126 at least.
+    """
+    if encoding == "fp32":
+        return torch.zeros_like(tensor)
+    if encoding == "bf16":
+        return tensor.abs() * 2.0**-7
+    rows, _ = _rows(tensor.shape)
+    flat = tensor.abs().reshape(rows, -1)
+    return (flat.amax(1, keepdim=True) / 126.0).expand_as(flat).reshape(tensor.shape)
+
+
 @dataclass(frozen=True)
 class _Pack:
     """Tensors that travel side by side in one, flat: their names and shapes, and for int8 their rows."""

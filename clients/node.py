@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from flwr.app import RecordDict
 
+from clients.approvals import Approvals
 from clients.charges import choice_charge, evaluation_charge, for_message, training_charge
 from clients.chooser import choice, choice_shapes
 from clients.encodings import encodings_of, wire_form
@@ -51,6 +52,7 @@ class Node:
 
     records: of the units that train. declared_size: of those, public.
     held_out: units that are evaluated on instead, and their ledger; None where all units train.
+    approvals: where the owner's approvals are; None where nobody is asked.
     new_secret: charge id → 256-bit secret; operating-system entropy except in simulation.
 
     Raises:
@@ -64,6 +66,7 @@ class Node:
     ledger: Ledger
     new_secret: Callable[[str], bytes]
     held_out: HeldOut | None = None
+    approvals: Approvals | None = None
 
     def __post_init__(self) -> None:
         if self.held_out is not None:
@@ -244,6 +247,8 @@ class Node:
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
         self.policy.check(plan, scenario)
+        if self.approvals is not None:
+            self.approvals.check(plan, scenario, needed=not self.policy.unapproved_plans)
         if plan.privacy.unit != self.ledger.genesis.unit:
             raise ProtocolError("not-allowed", f"this node's budget protects a {self.ledger.genesis.unit}")
         if plan.privacy.unit == "group" and GROUP not in self.records:

@@ -11,6 +11,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from clients.policy import Policy
+from data.formats.config import FormatConfig
 from model.config import Frozen
 from model.errors import BadInputError
 from model.explain import explain
@@ -52,13 +53,32 @@ class StorageConfig(Frozen):
     machine: str | None = Field(default=None, min_length=1, max_length=200)
 
 
+class ConnectionConfig(Frozen):
+    """The server that the node dials; paths are relative to the folder of ``node.toml``.
+
+    address: host:port. ca: certificates of those who may have signed the server's.
+    key: what the node proves itself with; its public half is enrolled at the server.
+    internal_port: of Flower's SuperNode, on loopback only.
+    """
+
+    address: str = Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")
+    ca: Path
+    key: Path = Path("state/node.key")
+    internal_port: int = Field(default=9094, ge=1, le=65_535)
+
+
 class NodeConfig(Frozen):
-    """All of ``node.toml``."""
+    """All of ``node.toml``.
+
+    server: None where the node is not connected to any. format: how the data are laid out; needed to start.
+    """
 
     dataset: DatasetConfig
     budget: BudgetConfig
     storage: StorageConfig
     policy: Policy = Policy()
+    server: ConnectionConfig | None = None
+    format: FormatConfig | None = None
 
     @model_validator(mode="after")
     def _is_no_simulation(self) -> Self:
@@ -93,7 +113,9 @@ def parse_node_config(document: Mapping[str, object], *, where: str) -> NodeConf
         raise BadInputError(f"{where}: {explain(error, NodeConfig)}") from error
 
 
-def default_text(dataset: DatasetConfig, budget: BudgetConfig, storage: StorageConfig) -> str:
+def default_text(
+    dataset: DatasetConfig, budget: BudgetConfig, storage: StorageConfig, server: ConnectionConfig | None = None
+) -> str:
     """Return a commented ``node.toml``: the given decisions, and the policy's defaults."""
     policy = Policy()
     machine = "" if storage.machine is None else f"machine = {_toml(storage.machine)}\n"
@@ -138,6 +160,9 @@ certified_only = true
 # Code that this node may import and run for a plan with a model of its own.
 # models = ["package.module:function"]
 
+# Run plans that "conclave node approve" has not let through.
+# unapproved_plans = true
+
 [policy.releases]
 # What may leave, and the largest share of a plan's budget it may take.
 delta = 1.0
@@ -145,6 +170,30 @@ delta = 1.0
 # loads = 0.05
 # What is measured on held-out units, which have a ledger and a budget of their own.
 # metrics = 1.0
+
+# How the data are laid out; docs/data.md has every format.
+# [format]
+# kind = "csv"
+# label = "outcome"
+# labels = ["no", "yes"]
+
+{_server_text(server)}"""
+
+
+def _server_text(server: ConnectionConfig | None) -> str:
+    if server is None:
+        return """# The server to dial.
+# [server]
+# address = "fed.example.org:9443"
+# ca = "ca.pem"
+"""
+    return f"""# The server to dial.
+[server]
+address = {_toml(server.address)}
+ca = {_toml(str(server.ca))}
+key = {_toml(str(server.key))}
+# Of Flower's SuperNode, on loopback only.
+internal_port = {server.internal_port}
 """
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from clients.ledger_files import LedgerFiles
 from clients.node_config import (
     BudgetConfig,
+    ConnectionConfig,
     DatasetConfig,
     NodeConfig,
     StorageConfig,
@@ -16,6 +17,7 @@ from clients.node_config import (
     parse_node_config,
     read_node_config,
 )
+from clients.node_key import create_node_key
 from model.errors import BadInputError
 from model.store import write_atomically
 from privacy.canonical import decimal
@@ -45,12 +47,20 @@ class NodeDirectory:
 
     @classmethod
     def create(
-        cls, path: Path, *, dataset: DatasetConfig, budget: BudgetConfig, storage: StorageConfig, registry: Path
+        cls,
+        path: Path,
+        *,
+        dataset: DatasetConfig,
+        budget: BudgetConfig,
+        storage: StorageConfig,
+        registry: Path,
+        server: ConnectionConfig | None = None,
     ) -> NodeDirectory:
         """Write ``node.toml``, and create keys, ledgers and witnesses.
 
         Args:
             registry: where datasets that have a ledger are noted.
+            server: the one to dial; may be added to ``node.toml`` later.
 
         Raises:
             BadInputError: the folder is a node's already, the dataset has a ledger, or the budget allows nothing.
@@ -78,7 +88,10 @@ class NodeDirectory:
         if dataset.held_out and not held_out.path.exists():  # else an interrupted attempt left it, and it is unused
             held_out.create(genesis.for_held_out(held_out.public_key()))
         training.create(genesis)
-        write_atomically(config_path, default_text(dataset, budget, storage).encode())
+        node_key = training.path.with_name("node.key")
+        if not node_key.exists():
+            create_node_key(node_key)
+        write_atomically(config_path, default_text(dataset, budget, storage, server).encode())
         return cls(path)
 
     def files(self, side: Side) -> LedgerFiles:
@@ -125,15 +138,46 @@ class NodeDirectory:
         Raises:
             BadInputError: see :meth:`open_ledger`.
         """
-        sides: tuple[Side, ...] = ("training",) if self.held_out is None else ("training", "held-out")
         closed = 0
-        for side in sides:
+        for side in self.sides:
             ledger = self.open_ledger(side)
             try:
                 closed += ledger.close_plans(run_id)
             finally:
                 ledger.close()
         return closed
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The sides that have a ledger."""
+        return ("training",) if self.held_out is None else ("training", "held-out")
+
+    @property
+    def state(self) -> Path:
+        """The folder of what the node keeps: ledgers, keys, plans, Flower's files."""
+        return self.training.path.parent
+
+    @property
+    def node_key(self) -> Path:
+        """What the node proves itself with to the server; ``.pub`` beside it is the public half."""
+        server = self.config.server
+        return self.state / "node.key" if server is None else self.path / server.key
+
+    @property
+    def plans(self) -> Path:
+        """The folder of plans that wait for the owner or were approved."""
+        return self.state / "plans"
+
+    def connection_files(self) -> tuple[Path, Path]:
+        """Return the node's key for the server, and the certificates that may have signed the server's.
+
+        Raises:
+            BadInputError: the node is not connected to a server.
+        """
+        server = self.config.server
+        if server is None:
+            raise BadInputError(f"{self.path / 'node.toml'}: no [server], must say which server to dial")
+        return self.node_key, self.path / server.ca
 
     @property
     def _machine(self) -> str:
@@ -162,14 +206,25 @@ def _files(path: Path, storage: StorageConfig) -> tuple[LedgerFiles, LedgerFiles
 
 
 def create_node(
-    path: Path, *, dataset: Mapping[str, object], budget: Mapping[str, object], storage: Mapping[str, object]
+    path: Path,
+    *,
+    dataset: Mapping[str, object],
+    budget: Mapping[str, object],
+    storage: Mapping[str, object],
+    server: Mapping[str, object] | None = None,
 ) -> NodeDirectory:
     """Create a node's folder from decisions as a command line gives them; see :meth:`NodeDirectory.create`.
 
     Raises:
         BadInputError: one of them is not allowed.
     """
-    config = parse_node_config({"dataset": dataset, "budget": budget, "storage": storage}, where=str(path))
+    document = {"dataset": dataset, "budget": budget, "storage": storage}
+    config = parse_node_config(document if server is None else document | {"server": server}, where=str(path))
     return NodeDirectory.create(
-        path, dataset=config.dataset, budget=config.budget, storage=config.storage, registry=default_registry()
+        path,
+        dataset=config.dataset,
+        budget=config.budget,
+        storage=config.storage,
+        registry=default_registry(),
+        server=config.server,
     )

@@ -28,6 +28,7 @@ class Policy(Frozen):
         held-out units, which a budget of their own pays for: with any share above 0.
     scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
         is the server's word, a plan's hash binds.
+    unapproved_plans: run plans that the owner has not approved (``conclave node approve``). Only a deployed node asks.
     models: each ``module:function`` that this node may import and run for a plan with a model of its own; none unless
         the owner names it. In a simulation, whoever wrote the scenario runs it.
     """
@@ -42,6 +43,7 @@ class Policy(Frozen):
     certified_only: bool = True
     releases: dict[str, Share] = Field(default_factory=lambda: {"delta": 1.0})
     scenarios: tuple[str, ...] | None = None
+    unapproved_plans: bool = False
     models: tuple[str, ...] = ()
 
     def capacity(self, model: ModelConfig) -> int:

@@ -18,7 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Size, Tensor
 
-from clients.encodings import Encoding, TrafficConfig, WireForm, encodings_of, norm_growth, wire_form
+from clients.encodings import (
+    Encoding,
+    TrafficConfig,
+    WireForm,
+    encodings_of,
+    error_bounds,
+    norm_growth,
+    wire_form,
+)
 from clients.plan import Plan, TrainingConfig
 from clients.tensor_array import STYPE, TensorArray, pack
 from model.config import Frozen, HeldExperts, ModelConfig
@@ -40,6 +48,8 @@ Code = Literal[
     "not-enrolled",
     "schema-mismatch",
     "not-allowed",
+    "awaiting-approval",
+    "paused",
     "budget-exhausted",
     "charge-abandoned",
     "reply-expired",
@@ -410,6 +420,6 @@ __all__ = [
     "Flaw", "HeldOutSide", "LedgerIdentity",
     "Plan", "ProtocolError", "Refusal",
     "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode",
-    "encode_tensors", "encodings_of", "fingerprint", "lengths", "norm_growth", "norms", "pack", "tensors_of", "unpack",
-    "wire_form",
+    "encode_tensors", "encodings_of", "error_bounds", "fingerprint", "lengths", "norm_growth", "norms", "pack",
+    "tensors_of", "unpack", "wire_form",
 ]  # fmt: skip

@@ -12,11 +12,14 @@ from model.config import Frozen
 class DataConfig(Frozen):
     """The data set. ``test_records`` are held out, public, and used by the server for evaluation.
 
+    ``nodes``: there are no public records; every node has its own, in whatever format, and they must suit the model.
+    What the model is worth only ``[evaluation]`` tells. Such a scenario is trained, not simulated.
+
     ``mnist`` needs the original files in the folder that the environment variable ``CONCLAVE_DATA`` names.
     ``window`` is the bytes in one record of text; images have none.
     """
 
-    source: Literal["digits", "mnist", "stdlib-text"]
+    source: Literal["digits", "mnist", "stdlib-text", "nodes"]
     test_records: int = Field(default=360, ge=1)
     window: int = Field(default=64, ge=2, le=65_536)
 

@@ -12,6 +12,7 @@ from data.digits import load_digits
 from data.mnist import CLASSES, SIDE, load_mnist, mnist_records_if_absent
 from data.schema import ImageSchema, Schema, TextSchema
 from data.stdlib_text import load_stdlib_text
+from model.errors import BadInputError
 
 Records = Mapping[str, Tensor]
 GROUP = "group"
@@ -43,19 +44,31 @@ _SOURCES = {
 }
 
 
-def schema_of(config: DataConfig) -> Schema:
-    """Return what a source's records look like, without loading it."""
-    return _SOURCES[config.source].schema(config)
+def schema_of(config: DataConfig) -> Schema | None:
+    """Return what a source's records look like, without loading it; None where only the nodes know."""
+    return None if config.source == "nodes" else _SOURCES[config.source].schema(config)
+
+
+def public_test(config: DataConfig) -> Records | None:
+    """Load a source's public test records; None where it has none.
+
+    Raises:
+        BadInputError: the source cannot be split as asked.
+    """
+    return None if config.source == "nodes" else load(config).test
 
 
 def load(config: DataConfig) -> DataSet:
     """Load a data set.
 
     Raises:
-        BadInputError: the source cannot be split as asked.
+        BadInputError: the source cannot be split as asked, or its records lie on real nodes.
     """
+    schema = schema_of(config)
+    if schema is None:
+        raise BadInputError("data.source is nodes: the records lie on real nodes; conclave train runs such a scenario")
     train, test = _SOURCES[config.source].load(config)
-    return DataSet(schema_of(config), train, test)
+    return DataSet(schema, train, test)
 
 
 def records_if_absent(config: DataConfig) -> int | None:
@@ -63,7 +76,7 @@ def records_if_absent(config: DataConfig) -> int | None:
 
     For estimates: what a run would cost can be told before the data are there.
     """
-    return _SOURCES[config.source].absent_records()
+    return None if config.source == "nodes" else _SOURCES[config.source].absent_records()
 
 
 def declared_size(units: int) -> int:

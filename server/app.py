@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from clients.protocol import Plan
 from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
-from data.sources import load
+from data.sources import public_test
 from model import BadInputError, build, parameters
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
@@ -45,18 +45,24 @@ def main(grid: Grid, context: Context) -> None:
     run_scenario(grid, scenario, run, str(context.run_id))
 
 
-def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str) -> None:
+def run_scenario(
+    grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str, on_round: Callable[[str], None] = lambda _: None
+) -> None:
     """Run the rounds that are left and leave metrics, checkpoint and model in the run directory.
 
     A directory with a checkpoint continues after its round, with the state it had; so a killed run that is
     started again does what it would have done. Rounds that nodes were already charged for cost nothing again.
+
+    Args:
+        run_id: names the run in every charge.
+        on_round: told what each round came to, a line.
 
     Raises:
         BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
             or belongs to another plan.
     """
     plan = scenario.plan()
-    test = load(scenario.data).test
+    test = public_test(scenario.data)
     network = build(scenario.model, scenario.seed)
     roster = Roster(grid, scenario, plan, run_id)
     strategy = ExpertStrategy(
@@ -94,15 +100,18 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
             answers = grid.send_and_receive(measuring, timeout=scenario.federation.reply_timeout_s)
             strategy.aggregate_evaluate(round_number, answers)
         wire = strategy.optimizer.snapshot()
-        evaluation = evaluate(scenario.model, wire, test)
+        evaluation = None if test is None else evaluate(scenario.model, wire, test)
         seconds = time.perf_counter() - started
         # Metrics first: a round that has a checkpoint has its metrics, and resuming drops those without one.
         coverage.add(strategy.tally.trained)
         line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
         run.append_metrics({**line, **coverage.metrics()})
-        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state())
+        history = {} if strategy.noise_test is None else strategy.noise_test.history
+        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state(), history)
         write_checkpoint(run.checkpoint, checkpoint)
-        log.info("round %d: loss %.4f", round_number, evaluation.loss)
+        said = _said(round_number, scenario.federation.rounds, strategy, evaluation, seconds)
+        log.info(said)
+        on_round(said)
     run.save_model(scenario.model, strategy.optimizer.snapshot())
     roster.close()
     if strategy.node_level is not None:
@@ -152,17 +161,32 @@ def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int
     if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
         raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
     strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
+    if strategy.noise_test is not None:
+        strategy.noise_test.history = {node: dict(sums) for node, sums in checkpoint.history.items()}
     run.keep_metrics(checkpoint.round)
     return checkpoint.round
 
 
+def _said(
+    round_number: int, rounds: int, strategy: ExpertStrategy, evaluation: Evaluation | None, seconds: float
+) -> str:
+    tally = strategy.tally
+    parts = [] if evaluation is None else [f"loss {evaluation.loss:.4f}"]
+    parts.append(f"{tally.accepted} of {tally.asked} replies")
+    if tally.evaluation is not None and tally.evaluation.over_units is not None:
+        mean = tally.evaluation.over_units
+        parts.append(f"{tally.evaluation.metric} on held-out units {mean.value * tally.evaluation.bound:.4f}")
+    return f"round {round_number} of {rounds}: {', '.join(parts)}, {seconds:.1f} s"
+
+
 def _metrics(
-    round_number: int, strategy: ExpertStrategy, evaluation: Evaluation, full_bytes: int, seconds: float
+    round_number: int, strategy: ExpertStrategy, evaluation: Evaluation | None, full_bytes: int, seconds: float
 ) -> dict[str, Any]:
+    public = {} if evaluation is None else asdict(evaluation)
     tally = strategy.tally
     return {
         "round": round_number,
-        **{name: value for name, value in asdict(evaluation).items() if value is not None},
+        **{name: value for name, value in public.items() if value is not None},
         "nodes": len(strategy.nodes),
         "asked": tally.asked,
         "accepted": tally.accepted,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,18 +14,23 @@ from torch import Tensor
 
 from model.errors import BadInputError
 from model.store import write_atomically
+from server.noise_test import History
 from server.optimizer import OptimizerState
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to."""
+    """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to.
+
+    history: node → wire name → the sum of what it sent, where replies are tested against it.
+    """
 
     round: int
     run_id: str
     plan_hash: str
     tensors: Mapping[str, Tensor]
     optimizer: OptimizerState
+    history: History = field(default_factory=dict)
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -34,6 +39,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"model:{name}": t.contiguous() for name, t in checkpoint.tensors.items()}
     for name, kept in checkpoint.optimizer.items():
         tensors |= {f"optimizer:{key}:{name}": t.contiguous() for key, t in kept.items()}
+    for node, sums in checkpoint.history.items():
+        tensors |= {f"history:{node}:{name}": t.contiguous() for name, t in sums.items()}
     state = {"round": checkpoint.round, "run_id": checkpoint.run_id, "plan_hash": checkpoint.plan_hash}
     write_atomically(path, save(tensors, metadata={"state": json.dumps(state)}))
 
@@ -46,6 +53,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     tensors: dict[str, Tensor] = {}
     optimizer: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    history: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(path, framework="pt") as stream:
             state = json.loads(stream.metadata()["state"])
@@ -53,6 +61,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 kind, _, name = key.partition(":")
                 if kind == "model":
                     tensors[name] = stream.get_tensor(key)
+                    continue
+                if kind == "history":
+                    node, _, name = name.partition(":")
+                    history[node][name] = stream.get_tensor(key)
                     continue
                 what, _, name = {"optimizer": name, "momentum": f"momentum_buffer:{name}"}[kind].partition(":")
                 optimizer[name][what] = stream.get_tensor(key)
@@ -62,6 +74,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             plan_hash=str(state["plan_hash"]),
             tensors=tensors,
             optimizer=dict(optimizer),
+            history=dict(history),
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: missing or damaged, must be a checkpoint") from error

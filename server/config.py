@@ -34,6 +34,19 @@ class AllNodes(Frozen):
 CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discriminator="kind")]
 
 
+class NoiseTestConfig(Frozen):
+    """Drop a reply that does not look like its noise, see :mod:`server.noise_test`.
+
+    signal: what is assumed of honest nodes: that the sum of a batch's clipped gradients is at most so long, as a share
+        of its units × the clip bound. 1 assumes nothing. Less finds smaller lies, and may drop who is over it.
+    across_rounds: compare replies with what their node sent in earlier rounds. The server then keeps, and checkpoints,
+        one float32 copy for each node of what it held so far. Without it, the same noise passes in every round.
+    """
+
+    signal: float = Field(default=1.0, gt=0.0, le=1.0)
+    across_rounds: bool = True
+
+
 class FederationConfig(Frozen):
     """How rounds run.
 
@@ -54,7 +67,7 @@ class FederationConfig(Frozen):
     """
 
     younger: ClassVar[frozenset[str]] = frozenset(
-        {"aggregation", "capacities", "expert_scope", "local_experts", "min_replies", "step_scale"}
+        {"aggregation", "capacities", "expert_scope", "local_experts", "min_replies", "noise_test", "step_scale"}
     )
 
     rounds: int = Field(ge=1, le=1_000_000)
@@ -70,6 +83,7 @@ class FederationConfig(Frozen):
     capacities: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(default=(), strict=False, max_length=4096)
 
     aggregation: AggregationConfig = Mean()
+    noise_test: NoiseTestConfig | None = None
     step_scale: Literal["none", "contributions"] = "none"
     min_replies: int = Field(default=1, ge=1)
 

@@ -71,6 +71,7 @@ class Scenario(Frozen):
             ("min_replies", federation.min_replies, (1,)),
             ("step_scale", federation.step_scale, ("none",)),
             ("aggregation.kind", federation.aggregation.kind, ("mean",)),
+            ("noise_test", "set" if federation.noise_test else "left out", ("left out",)),
             ("capacities", list(federation.capacities), ([],)),
         ):
             if value not in allowed:
@@ -110,11 +111,14 @@ class Scenario(Frozen):
             raise ValueError(
                 f"federation.min_replies is {self.federation.min_replies}, must be at most partition.nodes {self.nodes}"
             )
-        mismatch = schema_of(self.data).mismatch(self.model)
+        schema = schema_of(self.data)
+        mismatch = None if schema is None else schema.mismatch(self.model)
         if mismatch is not None:
             raise ValueError(f"{mismatch} for data.source {self.data.source}")
         if self.balancing is not None:
             self._check_balancing()
+        if self.federation.noise_test is not None:
+            self._check_noise_test()
         if (self.affinity is None) == (self.federation.assignment == "affinity"):
             raise ValueError(
                 f"federation.assignment is {self.federation.assignment}, must be affinity with [affinity], only there"
@@ -138,6 +142,32 @@ class Scenario(Frozen):
         """How many experts of a layer each simulated node can hold."""
         given = self.federation.capacities or (self.model.experts.routed,)
         return [given[number % len(given)] for number in taking_part(self.partition)]
+
+    def _check_noise_test(self) -> None:
+        """Refuse it where the noise of a delta is not public."""
+        for key, value, allowed, why in (
+            ("privacy.mechanism", self.privacy.mechanism, ("gaussian",), "without noise there is none to look like"),
+            (
+                "privacy.clipping",
+                self.privacy.clipping,
+                ("flat", "per-layer", "automatic"),
+                "noise is a multiple of the clip bound, and where an adaptive one stands only the node knows",
+            ),
+            (
+                "training.optimizer.kind",
+                self.training.optimizer.kind,
+                ("sgd",),
+                "what Adam makes of noise depends on the gradients",
+            ),
+            (
+                "model.preset",
+                self.model.preset,
+                ("moe", "deep-moe", "transformer"),
+                "a model of one's own does not say which of its parameters are trained",
+            ),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key} is {value}, must be {' or '.join(allowed)} with federation.noise_test: {why}")
 
     def _check_balancing(self) -> None:
         if self.privacy.mechanism == "none":

@@ -40,6 +40,7 @@ from server.balancing import BIAS, Balancer, BalancingConfig
 from server.cohort import choose_cohort
 from server.config import FederationConfig
 from server.node_rounds import NodeLevel
+from server.noise_test import NoiseTest
 from server.optimizer import ServerOptimizer
 from server.private_evaluation import PrivateEvaluation, collect
 from server.receipts import EMPTY_RECEIPT, ReceiptBook
@@ -126,6 +127,7 @@ class ExpertStrategy(Strategy):
         self.wishes = wishes
         self.meet(nodes)
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
+        self.noise_test = None if config.noise_test is None else NoiseTest(plan, config.noise_test)
         self.tally = RoundTally()
         self._asked: dict[int, Asked] = {}
         self._answered: set[int] = set()
@@ -174,7 +176,7 @@ class ExpertStrategy(Strategy):
         A reply that does not hold exactly what was asked for is dropped and counted; the run goes on. A round with
         fewer than ``min_replies`` acceptable replies changes nothing.
         """
-        checker = ReplyChecker(self.plan, self.receipts, bounded=self.node_level is None)
+        checker = ReplyChecker(self.plan, self.receipts, bounded=self.node_level is None, noise_test=self.noise_test)
         names = [asked.node.fingerprint for asked in self._asked.values()]
         aggregator = make_aggregator(self.config.aggregation, names)
         collected = None if self.node_level is None else self.node_level.collect(names)

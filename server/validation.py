@@ -32,16 +32,23 @@ from privacy.ledger.entry import charge_id_of
 from privacy.load_histogram import DELTA
 from privacy.local_optimizers import AdamConfig
 from server.balancing import load_bound, plausible, split_loads
+from server.noise_test import NoiseTest
 from server.receipts import KeptReceipt, Kind, ReceiptBook
 
-Reason = Flaw | Literal["no-answer", "not-asked", "duplicate", "bad-receipt", "replay", "wrong-charge", "over-norm"]
+Reason = (
+    Flaw
+    | Literal[
+        "no-answer", "not-asked", "duplicate", "bad-receipt", "replay", "wrong-charge", "over-norm", "not-noise-like"
+    ]
+)
 """Why a reply was dropped.
 
 no-answer: Flower reports an error in its place. not-asked: of a node that the round asked nothing. duplicate: not the
 first of its node. bad-receipt: does not continue the node's ledger, or is not signed with its key. replay: of a charge
 that was answered before, or with its receipt. wrong-charge: for other weights, another round, run or plan than was
-asked. over-norm: its delta, or its loads, are larger than an honest node's. The others (:data:`clients.protocol.Flaw`)
-are about its document and its tensors.
+asked. over-norm: its delta, or its loads, are larger than an honest node's. not-noise-like: its delta is not the noise
+that the plan asks for and a signal, see :mod:`server.noise_test`. The others (:data:`clients.protocol.Flaw`) are about
+its document and its tensors.
 """
 
 
@@ -119,13 +126,16 @@ class ChargeChecker:
 class ReplyChecker:
     """Compares the replies of one round with what was asked."""
 
-    def __init__(self, plan: Plan, receipts: ReceiptBook, *, bounded: bool = True) -> None:
+    def __init__(
+        self, plan: Plan, receipts: ReceiptBook, *, bounded: bool = True, noise_test: NoiseTest | None = None
+    ) -> None:
         """Check replies to requests under ``plan``; good receipts go into ``receipts``.
 
         Args:
             bounded: drop a delta above the norm bound; where the node is the unit, it is scaled down instead.
+            noise_test: what drops a delta that is not like its noise; it learns of every acceptable one.
         """
-        self._bounded = bounded
+        self._bounded, self._noise_test = bounded, noise_test
         self._plan = plan
         self._charges = ChargeChecker(plan, receipts, "train")
 
@@ -157,6 +167,12 @@ class ReplyChecker:
             raise DroppedError("over-norm", "the norm of its delta is above the bound")
         if loads and not plausible(loads, load_bound(self._plan, size)):
             raise DroppedError("over-norm", "its expert loads are above the bound")
+        if self._noise_test is not None:
+            standardised = self._noise_test.standardise(held, delta, size)
+            flaw = self._noise_test.flaw(asked.node.fingerprint, standardised)
+            if flaw is not None:
+                raise DroppedError("not-noise-like", flaw)
+            self._noise_test.remember(asked.node.fingerprint, standardised)
         return delta, loads
 
 

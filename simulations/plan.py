@@ -7,6 +7,9 @@ from data.sources import records_if_absent
 from server.plan_estimate import PlanEstimate, estimate
 from server.scenario import Scenario
 
+_ASSUMED = 1000
+"""Units of a node whose records are its own."""
+
 
 def plan(scenario: Scenario) -> PlanEstimate:
     """Work out what a scenario will cost on this machine, before anything runs.
@@ -14,6 +17,8 @@ def plan(scenario: Scenario) -> PlanEstimate:
     Raises:
         BadInputError: the scenario cannot be carried out.
     """
+    if scenario.data.source == "nodes":
+        return estimate(scenario, units_per_node=_ASSUMED)
     records = records_if_absent(scenario.data)
     if records is None:
         _, _, shares = deal(scenario.to_toml())

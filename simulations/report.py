@@ -42,7 +42,6 @@ def write_report(run: RunDirectory) -> Path:
     rounds = [line["round"] for line in metrics]
     private = scenario.privacy.mechanism != "none"
     figures = {
-        "quality": _quality(rounds, metrics),
         "traffic": charts.traffic(
             rounds,
             [line["bytes_down_per_node"] for line in metrics],
@@ -50,14 +49,16 @@ def write_report(run: RunDirectory) -> Path:
             last["bytes_full_model"],
         ),
     }
+    if "load" in last:
+        figures = {"quality": _quality(rounds, metrics), **figures}
     if private and nodes:
         figures["epsilon"] = charts.epsilon(
             [row.name for row in nodes], [row.audit.epsilon for row in nodes], scenario.privacy.epsilon
         )
-    released = last.get("private_load") or [None] * len(last["load"])
+    released = last.get("private_load") or [None] * scenario.model.layers
     layers = [
         charts.load(shares, f"layer {layer}", private)
-        for layer, (shares, private) in enumerate(zip(last["load"], released, strict=True))
+        for layer, (shares, private) in enumerate(zip(last.get("load", []), released, strict=False))
     ]
     without_holder = last.get("rounds_without_holder", [])  # a run of an older version did not count
     holders = [

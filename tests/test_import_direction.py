@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("model", "privacy", "data", "clients", "server", "simulations", "conclave")
+ORDER = ("model", "privacy", "data", "clients", "server", "simulations", "deployment", "conclave")
 MODEL_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "pydantic", "safetensors", "model"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 from safetensors.torch import load, save
 
@@ -108,9 +109,10 @@ class Doubling(InlineGrid):
                 yield reply
 
 
-def run(folder, client, grid=InlineGrid):
-    scenario = read_scenario(find("digits"), {"federation.rounds": ROUNDS, "federation.optimizer.momentum": 0.5})
-    directory = RunDirectory.create(scenario, folder)
+def run(folder, client, grid=InlineGrid, **changes):
+    changes = {"federation.rounds": ROUNDS, "federation.optimizer.momentum": 0.5} | changes
+    scenario = read_scenario(find("digits"), changes)
+    directory = RunDirectory(folder) if folder.exists() else RunDirectory.create(scenario, folder)
     number = run_number(scenario)
     config = {"scenario": scenario.to_toml(), "run-dir": str(directory.path)}
     net = grid(client, scenario.partition.nodes, number, config, lambda reply: None)
@@ -139,3 +141,42 @@ def test_replies_that_come_twice_count_once(tmp_path):
     assert all(torch.equal(tensor, model_of(twice)[name]) for name, tensor in model_of(once).items())
     assert [line["dropped_by"] for line in twice.metrics()] == [{"duplicate": 10}] * ROUNDS
     assert [line["accepted"] for line in twice.metrics()] == [10] * ROUNDS
+
+
+class SameNoise:
+    """The ClientApp of ten nodes, of which number 3 repeats its first delta for what it was asked for before.
+
+    unplugged: the round that ends with an exception.
+    """
+
+    def __init__(self, unplugged=None):
+        self.unplugged = unplugged
+        self.sent = {}
+
+    def __call__(self, message, context):
+        reply = clients.app.app(message, context)
+        if message.metadata.message_type == TRAIN and context.node_config["partition-id"] == 3:
+            if decode(message.content, TrainRequest).round == self.unplugged:
+                self.unplugged = None
+                raise ConnectionError
+            mine = load(body_of(reply.content))
+            self.sent = mine | self.sent
+            reply.content = change(reply.content, lambda d: {name: self.sent[name] for name in d})
+        return reply
+
+
+def test_noise_that_was_sent_before_is_known_again_also_after_a_restart(tmp_path):
+    test = {"federation.noise_test": {}, "privacy.epsilon": 0.5}  # three rounds of 8 leave little noise
+    whole = run(tmp_path / "whole", SameNoise(), **test)
+    assert [line["dropped_by"] for line in whole.metrics()] == [{}] + [{"not-noise-like": 1}] * (ROUNDS - 1)
+    client = SameNoise(unplugged=2)
+    with pytest.raises(ConnectionError):
+        run(tmp_path / "parted", client, **test)
+    parted = run(tmp_path / "parted", client, **test)
+    assert [line["dropped_by"] for line in parted.metrics()] == [line["dropped_by"] for line in whole.metrics()]
+    assert all(torch.equal(tensor, model_of(parted)[name]) for name, tensor in model_of(whole).items())
+
+
+def test_without_the_noise_test_the_same_lies_are_taken(tmp_path):
+    taken = run(tmp_path / "taken", SameNoise(), **{"privacy.epsilon": 0.5})
+    assert [line["dropped_by"] for line in taken.metrics()] == [{}] * ROUNDS

@@ -31,6 +31,7 @@ CHANGES = {
     "model.width": 8,
     "federation.optimizer.momentum": 0.5,
     "evaluation": {"every": 2, "held_out": 0.3},
+    "federation.noise_test": {},
 }
 KILLS = 20
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 from conftest import make_batch, make_config
 from torch import nn
@@ -99,11 +100,26 @@ def moved_by_one_unit(mode, model, batch):
     return math.sqrt(sum(float(((a - b).double() * unit).square().sum()) for a, b in zip(every, fewer, strict=True)))
 
 
-def test_weights_that_amplify_rounding_break_fast_and_not_strict():
+def amplified():
+    """The crafted model, and two units: every expert goes from one row to two."""
     model = Amplifier()
-    generator = torch.Generator().manual_seed(5)
-    batch = {"x": torch.randn(2, model.experts, 48, generator=generator)}  # every expert goes from one row to two
-    assert moved_by_one_unit("strict", model, batch) <= CLIP
+    return model, {"x": torch.randn(2, model.experts, 48, generator=torch.Generator().manual_seed(5))}
+
+
+def test_weights_that_amplify_rounding_do_not_break_strict():
+    assert moved_by_one_unit("strict", *amplified()) <= CLIP
+
+
+def test_weights_that_amplify_rounding_break_fast():
+    """Why strict exists: a row has other last bits alone than among others, on most processors."""
+    model, batch = amplified()
+    alone = torch.einsum("nd,ndo->no", batch["x"][0], model.first.weight)
+    rows, offsets = batch["x"].transpose(0, 1).reshape(-1, 48), torch.arange(1, 65, dtype=torch.int32)
+    single = model.first(batch["x"][0], offsets, torch.zeros(64, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    both = model.first(rows, 2 * offsets, torch.arange(2).repeat(64), torch.arange(2))
+    assert torch.allclose(single, alone, atol=1e-4)
+    if torch.equal(single, both[::2]):
+        pytest.skip("this processor's products give a row the same bits alone and among others")
     assert moved_by_one_unit("hooks", model, batch) > 1.05 * CLIP  # Opacus's mode: the other unit's share moved too
 
 

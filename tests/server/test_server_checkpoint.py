@@ -24,6 +24,10 @@ def sample(round_number=3) -> Checkpoint:
             "shared/a:b": {"exp_avg": torch.tensor([5.0, 6.0, 7.0]), "step": torch.tensor(3.0)},
             "expert/0/1/up.weight": {"exp_avg": torch.full((2, 3), 1 / 7), "step": torch.tensor(1.0)},
         },
+        history={
+            "0123456789abcdef": {"shared/a:b": torch.tensor([1 / 9, -0.0])},
+            "f" * 16: {"shared/c": torch.ones(1)},
+        },
     )
 
 
@@ -34,7 +38,10 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     def remembered(optimizer):
         return {name: bits(kept) for name, kept in optimizer.items()}
 
-    facts = [(c.round, c.run_id, c.plan_hash, bits(c.tensors), remembered(c.optimizer)) for c in (a, b)]
+    facts = [
+        (c.round, c.run_id, c.plan_hash, bits(c.tensors), remembered(c.optimizer), remembered(c.history))
+        for c in (a, b)
+    ]
     return facts[0] == facts[1]
 
 

@@ -342,3 +342,40 @@ def test_hostile_documents_and_overrides_are_refused():
     assert refusal("a=" + "[" * 5000) == "nested too deeply, must be a scenario in TOML"
     with pytest.raises(BadInputError, match="must set one key to one value"):
         parse_override("a=1\nb=2")
+
+
+def test_the_noise_test_is_off_by_default_and_then_part_of_no_hash():
+    assert parse().federation.noise_test is None
+    assert "noise_test" not in parse().to_toml()
+    on = parse(federation__noise_test={})
+    assert on.federation.noise_test is not None
+    assert on.federation.noise_test.signal == 1.0
+    assert on.plan().hash == parse().plan().hash  # no node need know
+    assert parse_scenario(on.to_toml(), where="x").federation == on.federation
+    assert refusal(overrides={"federation.noise_test.signal": 1.5}) == (
+        "federation.noise_test.signal is 1.5, must be less than or equal to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("privacy.mechanism", "none", "privacy.mechanism is none, must be gaussian"),
+        ("privacy.clipping", "adaptive", "privacy.clipping is adaptive, must be flat or per-layer or automatic"),
+        ("training.optimizer.kind", "adam", "training.optimizer.kind is adam, must be sgd"),
+    ],
+)
+def test_the_noise_test_is_refused_where_the_noise_is_not_public(key, value, message):
+    found = refusal(overrides={key: value, "federation.noise_test": {}})
+    assert found.startswith(f"{message} with federation.noise_test: ")
+
+
+def test_the_noise_test_is_refused_where_the_node_is_the_unit():
+    overrides = {
+        "federation.noise_test": {},
+        "federation.cohort": {"kind": "poisson", "rate": 0.5},
+        "federation.assignment": "random",
+        "federation.weights": "uniform",
+        "node_privacy": {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "nodes": 10},
+    }
+    assert refusal(overrides=overrides) == "federation.noise_test is set, must be left out with node_privacy"

@@ -134,7 +134,7 @@ def compare(module, loss, batch, unit_B):
         assert relative_error(gradients[p], expected) < 1e-5
         assert relative_error(sums[p], torch.einsum("u,u...->...", factor_U.float(), expected)) < 1e-5
         norm_U = expected.reshape(count, -1).double().norm(dim=1)
-        assert (bounds[p] >= norm_U * (1 - 1e-6)).all()  # the truth is float32 itself
+        assert (bounds[p] >= norm_U * (1 - 1e-5)).all()  # the truth is float32 itself, of another forward pass
         assert (bounds[p] <= norm_U * 1.02 + 1e-7).all()
     bookkeeper.close()
     assert not any(layer._forward_hooks for layer in module.modules())

@@ -1,0 +1,1 @@
+"""A federation on real machines: a server behind a proxy, nodes beside private data, operators. Composes the rest."""

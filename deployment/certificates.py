@@ -1,0 +1,149 @@
+"""A server's own certificate authority, and what it signs: the server's certificate and those of operators."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from model.errors import BadInputError
+
+_LONGEST_HOST = 253
+_CLOCK_SKEW = timedelta(minutes=10)
+
+
+class Authority:
+    """A CA in two files, ``ca.pem`` and ``ca.key``; the key is readable by its owner only."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the CA in ``folder``.
+
+        Raises:
+            BadInputError: there is none that can be read.
+        """
+        self.certificate_path, self._key_path = folder / "ca.pem", folder / "ca.key"
+        try:
+            self.certificate = x509.load_pem_x509_certificate(self.certificate_path.read_bytes())
+            key = serialization.load_pem_private_key(self._key_path.read_bytes(), password=None)
+        except (OSError, ValueError, TypeError) as error:
+            raise BadInputError(f"{folder}: holds no certificate authority, must have ca.pem and ca.key") from error
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise BadInputError(f"{self._key_path}: another kind of key, must be an elliptic curve's")
+        self._key = key
+
+    @classmethod
+    def create(cls, folder: Path, *, days: int) -> Authority:
+        """Make a CA. Raises FileExistsError where there is one."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = _name("Conclave CA")
+        usage = x509.KeyUsage(
+            digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
+            key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+        )  # fmt: skip
+        certificate = (
+            _builder(name, name, key, days)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        write_secret(folder / "ca.key", _private_pem(key))
+        (folder / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return cls(folder)
+
+    def issue_server(self, path: Path, hosts: Sequence[str], *, days: int) -> None:
+        """Write ``path``.pem and ``path``.key for a server that is reached under these names and addresses.
+
+        Raises:
+            BadInputError: a host is neither a name nor an address.
+        """
+        names = [_general_name(host) for host in hosts]
+        self._issue(path, hosts[0], ExtendedKeyUsageOID.SERVER_AUTH, days, x509.SubjectAlternativeName(names))
+
+    def issue_operator(self, path: Path, name: str, *, days: int) -> None:
+        """Write ``path``.pem and ``path``.key for an operator, who may register nodes and start runs."""
+        self._issue(path, name, ExtendedKeyUsageOID.CLIENT_AUTH, days, None)
+
+    def _issue(
+        self,
+        path: Path,
+        subject: str,
+        usage: x509.ObjectIdentifier,
+        days: int,
+        names: x509.SubjectAlternativeName | None,
+    ) -> None:
+        key = ec.generate_private_key(ec.SECP256R1())
+        builder = (
+            _builder(_name(subject), self.certificate.subject, key, days)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+        if names is not None:
+            builder = builder.add_extension(names, critical=False)
+        certificate = builder.sign(self._key, hashes.SHA256())
+        write_secret(path.with_name(f"{path.name}.key"), _private_pem(key))
+        path.with_name(f"{path.name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def days_left(certificate: Path) -> float:
+    """Return for how many days a certificate is still good; below 0 it has expired.
+
+    Raises:
+        BadInputError: it is none.
+    """
+    try:
+        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{certificate}: cannot be read, must be a certificate in PEM") from error
+    return (found.not_valid_after_utc - datetime.now(UTC)) / timedelta(days=1)
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a new file that only its owner can read. Raises FileExistsError where there is one."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+        stream.write(content)
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _CLOCK_SKEW)
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common[:64])])
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    labels = host.split(".")
+    sound = all(label and label.strip("-") == label and label.replace("-", "").isalnum() for label in labels)
+    if not host.isascii() or not sound or len(host) > _LONGEST_HOST:
+        raise BadInputError(f"host {host!r}: must be a name like fed.example.org, or an IP address")
+    return x509.DNSName(host)
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )

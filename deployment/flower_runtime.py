@@ -1,0 +1,343 @@
+"""Everything that a deployment uses of Flower's inside: handing tasks out, and the control API. One version only.
+
+Flower starts a process for every message and runs, on a node too, whatever code the server sends. Here the SuperNode
+and the SuperLink run with ``--isolation process``: they wait for somebody to take their tasks. :func:`serve` does that,
+in a process that stays warm, and calls what is installed. The bundle that comes with a task is bytes that nobody opens:
+no path of it is on ``sys.path``, nothing of it is written to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import httpx
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, Message, RecordDict
+from flwr.cli.build import build_fab_from_files
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SubStatus
+from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    StreamLogsRequest,
+)
+from flwr.proto.log_pb2 import PushLogsRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.serverapp import Grid
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+
+from deployment.operator import Operator
+from model.errors import BadInputError
+
+TESTED = "1.41.0"
+CLIENT_APP: Literal["flwr-clientapp"] = "flwr-clientapp"
+SERVER_APP: Literal["flwr-serverapp"] = "flwr-serverapp"
+BUNDLE = "conclave/conclave"
+
+_TASK_POLL_S = 0.1
+_REPLY_POLL_S = 0.2
+_RETRY_S = 2.0
+
+log = logging.getLogger("conclave.flower")
+
+
+def check_flower() -> None:
+    """Refuse a Flower other than the one that this file was written for.
+
+    Raises:
+        BadInputError: another is installed.
+    """
+    found = version("flwr")
+    if found != TESTED:
+        raise BadInputError(
+            f"flwr {found} is installed, must be {TESTED} to deploy: pip install -c constraints.txt flwr"
+        )
+
+
+def release() -> str:
+    """Return the installed version of Conclave, which a server and its nodes must share."""
+    return version("conclave-moe")
+
+
+@dataclass(frozen=True)
+class RuntimeApi:
+    """Where tasks are handed out, on loopback. secret: whoever takes one must know it. ca: None without TLS."""
+
+    address: str
+    secret: bytes
+    ca: bytes | None = None
+
+    @contextmanager
+    def client(self, *interceptors: object, component: str) -> Iterator[RuntimeHttpClient]:
+        """Connect."""
+        client = RuntimeHttpClient.from_server_address(
+            self.address,
+            insecure=self.ca is None,
+            root_certificates=self.ca,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *interceptors],  # type: ignore[list-item]
+        )
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+def serve(api: RuntimeApi, kind: str, work: Callable[[RuntimeApi, str], None], stopped: threading.Event) -> None:
+    """Take one task after the other and do it, until stopped. A task that fails is logged; its sender is told nothing.
+
+    Args:
+        kind: :data:`CLIENT_APP` or :data:`SERVER_APP`.
+        work: gets the token of a task.
+    """
+    check_flower()
+    signed = SuperExecAuthHttpInterceptor(
+        master_secret=api.secret, protected_methods=["/flwr.proto.Runtime/AcquireTask"]
+    )
+    quiet = False
+    with api.client(signed, component="SuperExec") as client:
+        while not stopped.is_set():
+            try:
+                found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
+                quiet = False
+            except httpx.HTTPError as error:
+                if not quiet:
+                    log.warning("no tasks from %s: %s; trying again", api.address, type(error).__name__)
+                quiet = True
+                stopped.wait(_RETRY_S)
+                continue
+            if not (found.HasField("task") and found.token):
+                stopped.wait(_TASK_POLL_S)
+                continue
+            try:
+                work(api, found.token)
+            except Exception:
+                log.exception("a task failed")
+
+
+def answer_message(
+    app: ClientApp, api: RuntimeApi, token: str, refuse: Callable[[str, str], RecordDict | None]
+) -> None:
+    """Answer the message of one task with an installed ClientApp.
+
+    Args:
+        refuse: (name, version) of the bundle → the content of a refusal, or None.
+    """
+    with api.client(RuntimeTokenHttpInterceptor(token), component=CLIENT_APP) as client, _beating(client):
+        message, context, run, _ = pull_task_input(client)
+        refusal = refuse(run.fab_id, run.fab_version)
+        reply = app(message, context) if refusal is None else Message(refusal, reply_to=message)
+        push_message(client, reply, context)
+        client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
+
+
+class QuickGrid(HttpGrid):
+    """Flower's grid, but it looks for replies every 0.2 s where Flower's own waits 3 s."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and wait for the replies, or until the time is over."""
+        waiting = {found for found in self.push_messages(list(messages)) if found}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            found = list(self.pull_messages(waiting))
+            replies += found
+            waiting -= {message.metadata.reply_to_message_id for message in found}
+            if waiting:
+                time.sleep(_REPLY_POLL_S)
+        return replies
+
+
+def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], api: RuntimeApi, token: str) -> None:
+    """Do the work of one run; what is said through its last argument is what ``conclave train`` shows.
+
+    ``context.run_config`` is what the operator asked for.
+    """
+    grid = QuickGrid(api.address, insecure=api.ca is None, root_certificates=api.ca, token=token)
+    client = grid._runtime_client
+    status, details = SubStatus.FAILED, "the run failed; the server's log says why"
+    with _beating(client):
+        try:
+            given = client.PullTaskInput(PullTaskInputRequest())
+            TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+            TaskIdentity.node_id = given.context.node_id
+            context, run = context_from_proto(given.context), run_from_proto(given.run)
+            context.run_config = run.override_config
+            grid.set_run(run)
+
+            def say(line: str) -> None:
+                client.PushLogs(PushLogsRequest(run_id=run.run_id, logs=[f"{line}\n"]))
+
+            try:
+                work(grid, context, say)
+                status, details = SubStatus.COMPLETED, ""
+            except BadInputError as error:
+                details = str(error)
+                say(details)
+        finally:
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+            grid.close()
+
+
+@contextmanager
+def _beating(client: RuntimeHttpClient) -> Iterator[None]:
+    """Say at intervals that the task is being worked on."""
+    sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    sender.start()
+    try:
+        yield
+    finally:
+        if sender.is_running:
+            sender.stop()
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """One run as the server lists it."""
+
+    run_id: int
+    status: str
+    sub_status: str
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is over, well or not."""
+        return self.status == "finished"
+
+
+class Control:
+    """The control API, for operators."""
+
+    def __init__(self, operator: Operator) -> None:
+        """Connect lazily, with the operator's certificate.
+
+        Raises:
+            BadInputError: a certificate cannot be used, or another Flower is installed.
+        """
+        check_flower()
+        try:
+            context = ssl.create_default_context(cafile=operator.ca)
+            context.load_cert_chain(operator.certificate, operator.key)
+        except (OSError, ssl.SSLError) as error:
+            raise BadInputError(f"{operator.certificate}: cannot be used with its key and {operator.ca}") from error
+        self._address = operator.address
+        self._client = ControlHttpClient(f"https://{operator.address}", verify=context)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._client.close()
+
+    def register(self, public_key: Path) -> int:
+        """Enrol a node by its public key; return Flower's id for it.
+
+        Raises:
+            BadInputError: that is no such key, or the server refuses or cannot be reached.
+        """
+        try:
+            key = serialization.load_ssh_public_key(public_key.read_bytes())
+        except (OSError, ValueError) as error:
+            raise BadInputError(f"{public_key}: cannot be read, must be a node's public key (.pub)") from error
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise BadInputError(f"{public_key}: another kind of key, must be an elliptic curve's")
+        request = RegisterNodeRequest(public_key=public_key_to_bytes(key))
+        with self._asking("register the node"):
+            return int(self._client.RegisterNode(request).node_id)
+
+    def start(self, run_config: Mapping[str, str]) -> int:
+        """Start a run; return its number."""
+        content = bundle(release())
+        fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
+        request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)))
+        with self._asking("start the run"):
+            response = self._client.StartRun(request)
+            if not response.HasField("run_id"):
+                raise BadInputError(f"{self._address}: did not start the run")
+            return int(response.run_id)
+
+    def stop(self, run_id: int) -> bool:
+        """Stop a run; return whether it was running."""
+        with self._asking("stop the run"):
+            return bool(self._client.StopRun(StopRunRequest(run_id=run_id)).success)
+
+    def runs(self, run_id: int | None = None) -> list[ListedRun]:
+        """List one run, or the latest ones."""
+        request = ListRunsRequest(run_id=run_id) if run_id is not None else ListRunsRequest(limit=50)
+        with self._asking("list runs"):
+            found = self._client.ListRuns(request).run_dict.items()
+        return [
+            ListedRun(number, run.status.status, run.status.sub_status, run.status.details)
+            for number, run in sorted(found)
+        ]
+
+    def said(self, run_id: int) -> Iterator[str]:
+        """Yield the lines that a run says, as they come, until it is over."""
+        with self._asking("follow the run"):
+            for found in self._client.StreamLogs(StreamLogsRequest(run_id=run_id)):
+                yield from found.log_output.splitlines()
+
+    def nodes(self) -> list[tuple[int, str]]:
+        """List the enrolled nodes: id and status."""
+        with self._asking("list nodes"):
+            found = self._client.ListNodes(ListNodesRequest()).nodes_info
+        return [(int(node.node_id), str(node.status)) for node in found]
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            code = error.response.status_code
+            why = "the operator's certificate was not accepted" if code == httpx.codes.FORBIDDEN else f"HTTP {code}"
+            raise BadInputError(f"{self._address}: cannot {what}: {why}") from error
+        except httpx.HTTPError as error:
+            raise BadInputError(f"{self._address}: cannot {what}: not reachable ({type(error).__name__})") from error
+
+
+def bundle(number: str) -> bytes:
+    """Return what travels as Flower's app bundle: a name and a version, and no code at all."""
+    project = f"""[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "conclave"
+version = "{number}"
+description = "Runs the installed Conclave."
+license = "Apache-2.0"
+dependencies = ["flwr=={TESTED}"]
+[tool.flwr.app]
+publisher = "conclave"
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "clients.app:app"
+[tool.flwr.app.config]
+scenario = ""
+resume = ""
+"""
+    return build_fab_from_files({"pyproject.toml": project.encode()})[0]

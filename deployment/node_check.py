@@ -1,0 +1,162 @@
+"""What stands between a node and its first round: each thing looked at, and what to do where it is not right."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import shutil
+import ssl
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from clients.charges import charged_mechanism
+from clients.node_directory import NodeDirectory
+from clients.protocol import ProtocolError
+from deployment.certificates import days_left
+from deployment.flower_runtime import check_flower
+from deployment.node_loading import read_data
+from model.errors import BadInputError
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.spending import budget_of, forecast
+from server.scenario import Scenario
+
+_ENOUGH_DISK_MB = 1024
+_MOST_SKEW_S = 120.0
+_SOON_DAYS = 14.0
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at. problem: what is wrong and what to do; None where it is in order."""
+
+    what: str
+    found: str
+    problem: str | None = None
+
+
+def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Check]:
+    """Look at everything that a node needs; touches no ledger and charges nothing.
+
+    Args:
+        scenario: whether the data suit its model and the budget its plan is looked at too.
+    """
+    checks = [
+        _try("program", lambda: _program()),
+        _try("data", lambda: _data(directory, scenario)),
+        _try("ledger", lambda: _ledger(directory)),
+        _try("disk", lambda: _disk(directory)),
+    ]
+    if scenario is not None:
+        checks.append(_try("budget", lambda: _budget(directory, scenario)))
+    if directory.config.server is None:
+        return [*checks, Check("server", "none", "node.toml has no [server]: add address and ca")]
+    return [
+        *checks,
+        _try("node key", lambda: _key(directory)),
+        _try("certificate", lambda: _certificate(directory)),
+        _try("server", lambda: _server(directory)),
+    ]
+
+
+def _try(what: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(what, look())
+    except BadInputError as error:
+        return Check(what, "not in order", str(error))
+
+
+def _program() -> str:
+    check_flower()
+    return "the tested Flower is installed"
+
+
+def _data(directory: NodeDirectory, scenario: Scenario | None) -> str:
+    data = read_data(directory)
+    if scenario is not None:
+        mismatch = data.schema.mismatch(scenario.model)
+        if mismatch is not None:
+            raise BadInputError(f"the data do not suit scenario {scenario.name}: {mismatch}")
+    bad = f", {len(data.bad)} bad rows are left out (the log names them)" if data.bad else ""
+    return f"{len(next(iter(data.records.values())))} records{bad}"
+
+
+def _ledger(directory: NodeDirectory) -> str:
+    for side in directory.sides:
+        directory.open_ledger(side).close()
+    return "opens, and its witness agrees"
+
+
+def _disk(directory: NodeDirectory) -> str:
+    free = shutil.disk_usage(directory.training.path.parent).free // 2**20
+    if free < _ENOUGH_DISK_MB:
+        raise BadInputError(f"{free} MiB free at {directory.training.path.parent}, should be {_ENOUGH_DISK_MB}")
+    return f"{free} MiB free"
+
+
+def _budget(directory: NodeDirectory, scenario: Scenario) -> str:
+    plan = scenario.plan()
+    mechanism = charged_mechanism(plan)
+    if mechanism is None:
+        raise BadInputError(f"scenario {scenario.name} trains without privacy: no node runs it")
+    try:
+        directory.config.policy.check(plan, scenario.name)
+    except ProtocolError as error:
+        raise BadInputError(f"the policy refuses scenario {scenario.name}: {error}") from error
+    ledger = LedgerFile(directory.training.path)
+    expected = forecast(budget_of(ledger), ledger.genesis, mechanism, plan.rounds)
+    if not expected.fits:
+        raise BadInputError(f"scenario {scenario.name} needs {expected.share:.1%} of the budget, more than is left")
+    return f"{scenario.name} takes {expected.share:.1%} of the budget, epsilon {expected.epsilon_after:.4f} after it"
+
+
+def _key(directory: NodeDirectory) -> str:
+    key, _ = directory.connection_files()
+    if not key.is_file():
+        raise BadInputError(f"{key}: missing; conclave node init makes one, or copy it back")
+    if stat.S_IMODE(key.stat().st_mode) & 0o077:
+        raise BadInputError(f"{key}: others can read it; chmod 600 {key}")
+    return f"its public half is {key}.pub"
+
+
+def _certificate(directory: NodeDirectory) -> str:
+    _, ca = directory.connection_files()
+    left = days_left(ca)
+    if left < _SOON_DAYS:
+        raise BadInputError(f"{ca}: good for {left:.0f} more days; get the server's new one")
+    return f"good for {left:.0f} days"
+
+
+def _server(directory: NodeDirectory) -> str:
+    server = directory.config.server
+    if server is None:
+        raise BadInputError("node.toml has no [server]")
+    _, ca = directory.connection_files()
+    host, _, port = server.address.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=_PATIENCE_S, context=context)
+        connection.request("GET", "/")
+        date = connection.getresponse().headers.get("Date")
+        connection.close()
+    except ssl.SSLError as error:
+        raise BadInputError(f"{server.address}: its certificate is not signed by {ca}, or for another name") from error
+    except OSError as error:
+        raise BadInputError(
+            f"{server.address}: not reachable; look at the address, the firewall and the server"
+        ) from error
+    skew = _skew(date)
+    if skew is not None and abs(skew) > _MOST_SKEW_S:
+        raise BadInputError(f"this machine's clock is {skew:+.0f} s from the server's; set it (NTP)")
+    return "reachable, its certificate is right" + ("" if skew is None else f", clocks {skew:+.0f} s apart")
+
+
+def _skew(date: str | None) -> float | None:
+    if date is None:
+        return None
+    try:
+        return (datetime.now(UTC) - email.utils.parsedate_to_datetime(date)).total_seconds()
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,49 @@
+"""A node as it runs: its data in memory, its ledgers open, its policy and its owner's approvals."""
+
+from __future__ import annotations
+
+from clients.approvals import Approvals
+from clients.held_out import HeldOut, sides_of
+from clients.node import Node
+from clients.node_directory import NodeDirectory
+from data.private_data import PrivateData, read_private
+from model.errors import BadInputError
+from privacy.randomness import fresh_secret
+
+
+def read_data(directory: NodeDirectory) -> PrivateData:
+    """Read a node's private data as its ``node.toml`` says; nothing is copied, and bad rows are left out.
+
+    Raises:
+        BadInputError: they cannot be read, or no format is stated.
+    """
+    config = directory.config
+    if config.format is None:
+        raise BadInputError(f"{directory.path / 'node.toml'}: no [format], must say how the data are laid out")
+    return read_private(directory.path / config.dataset.data, config.format, config.dataset.unit)
+
+
+def open_node(directory: NodeDirectory) -> Node:
+    """Open a node for work.
+
+    Raises:
+        BadInputError: the data cannot be read, or a ledger may not be opened; see
+            :meth:`clients.node_directory.NodeDirectory.open_ledger`.
+    """
+    config, data = directory.config, read_data(directory)
+    ledger, held_out = directory.open_ledger(), None
+    records, size = data.records, config.dataset.declared_size
+    if directory.held_out is not None:
+        records, aside = sides_of(records, ledger.genesis)
+        held_out = HeldOut(aside, directory.open_ledger("held-out"))
+        size = max(1, round(size * (1.0 - config.dataset.held_out)))  # both numbers are public
+    return Node(
+        records=records,
+        schema=data.schema,
+        declared_size=size,
+        policy=config.policy,
+        ledger=ledger,
+        new_secret=lambda _: fresh_secret(),
+        held_out=held_out,
+        approvals=Approvals(directory.plans),
+    )

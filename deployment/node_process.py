@@ -1,0 +1,61 @@
+"""A running node: Flower's SuperNode for the messages, and this process, which holds the data and answers them."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from clients import app, deployed
+from clients.node_directory import NodeDirectory
+from clients.protocol import Refusal, encode
+from deployment.certificates import write_secret
+from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
+from deployment.node_loading import open_node
+from deployment.supervision import Family, Program
+
+log = logging.getLogger("conclave.node")
+
+
+def start_node(directory: NodeDirectory) -> None:
+    """Answer messages until SIGTERM or SIGINT.
+
+    Raises:
+        BadInputError: the node cannot be opened, is not connected to a server, or another Flower is installed.
+    """
+    check_flower()
+    server = directory.config.server
+    key, ca = directory.connection_files()
+    if server is None:
+        raise ValueError("a node without a server has no files for it")
+    node = open_node(directory)
+    secret = directory.state / "executor.secret"
+    secret.unlink(missing_ok=True)
+    write_secret(secret, secrets.token_bytes(32))
+    supernode = Program(
+        "supernode",
+        [
+            str(Path(sys.executable).parent / "flower-supernode"),
+            "--root-certificates", str(ca), "--superlink", server.address, "--auth-supernode-private-key", str(key),
+            "--isolation", "process", "--host", "127.0.0.1", "--port", str(server.internal_port),
+            "--superexec-auth-secret-file", str(secret),
+        ],
+        directory.state / "supernode.log",
+        {"FLWR_HOME": str(directory.state / "flower")},
+    )  # fmt: skip
+    deployed.deploy(node)
+    with Family([supernode]) as family:
+        log.info("node %s: dials %s", node.describe().fingerprint, server.address)
+        api = RuntimeApi(f"127.0.0.1:{server.internal_port}", secret.read_bytes())
+        serve(api, CLIENT_APP, lambda api, token: answer_message(app.app, api, token, _refusal), family.stopped)
+
+
+def _refusal(name: str, version: str) -> RecordDict | None:
+    """Answer a bundle that is not of this release: what it asks may mean something else here."""
+    if (name, version) == (BUNDLE, release()):
+        return None
+    log.warning("refused with version-mismatch: the server's bundle is %s %s, here is %s", name, version, release())
+    return encode(Refusal(code="version-mismatch"))

@@ -1,0 +1,76 @@
+"""The proxy in front of a server: TLS, and only what nodes and operators need."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from deployment.server_config import ServerConfig
+from model.errors import BadInputError
+
+_LONG_S = 3600
+
+
+def nginx_program() -> str:
+    """Return where nginx is.
+
+    Raises:
+        BadInputError: it is not installed.
+    """
+    found = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if found is None:
+        raise BadInputError("nginx: not found, must be installed (Debian: apt install nginx-light)")
+    return found
+
+
+def nginx_config(config: ServerConfig, folder: Path) -> str:
+    """Return the configuration of nginx.
+
+    Nodes reach Flower's Fleet API, which asks each request for a signature with an enrolled key. Operators, who show a
+    client certificate of the server's CA, reach the Control API. Nothing else is there, not the Runtime API either,
+    which hands work out. Paths are matched after nginx has decoded and normalised them.
+
+    Args:
+        folder: absolute, the server's; certificates lie in it, and state.
+    """
+    tls, state = folder / "tls", folder / "state"
+    upstream = f"https://127.0.0.1:{config.internal_port}"
+    return f"""daemon off;
+pid {state}/nginx.pid;
+error_log {state}/nginx.log warn;
+worker_processes auto;
+events {{ worker_connections 1024; }}
+http {{
+  server_tokens off;
+  access_log off;
+  client_body_temp_path {state}/nginx-body;
+  proxy_temp_path {state}/nginx-proxy;
+  fastcgi_temp_path {state}/nginx-unused;
+  uwsgi_temp_path {state}/nginx-unused;
+  scgi_temp_path {state}/nginx-unused;
+  map $ssl_client_verify $is_operator {{ default 0; SUCCESS 1; }}
+  server {{
+    listen {config.bind}:{config.port} ssl;
+    ssl_certificate {tls}/server.pem;
+    ssl_certificate_key {tls}/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_client_certificate {tls}/ca.pem;
+    ssl_verify_client optional;
+    client_max_body_size {config.max_message_mb}m;
+    client_body_timeout 60s;
+    proxy_request_buffering off;
+    proxy_buffering off;
+    proxy_read_timeout {_LONG_S}s;
+    proxy_ssl_trusted_certificate {tls}/ca.pem;
+    proxy_ssl_verify on;
+    proxy_ssl_name localhost;
+    proxy_http_version 1.1;
+    location /v1/fleet/ {{ proxy_pass {upstream}; }}
+    location /v1/control/ {{
+      if ($is_operator = 0) {{ return 403; }}
+      proxy_pass {upstream};
+    }}
+    location / {{ return 404; }}
+  }}
+}}
+"""

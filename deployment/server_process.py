@@ -1,0 +1,95 @@
+"""A running server: Flower's SuperLink on loopback, the proxy in front of it, and the runs themselves."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid
+
+from deployment.flower_runtime import SERVER_APP, RuntimeApi, check_flower, run_on_server, serve
+from deployment.proxy import nginx_config, nginx_program
+from deployment.server_directory import ServerDirectory
+from deployment.supervision import Family, Program
+from model.errors import BadInputError
+from server.app import run_scenario
+from server.run_directory import RunDirectory, fresh_directory
+from server.scenario import parse_scenario
+
+log = logging.getLogger("conclave.server")
+
+_LONGEST_NAME = 200
+
+
+def start_server(server: ServerDirectory) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        BadInputError: nginx is missing, or another Flower is installed.
+    """
+    check_flower()
+    (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
+    with Family([_superlink(server), _proxy(server)]) as family:
+        log.info("listening on %s:%d", server.config.bind, server.config.port)
+        api = RuntimeApi(
+            f"localhost:{server.config.internal_port}", server.secret.read_bytes(), (server.tls / "ca.pem").read_bytes()
+        )
+        serve(api, SERVER_APP, lambda api, token: run_on_server(_work(server), api, token), family.stopped)
+
+
+def _superlink(server: ServerDirectory) -> Program:
+    tls = server.tls
+    return Program(
+        "superlink",
+        [
+            str(Path(sys.executable).parent / "flower-superlink"),
+            "--ssl-certfile", str(tls / "server.pem"), "--ssl-keyfile", str(tls / "server.key"),
+            "--ssl-ca-certfile", str(tls / "ca.pem"), "--host", "127.0.0.1", "--port", str(server.config.internal_port),
+            "--enable-supernode-auth", "--database", str(server.state / "flower.db"), "--isolation", "process",
+            "--superexec-auth-secret-file", str(server.secret), "--disable-runtime-dependency-installation",
+        ],
+        server.state / "superlink.log",
+        {"FLWR_HOME": str(server.state / "flower")},
+    )  # fmt: skip
+
+
+def _proxy(server: ServerDirectory) -> Program:
+    command = [nginx_program(), "-c", str(server.state / "nginx.conf"), "-p", str(server.state), "-e", "stderr"]
+    return Program("proxy", command, server.state / "proxy.log", {})
+
+
+def _work(server: ServerDirectory) -> Callable[[Grid, Context, Callable[[str], None]], None]:
+    def work(grid: Grid, context: Context, say: Callable[[str], None]) -> None:
+        asked = {key: str(value) for key, value in context.run_config.items()}
+        run, run_id = _directory(server, asked, str(context.run_id))
+        say(f"run directory on the server: {run.path}")
+        run_scenario(grid, run.scenario, run, run_id, on_round=say)
+        say(f"finished: {run.path}")
+
+    return work
+
+
+def _directory(server: ServerDirectory, asked: dict[str, str], flower_run: str) -> tuple[RunDirectory, str]:
+    """Return a new run directory, or the one to go on with, and the run's own number, which outlives Flower's."""
+    name = asked.get("resume", "")
+    if not name:
+        scenario = parse_scenario(asked.get("scenario", ""), where="scenario")
+        run = RunDirectory.create(
+            scenario, fresh_directory(scenario.name, server.runs / _unused(server, scenario.name))
+        )
+        (run.path / "run-id").write_text(flower_run)
+        return run, flower_run
+    if Path(name).name != name or len(name) > _LONGEST_NAME or not (server.runs / name / "run-id").is_file():
+        raise BadInputError(f"--resume {name}: no such run on the server, must be the name of a folder in its runs/")
+    run = RunDirectory.open(server.runs / name)
+    return run, (run.path / "run-id").read_text()
+
+
+def _unused(server: ServerDirectory, name: str) -> str:
+    number = 1
+    while (server.runs / f"{name}-{number}").exists():
+        number += 1
+    return f"{name}-{number}"

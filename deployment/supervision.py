@@ -1,0 +1,96 @@
+"""Child processes that belong together: started in order, watched, and ended together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+log = logging.getLogger("conclave.processes")
+
+_LOOK_S = 0.5
+_PATIENCE_S = 10.0
+
+QUIET_FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+"""What keeps Flower and its relatives from calling out (set before they are imported)."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to run. log: what it prints goes to the end of this file."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str]
+
+
+class Family:
+    """Runs programs until asked to stop; one that ends by itself is started again, after a while that grows."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self.stopped = threading.Event()
+        self._programs = programs
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._deaths: dict[str, int] = {}
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Family:
+        """Start all; SIGTERM and SIGINT ask to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        for program in self._programs:
+            self._start(program)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all, the last started first."""
+        self.stopped.set()
+        self._watcher.join()
+        for program in reversed(self._programs):
+            self._end(self._running[program.name])
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stopped.set()
+
+    def _start(self, program: Program) -> None:
+        with program.log.open("ab") as out:
+            program.log.chmod(0o600)
+            self._running[program.name] = subprocess.Popen(  # noqa: S603  (our own commands)
+                program.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **QUIET_FLOWER, **program.environment},
+                start_new_session=True,  # a Ctrl-C in the terminal is for us; we end it in order
+            )
+        log.info("%s: started", program.name)
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(_LOOK_S):
+            for program in self._programs:
+                status = self._running[program.name].poll()
+                if status is None:
+                    continue
+                deaths = self._deaths[program.name] = self._deaths.get(program.name, 0) + 1
+                log.error("%s: ended with status %d; see %s", program.name, status, program.log)
+                if self.stopped.wait(min(2.0 ** min(deaths, 6), 60.0)):
+                    return
+                self._start(program)
+
+    @staticmethod
+    def _end(process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

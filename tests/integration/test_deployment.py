@@ -1,0 +1,388 @@
+"""A server behind its proxy and three nodes as real processes on loopback: a whole run, and everything that is refused.
+
+The data are heart disease by hospital where ``CONCLAVE_DATA`` is set, else a table that comes with scikit-learn, in
+three formats. Needs nginx.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.datasets import load_breast_cancer
+
+from clients.node_directory import NodeDirectory
+from deployment import flower_runtime
+from deployment.certificates import Authority
+from deployment.flower_runtime import Control
+from deployment.operator import find_operator
+from deployment.proxy import nginx_program
+from deployment.server_directory import ServerDirectory
+from model.errors import BadInputError
+from privacy.ledger.reading import LedgerFile
+from privacy.ledger.verification import audit_history
+
+try:
+    nginx_program()
+except BadInputError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+CONCLAVE = str(Path(sys.executable).with_name("conclave"))
+NODES = ("first", "second", "third")
+FORMATS = {"first": "csv", "second": "parquet", "third": "npz"}
+HOSPITALS = dict(zip(NODES, ("cleveland", "hungarian", "va"), strict=True))
+SCENARIO = """name = "patients"
+[model]
+preset = "moe"
+width = 16
+norm = "rms"
+encoder = {{ kind = "table", features = {features} }}
+head = {{ kind = "classification", classes = 2 }}
+[model.experts]
+routed = 4
+hidden = 16
+top_k = 1
+[data]
+source = "nodes"
+[partition]
+scheme = "iid"
+nodes = 3
+[privacy]
+epsilon = 8.0
+delta = 1e-4
+clip = 1.0
+sampling_rate = 0.5
+[training]
+steps = 2
+learning_rate = 0.5
+[federation]
+rounds = 3
+experts_per_node = 2
+reply_timeout_s = 120.0
+[evaluation]
+every = 3
+held_out = 0.2
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Federation:
+    """A server and nodes in a folder, and the processes that run them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.environment = os.environ | {"XDG_STATE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def call(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        command = [CONCLAVE, *map(str, arguments)]
+        return subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    def must(self, *arguments: object) -> str:
+        done = self.call(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def start(self, name: str, *arguments: object) -> None:
+        """Start a process that goes on."""
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [CONCLAVE, *map(str, arguments)], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def end(self, name: str, by: int = signal.SIGTERM) -> int:
+        process = self.running.pop(name)
+        process.send_signal(by)
+        return process.wait(30)
+
+    def status(self) -> dict[str, object]:
+        return json.loads(self.must("status", "--superlink", "server/operator", "--json").splitlines()[-1])
+
+    def wait_for(self, what: str, condition, seconds: float = 90.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            logs = "\n".join(f"{name}: {self.log(name)[-2000:]}" for name in self.running)
+            assert time.monotonic() < deadline, f"{what} did not come about\n{logs}"
+            for name, process in self.running.items():
+                assert process.poll() is None, f"{name} ended: {self.log(name)[-2000:]}"
+            time.sleep(0.2)
+
+
+def rows_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A node's share of the fallback table: standardised by constants, not by the data."""
+    table = load_breast_cancer()
+    part = slice(NODES.index(name), None, 3)
+    return table.data[part, :13], table.target[part]
+
+
+def write_data(folder: Path, name: str) -> str:
+    """Write a node's data in its format; return the ``[format]`` that describes them."""
+    folder.mkdir(parents=True)
+    given = os.environ.get("CONCLAVE_DATA")
+    columns = [f"c{number}" for number in range(13)]
+    if given is None:
+        values, label = rows_of(name)
+    else:
+        text = (Path(given) / "heart-disease" / f"processed.{HOSPITALS[name]}.data").read_text().replace("?", "nan")
+        table = np.array([line.split(",") for line in text.split()], dtype=np.float64)
+        values, label = table[:, :13], (table[:, 13] > 0).astype(np.int64)
+    values = values.astype(np.float32)
+    if FORMATS[name] == "csv":
+        lines = [
+            ",".join([*(("" if v != v else f"{v:g}") for v in row), str(y)])
+            for row, y in zip(values, label, strict=True)
+        ]
+        (folder / "rows.csv").write_text("\n".join([",".join([*columns, "label"]), *lines, "not,a,row"]) + "\n")
+    elif FORMATS[name] == "parquet":
+        pq.write_table(
+            pa.table({c: values[:, i] for i, c in enumerate(columns)} | {"label": label}), folder / "rows.parquet"
+        )
+    else:
+        np.savez(folder / "rows.npz", values=values, label=label)
+    source = 'table = "values"\n' if FORMATS[name] == "npz" else ""
+    return f'[format]\nkind = "{FORMATS[name]}"\n{source}label = "label"\nclasses = 2\nmissing = 0.0\nscale = 100.0\n'
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
+    """A server that serves, three nodes that are connected, and a scenario."""
+    made = Federation(tmp_path_factory.mktemp("deployment"))
+    folder = made.folder
+    (folder / "patients.toml").write_text(SCENARIO.format(features=13))
+    made.must("server", "init", "server", "--host", "localhost", "--port", made.port)
+    config = folder / "server" / "server.toml"
+    config.write_text(config.read_text().replace("internal_port = 9091", f"internal_port = {free_port()}"))
+    made.start("server", "server", "start", "server")
+    for name in NODES:
+        described = write_data(folder / "data" / name, name)
+        data = "data/third/rows.npz" if name == "third" else f"data/{name}"
+        made.must(
+            "node", "init", name, "--dataset", name, "--data", data, "--declared-size", 190, "--epsilon", 8,
+            "--delta", 1e-4, "--witness", f"witness/{name}", "--held-out", 0.2, "--machine", "loopback",
+            "--superlink", f"localhost:{made.port}", "--ca", "server/operator/ca.pem",
+        )  # fmt: skip
+        path = folder / name / "node.toml"
+        text = path.read_text().replace("internal_port = 9094", f"internal_port = {free_port()}")
+        path.write_text(f"{text.replace('# metrics = 1.0', 'metrics = 1.0')}\n{described}")
+    made.wait_for("a server", lambda: made.call("status", "--superlink", "server/operator").returncode == 0)
+    for name in NODES:
+        made.must("server", "enrol", f"{name}/state/node.key.pub", "--superlink", "server/operator")
+        made.start(name, "node", "start", name)
+    made.wait_for("three nodes", lambda: list(made.status()["nodes"].values()) == ["online"] * 3)
+    try:
+        yield made
+    finally:
+        for name in list(made.running):
+            made.end(name)
+
+
+def plan_of(federation: Federation) -> str:
+    return json.loads(federation.must("plan", "patients.toml", "--json").splitlines()[-1])["plan_hash"]
+
+
+def test_a_whole_run_waits_for_its_owners_and_is_audited(federation):
+    checked = federation.must("node", "check", "first", "--scenario", "patients.toml")
+    assert "NOT OK" not in checked
+    assert "1 bad rows are left out" in checked  # the last line of the CSV
+    refused = federation.call("train", "patients.toml", "--superlink", "server/operator")
+    assert (refused.returncode, "3 × awaiting-approval" in refused.stderr) == (2, True)
+    for name in NODES:
+        federation.must("node", "approve", name, plan_of(federation)[:12])
+    done = federation.must("train", "patients.toml", "--superlink", "server/operator", "--json")
+    assert "round 3 of 3: 3 of 3 replies, accuracy on held-out units" in done
+    assert json.loads(done.splitlines()[-1])["status"] == "completed"
+    run = federation.folder / "server" / "runs" / "patients-2"
+    ledgers = [federation.folder / name / "state" / f"{side}.db" for name in NODES for side in ("ledger", "held-out")]
+    audited = federation.must("audit", "run", run, *(part for path in ledgers for part in ("--ledger", path)), "--json")
+    found = json.loads(audited.splitlines()[-1])
+    assert (found["verdict"], found["receipts"], found["matched"], found["nodes"]) == ("NOT_REFUTED", 12, 12, 3)
+    for path in ledgers:
+        audit = audit_history(LedgerFile(path))
+        assert (audit.findings, audit.mode, audit.seeded) == ([], "deployment", 0)
+        assert audit.epsilon == pytest.approx(8.0, abs=0.01)
+    assert federation.must("report", run)
+    assert not list(run.glob("ledgers/*"))  # they stay with their owners
+
+
+def test_a_spent_budget_refuses_the_next_run(federation):
+    """After the run above; each scenario would take the whole budget again."""
+    again = federation.call("train", "patients.toml", "--superlink", "server/operator")
+    assert (again.returncode, "3 × budget-exhausted" in again.stderr) == (2, True)
+    for name in NODES:
+        assert json.loads(federation.must("node", "budget", name, "--json").splitlines()[-1])["budget"]["spent"] <= 8.0
+
+
+def test_a_paused_node_refuses_until_it_is_resumed(federation):
+    for name in NODES:
+        federation.must("node", "pause", name)
+    paused = federation.call("train", "patients.toml", "--superlink", "server/operator")
+    assert "3 × paused" in paused.stderr
+    for name in NODES:
+        federation.must("node", "resume", name)
+
+
+def test_a_bundle_of_another_release_is_refused_and_never_opened(federation, monkeypatch):
+    """What travels as code is bytes to a node: a bundle whose modules would leave a mark on import leaves none."""
+    mark = federation.folder / "imported"
+    real = flower_runtime.build_fab_from_files
+
+    def poisoned(files):
+        code = f"open({str(mark)!r}, 'w').close()\n".encode()
+        project = files["pyproject.toml"].replace(b'version = "', b'version = "9.', 1)
+        return real(
+            {"pyproject.toml": project, "clients/app.py": code, "clients/__init__.py": code, "server/app.py": code}
+        )
+
+    monkeypatch.setattr(flower_runtime, "build_fab_from_files", poisoned)
+    control = Control(find_operator(str(federation.folder / "server" / "operator")))
+    run_id = control.start({"scenario": (federation.folder / "patients.toml").read_text()})
+    said = list(control.said(run_id))
+    control.close()
+    assert any("3 × version-mismatch" in line for line in said)
+    assert not mark.exists()
+    assert "refused with version-mismatch" in federation.log("first")
+
+
+def request(federation: Federation, path: str, context: ssl.SSLContext, host: str = "localhost") -> int:
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"https://{host}:{federation.port}{path}", data=b"", method="POST"),
+            context=context, timeout=10,
+        ) as answer:  # fmt: skip
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/control/start-run", 403),
+        ("/v1/control/register-node", 403),
+        ("/v1//control/start-run", 403),
+        ("/v1/fleet/../control/start-run", 403),
+        ("/v1/fleet/%2e%2e/control/start-run", 403),
+        ("/v1/runtime/acquire-task", 404),
+        ("/v1/fleet/../runtime/acquire-task", 404),
+        ("/v1/fleet/..%2fruntime/acquire-task", 404),
+        ("/docs", 404),
+        ("/", 404),
+    ],
+)
+def test_without_an_operators_certificate_only_the_fleet_is_there(federation, path, status):
+    context = ssl.create_default_context(cafile=federation.folder / "server" / "operator" / "ca.pem")
+    assert request(federation, path, context) == status
+
+
+def test_the_fleet_needs_an_enrolled_key(federation):
+    """An unsigned request, and a node with a key that nobody enrolled."""
+    context = ssl.create_default_context(cafile=federation.folder / "server" / "operator" / "ca.pem")
+    assert request(federation, "/v1/fleet/activate-node", context) == 415  # not even a message
+    before = federation.status()["nodes"]
+    stranger = federation.folder / "stranger"
+    shutil.copytree(federation.folder / "second", stranger)
+    (stranger / "state" / "node.key").unlink()
+    from clients.node_key import create_node_key
+
+    create_node_key(stranger / "state" / "node.key")
+    directory = NodeDirectory(stranger)
+    command = [
+        str(Path(sys.executable).with_name("flower-supernode")), "--superlink", f"localhost:{federation.port}",
+        "--root-certificates", str(directory.connection_files()[1]), "--auth-supernode-private-key",
+        str(directory.node_key), "--isolation", "process", "--port", str(free_port()), "--max-retries", "0",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=federation.environment, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode != 0
+    assert federation.status()["nodes"] == before
+
+
+def test_another_authoritys_operator_is_refused(federation, tmp_path):
+    (tmp_path / "tls").mkdir()
+    authority = Authority.create(tmp_path / "tls", days=10)
+    authority.issue_operator(tmp_path / "operator", "impostor", days=10)
+    real = find_operator(str(federation.folder / "server" / "operator"))
+    control = Control(replace(real, certificate=tmp_path / "operator.pem", key=tmp_path / "operator.key"))
+    with pytest.raises(BadInputError, match="cannot list nodes"):
+        control.nodes()
+
+
+def test_a_server_with_another_certificate_is_not_spoken_to(federation, tmp_path):
+    Authority.create(tmp_path, days=10)
+    real = find_operator(str(federation.folder / "server" / "operator"))
+    with pytest.raises(BadInputError, match="not reachable"):
+        Control(replace(real, ca=tmp_path / "ca.pem")).nodes()
+
+
+def test_plain_http_is_refused(federation):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"http://localhost:{federation.port}/v1/fleet/activate-node", timeout=10)
+    assert caught.value.code == 400
+
+
+def test_the_runtime_api_listens_on_loopback_only(federation):
+    """Every listening socket of the federation but the proxy's is bound to 127.0.0.1."""
+    server = ServerDirectory(federation.folder / "server")
+    inner = [server.config.internal_port]
+    inner += [NodeDirectory(federation.folder / name).config.server.internal_port for name in NODES]
+    listening: dict[int, set[str]] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == "0A":
+                address, port = local.split(":")
+                listening.setdefault(int(port, 16), set()).add(address)
+    assert {port: listening[port] for port in inner} == {port: {"0100007F"} for port in inner}
+
+
+def test_secrets_are_their_owners_alone(federation):
+    for pattern in ("**/*.key", "**/*.db", "**/executor.secret"):
+        found = list(federation.folder.glob(pattern))
+        assert found
+        assert not [path for path in found if path.stat().st_mode & 0o077 and path.name != "flower.db"]
+
+
+def test_a_node_that_is_killed_comes_back(federation):
+    """Its ledger is as it was, and it is connected again."""
+    path = federation.folder / "second" / "state" / "ledger.db"
+    before = hashlib.sha256(b"".join(LedgerFile(path).lines())).hexdigest()
+    os.killpg(federation.running["second"].pid, signal.SIGKILL)
+    federation.running.pop("second").wait(30)
+    subprocess.run(["pkill", "-9", "-f", f"flower-supernode.*{federation.folder / 'second'}"], check=False)
+    federation.start("second", "node", "start", "second")
+    federation.wait_for("the node", lambda: federation.log("second").count("dials") == 2)
+    federation.wait_for("three nodes", lambda: list(federation.status()["nodes"].values()) == ["online"] * 3)
+    assert hashlib.sha256(b"".join(LedgerFile(path).lines())).hexdigest() == before
+
+
+def test_everything_ends_in_order(federation):
+    assert federation.end("third") == 0
+    assert "Traceback" not in federation.log("third")

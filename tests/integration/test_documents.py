@@ -51,7 +51,7 @@ def test_the_example_of_private_training_runs(capsys):
 
 def test_the_formats_that_are_shown_are_all_there_are_and_valid():
     examples = re.findall(r"```toml\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
-    formats = [tomllib.loads(example)["dataset"]["format"] for example in examples]
+    formats = [tomllib.loads(example)["format"] for example in examples]
     assert {FORMAT.validate_json(json.dumps(shown)).kind for shown in formats} == {
         name.split(",")[0] for name in SAMPLES
     }

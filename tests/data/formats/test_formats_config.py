@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from format_samples import SAMPLES, parse
 from pydantic import ValidationError
+
+from data.formats.config import FormatConfig
+from model.config import Frozen
+from model.explain import explain
 
 CSV = {"kind": "csv", "label": "y", "classes": 2}
 NPZ = {"kind": "npz", "table": "x", "label": "y", "classes": 2}
@@ -96,3 +102,27 @@ def test_configurations_are_kept_whole_as_json_and_cannot_be_changed(name, tmp_p
 def test_whole_numbers_may_stand_for_constants():
     config = parse(CSV | {"center": 1, "scale": {"a": 2}, "missing": 0})
     assert (config.center, config.scale, config.missing) == (1.0, {"a": 2.0}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"labels": 3, "classes": None}, "format.labels is 3, must be a valid array"),
+        ({"labels": {"no": "x"}, "classes": None}, "format.labels.no is 'x', must be a valid integer"),
+        ({"labels": ["no", 1], "classes": None}, "format.labels.1 is 1, must be a valid string"),
+        ({"scale": 0}, "format.scale is 0, must be greater than 0"),
+        ({"scale": {"a": 0}}, "format.scale.a is 0, must be greater than 0"),
+        ({"classes": 1}, "format.classes is 1, must be greater than or equal to 2"),
+        ({"categories": {"a": "x"}}, "format.categories.a is 'x', must be a valid array"),
+        ({"colour": 1}, "unknown key format.colour, the nearest known key is format.columns"),
+        ({"classes": None}, "format: exactly one of labels and classes must be given"),
+        ({"text": {"column": "x"}}, "format.text.window is missing"),
+    ],
+)
+def test_errors_name_the_key_as_its_owner_wrote_it(change, expected):
+    class Document(Frozen):
+        format: FormatConfig
+
+    with pytest.raises(ValidationError) as caught:
+        Document.model_validate_json(json.dumps({"format": changed(CSV, change)}))
+    assert explain(caught.value, Document) == expected

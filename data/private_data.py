@@ -111,9 +111,14 @@ def _report(path: Path, usable: int, bad: list[BadRow]) -> None:
         return
     log.warning("%s: %d of %d rows cannot be used and are left out", path, len(bad), usable + len(bad))
     for row in bad[:MOST_NAMED]:
-        log.warning("%s: %s: %s", path, row.where, row.why)
+        log.warning("%s: %s: %s", path, _on_one_line(row.where), row.why)
     if len(bad) > MOST_NAMED:
         log.warning("%s: %d more are not named", path, len(bad) - MOST_NAMED)
+
+
+def _on_one_line(name: str) -> str:
+    """Files may have names with line breaks, which must not look like other lines of the log."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def _records(schema: Schema, rows: list[Row]) -> dict[str, Tensor]:

@@ -20,12 +20,15 @@ class Keys:
         self._root: _Schema = TypeAdapter(config).json_schema()
 
     def path(self, location: Sequence[str | int]) -> str:
-        """Spell an error's location as a dotted key, without the union tags that pydantic puts in it."""
+        """Spell an error's location as a dotted key, without the tags and types of unions that pydantic puts in it."""
         node, parts = self._root, list[str]()
         for part in location:
             options = self._options(node)
             if part in options and str(part) not in node.get("properties", {}):
                 node = options[str(part)]
+                continue
+            if "anyOf" in node and not options and part not in node.get("properties", {}):
+                node = {}  # one of several types a value may have; keys within it are the user's own
                 continue
             parts.append(str(part))
             node = self._resolve(node.get("properties", {}).get(part, {}))
@@ -71,7 +74,11 @@ def explain(error: ValidationError, config: type[BaseModel]) -> str:
     """Return one sentence about the error that says most: an unknown key explains a missing one."""
     errors = error.errors()
     worst = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
-    return _sentence(dict(worst), keys_of(config))
+    keys = keys_of(config)
+    key = keys.path(worst["loc"])
+    # Of the types that a value may have, the one whose inside is wrong is the one that was meant.
+    inside = [item for item in errors if keys.path(item["loc"]).startswith(f"{key}.")]
+    return _sentence(dict(max([worst, *inside], key=lambda item: len(item["loc"]))), keys)
 
 
 def _sentence(error: Mapping[str, Any], keys: Keys) -> str:

@@ -76,10 +76,9 @@ def _columns(path: Path, config: ColumnsConfig, names: Sequence[str], numbers: C
 def _text(config: TextColumnConfig) -> Columns:
     def record(values: Values) -> np.ndarray:
         value = values[config.column]
-        content = value.encode() if isinstance(value, str) else value
-        if not isinstance(content, bytes):
+        if not isinstance(value, bytes):
             raise BadValueError(f"column {config.column!r} must be text")
-        return windows(content, config.window)
+        return windows(value, config.window)
 
     return Columns((config.column,), TextSchema(window=config.window), record)
 
@@ -112,25 +111,49 @@ def _rows(config: ColumnsConfig, columns: Columns, rows: Iterable[Numbered | Bad
             yield attempt(where, lambda values=values: make(values))  # type: ignore[misc]  # bound at once
 
 
-def columns_of_numbers(types: pa.Schema) -> set[str]:
-    """Return the names of the columns whose type is a number's, or true and false."""
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
-    return {field.name for field in types if any(is_kind(field.type) for is_kind in kinds)}
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a typed file; ``numbers`` are those whose type is a number's, or true and false."""
+
+    types: pa.Schema
+    names: tuple[str, ...]
+    numbers: frozenset[str]
+
+    @classmethod
+    def of(cls, types: pa.Schema) -> Layout:
+        """Return the layout; raises a UnicodeError where names are damaged."""
+        kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+        numbers = (field.name for field in types if any(is_kind(field.type) for is_kind in kinds))
+        return cls(types, tuple(types.names), frozenset(numbers))
 
 
 def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[Values]:
-    """Yield the rows of batches."""
+    """Yield the rows of batches; text comes as bytes.
+
+    Raises:
+        pa.ArrowInvalid: a batch is damaged. Reading its values as they stand could end the process.
+    """
     for batch in batches:
-        values_by_column = [_values(column) for column in batch.columns]
+        columns = [_undecoded(column) for column in batch.columns]
+        for column in columns:
+            column.validate(full=True)
+        values_by_column = [_values(column) for column in columns]
         for values in zip(*values_by_column, strict=True):
             yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _undecoded(column: pa.Array) -> pa.Array:
+    """Return text as bytes: what is no UTF-8 must cost its own row only."""
+    if pa.types.is_string(column.type):
+        return column.view(pa.binary())
+    return column.view(pa.large_binary()) if pa.types.is_large_string(column.type) else column
 
 
 def _values(column: pa.Array) -> list[object]:
     """Return the values of a column; one that cannot be had must not keep the others back."""
     try:
         return list(column.to_pylist())
-    except (pa.ArrowException, ValueError, OverflowError):  # text that is no UTF-8, a date of no calendar
+    except (pa.ArrowException, ValueError, OverflowError):  # a date of no calendar, say
         return [_value(cell) for cell in column]
 
 

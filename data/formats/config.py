@@ -21,9 +21,12 @@ from data.formats.config_parts import (
     Side,
     TextColumnConfig,
     Window,
+    first_given,
 )
 from data.formats.log_mel import LogMelConfig
 from model.config import Frozen
+
+_LABELS = ("label", "labels", "classes")
 
 
 class ColumnsConfig(FeaturesConfig):
@@ -51,16 +54,15 @@ class ColumnsConfig(FeaturesConfig):
 
     @model_validator(mode="after")
     def _one_kind_of_record(self) -> Self:
-        table = [key for key in FeaturesConfig.model_fields if key in self.model_fields_set]
+        table = first_given(self, FeaturesConfig.model_fields)
         if self.text is not None and self.picture is not None:
             raise ValueError("text and image are both given, must be one of them")
         kind = "text" if self.text is not None else "image" if self.picture is not None else None
         if kind is not None and table:
-            raise ValueError(f"{table[0]} is given beside {kind}, must not be: it is about tables")
+            raise ValueError(f"{table} is given beside {kind}, must not be: it is about tables")
         if self.text is not None:
-            given = [key for key in ("label", "labels", "classes") if getattr(self, key) is not None]
-            if given:
-                raise ValueError(f"{given[0]} is given beside text, must not be: text has no labels")
+            if labelled := first_given(self, _LABELS):
+                raise ValueError(f"{labelled} is given beside text, must not be: text has no labels")
         elif self.label is None:
             raise ValueError("label is missing, must name the column of the label")
         else:
@@ -141,13 +143,12 @@ class NpzConfig(Frozen):
         given = [key for key in ("image", "table", "text") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError("exactly one of image, table and text must be given")
-        for key, kind in (("axes", "image"), ("center", "table"), ("scale", "table"), ("missing", "table")):
-            if key in self.model_fields_set and kind not in given:
+        for kind, keys in (("image", ("axes",)), ("table", ("center", "scale", "missing"))):
+            if kind not in given and (key := first_given(self, keys)):
                 raise ValueError(f"{key} is given, must not be without {kind}")
-        labelled = [key for key in ("label", "labels", "classes") if getattr(self, key) is not None]
         if "text" in given:
-            if labelled:
-                raise ValueError(f"{labelled[0]} is given beside text, must not be: text has no labels")
+            if labelled := first_given(self, _LABELS):
+                raise ValueError(f"{labelled} is given beside text, must not be: text has no labels")
         elif self.label is None:
             raise ValueError("label is missing, must name the array of labels")
         else:
@@ -199,7 +200,7 @@ class FolderConfig(Frozen):
 
     @model_validator(mode="after")
     def _one_group(self) -> Self:
-        if "group_by" in self.model_fields_set and self.group_by is not None and self.names("group"):
+        if self.names("group") and first_given(self, ("group_by",)):
             raise ValueError(f"group_by is {self.group_by} and pattern names a group, must be one of them")
         return self
 

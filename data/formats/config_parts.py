@@ -6,6 +6,7 @@ one record holds would otherwise change how others are seen, and whether the mod
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -21,6 +22,12 @@ Scale = Annotated[float, Field(gt=0.0, le=1e9)]
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
 """What stands for a missing value in text, unless the owner says otherwise."""
+
+
+def first_given(config: Frozen, keys: Iterable[str]) -> str | None:
+    """Return the first of these keys that is not at its default."""
+    fields = type(config).model_fields
+    return next((k for k in keys if getattr(config, k) != fields[k].get_default(call_default_factory=True)), None)
 
 
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:

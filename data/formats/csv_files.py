@@ -7,6 +7,7 @@ looked at by itself, so one that cannot be used costs its own row only.
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from model.errors import BadInputError
 
 _BLOCK_BYTES = 1 << 24
 """What is parsed at once, and so the longest row."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_csv(path: Path, config: CsvConfig) -> Reading:
@@ -49,7 +51,11 @@ def read_csv(path: Path, config: CsvConfig) -> Reading:
 def _reader(
     file: Path, config: CsvConfig, wanted: tuple[str, ...] | None, bad: dict[int, str]
 ) -> Iterator[csv.CSVStreamingReader]:
-    """Open a file; ``bad`` collects, by number, the rows that have more or fewer columns."""
+    """Open a file; ``bad`` collects, by number, the rows that have more or fewer columns.
+
+    pyarrow decodes such a row before it hands it over, and prints it where it is no UTF-8. So it never sees any such
+    byte: every byte is given to it as the character of its number, names and cells are turned back by :func:`_bytes`.
+    """
     first = 0 if config.columns is not None else 1  # pyarrow counts the header
 
     def skip(row: csv.InvalidRow) -> str:
@@ -57,34 +63,41 @@ def _reader(
         return "skip"
 
     try:
-        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as content:
-            yield csv.open_csv(
-                content,
-                read_options=csv.ReadOptions(
-                    use_threads=False,  # with threads rows have no numbers
-                    block_size=_BLOCK_BYTES,
-                    column_names=None if config.columns is None else list(config.columns),
-                ),
-                parse_options=csv.ParseOptions(
-                    delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=skip
-                ),
-                convert_options=csv.ConvertOptions(
-                    check_utf8=False,
-                    include_columns=None if wanted is None else list(wanted),
-                    column_types={name: pa.binary() for name in wanted or ()},
-                    strings_can_be_null=False,
-                ),
-            )
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError) as error:
+        content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
+        yield csv.open_csv(
+            io.BytesIO(content.removeprefix(_BYTE_ORDER_MARK).decode("latin-1").encode()),
+            read_options=csv.ReadOptions(
+                use_threads=False,  # with threads rows have no numbers
+                block_size=_BLOCK_BYTES,
+                column_names=None if config.columns is None else [_spelled(name) for name in config.columns],
+            ),
+            parse_options=csv.ParseOptions(
+                delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=skip
+            ),
+            convert_options=csv.ConvertOptions(
+                include_columns=None if wanted is None else [_spelled(name) for name in wanted],
+                column_types={_spelled(name): pa.binary() for name in wanted or ()},
+                strings_can_be_null=False,
+            ),
+        )
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, MemoryError) as error:
         header = "a header" if config.columns is None else "rows"
         raise BadInputError(f"{file}: cannot be read, must be an undamaged CSV file with {header}") from error
+
+
+def _spelled(name: str) -> str:
+    return name.encode().decode("latin-1")
+
+
+def _bytes(spelled: str) -> bytes:
+    return spelled.encode("latin-1")
 
 
 def _header(file: Path, config: CsvConfig) -> list[str]:
     if config.columns is not None:
         return list(config.columns)
     with _reader(file, config, None, {}) as reader:
-        return list(reader.schema.names)
+        return [_bytes(name).decode() for name in reader.schema.names]
 
 
 def _rows(file: Path, config: CsvConfig, wanted: tuple[str, ...], where: str) -> Iterator[Numbered | BadRow]:
@@ -101,5 +114,6 @@ def _rows(file: Path, config: CsvConfig, wanted: tuple[str, ...], where: str) ->
     with _reader(file, config, wanted, bad) as reader:
         for values in rows_of(reader):
             yield from skipped()
-            yield f"{where}row {number}", values
+            cells = (_bytes(cell.decode()) for cell in values.values() if isinstance(cell, bytes))
+            yield f"{where}row {number}", dict(zip(wanted, cells, strict=True))
     yield from skipped()

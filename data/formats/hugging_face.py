@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data.formats.arrow_rows import Numbered, columns_of_numbers, read_columns, rows_of
+from data.formats.arrow_rows import Layout, Numbered, read_columns, rows_of
 from data.formats.config import HuggingFaceConfig
 from data.formats.files import folder_at
 from data.formats.rows import Reading
@@ -29,19 +29,19 @@ def read_hugging_face(path: Path, config: HuggingFaceConfig) -> Reading:
     folder = _folder_of_split(folder_at(path), config.split)
     files = _files(folder)
     with _opened(files[0]) as stream:
-        types = stream.schema
+        layout = Layout.of(stream.schema)
 
     def rows(columns: tuple[str, ...]) -> Iterator[Numbered]:
         number = 0
         for file in files:
             with _opened(file) as stream:
-                if not stream.schema.equals(types):
+                if not stream.schema.equals(layout.types):
                     raise BadInputError(f"{file}: has other columns than {files[0].name}, must have the same")
                 for values in rows_of(batch.select(list(columns)) for batch in stream):
                     number += 1
                     yield f"row {number}", values
 
-    return read_columns(folder, config, types.names, columns_of_numbers(types), rows)
+    return read_columns(folder, config, layout.names, layout.numbers, rows)
 
 
 def _folder_of_split(path: Path, split: str | None) -> Path:
@@ -85,5 +85,5 @@ def _opened(file: Path) -> Iterator[pa.RecordBatchStreamReader]:
     try:
         with file.open("rb") as content, pa.ipc.open_stream(content) as stream:
             yield stream
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:
         raise BadInputError(f"{file}: cannot be read, must be an undamaged Arrow stream") from error

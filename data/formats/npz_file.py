@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +19,21 @@ from model.errors import BadInputError
 
 MOST_BYTES = 1 << 34
 """What a file may unpack to. A file of some kilobytes could claim any size."""
+_DAMAGED = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # what zipfile and numpy raise on damaged files
 
 
 def read_npz(path: Path, config: NpzConfig) -> Reading:
@@ -50,7 +67,7 @@ def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:
             arrays = {name: opened[name] for name in names}
     except BadInputError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise BadInputError(f"{path}: cannot be read, must be an undamaged .npz file without Python objects") from error
     for name, array in arrays.items():
         if array.dtype.kind not in "biufUS" or array.ndim == 0:

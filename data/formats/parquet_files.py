@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from data.formats.arrow_rows import Numbered, columns_of_numbers, read_columns, rows_of
+from data.formats.arrow_rows import Layout, Numbered, read_columns, rows_of
 from data.formats.config import ParquetConfig
 from data.formats.files import files_in
 from data.formats.rows import Reading
@@ -25,10 +25,10 @@ def read_parquet(path: Path, config: ParquetConfig) -> Reading:
         BadInputError: a file cannot be read, files have different columns, or as :func:`read_columns` says.
     """
     files = files_in(path, (".parquet",))
-    schemas = {file: _schema(file) for file in files}
-    types = schemas[files[0]]
-    for file, schema in schemas.items():
-        if not schema.equals(types):
+    layouts = {file: _layout(file) for file in files}
+    layout = layouts[files[0]]
+    for file, other in layouts.items():
+        if not other.types.equals(layout.types):
             raise BadInputError(f"{file}: has other columns than {files[0].name}, must have the same in the same order")
 
     def rows(columns: tuple[str, ...]) -> Iterator[Numbered]:
@@ -39,12 +39,12 @@ def read_parquet(path: Path, config: ParquetConfig) -> Reading:
                 for number, values in enumerate(rows_of(batches), start=1):
                     yield f"{where}row {number}", values
 
-    return read_columns(path, config, types.names, columns_of_numbers(types), rows)
+    return read_columns(path, config, layout.names, layout.numbers, rows)
 
 
-def _schema(file: Path) -> pa.Schema:
+def _layout(file: Path) -> Layout:
     with _opened(file) as opened:
-        return opened.schema_arrow
+        return Layout.of(opened.schema_arrow)
 
 
 @contextmanager
@@ -52,5 +52,5 @@ def _opened(file: Path) -> Iterator[parquet.ParquetFile]:
     try:
         with file.open("rb") as content:
             yield parquet.ParquetFile(content)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:
         raise BadInputError(f"{file}: cannot be read, must be an undamaged Parquet file") from error

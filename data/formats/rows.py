@@ -45,8 +45,8 @@ class Reading:
 
 
 def attempt(where: str, make: Callable[[], Row]) -> Row | BadRow:
-    """Return the row, or why there is none; ``where`` keeps to one line whatever files and folders are called."""
+    """Return the row, or why there is none."""
     try:
         return make()
     except BadValueError as error:
-        return BadRow("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in where), str(error))
+        return BadRow(where, str(error))

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from format_samples import FORMAT, SAMPLES
 
 import conclave
 from data.shipped_scenarios import find
@@ -46,6 +47,14 @@ def test_the_example_of_private_training_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", (DOCS / "private-training.md").read_text(), re.DOTALL)
     exec(compile(example, "private-training.md", "exec"), {})
     assert "'rdp'" in capsys.readouterr().out
+
+
+def test_the_formats_that_are_shown_are_all_there_are_and_valid():
+    examples = re.findall(r"```toml\n(.*?)```", (DOCS / "data.md").read_text(), re.DOTALL)
+    formats = [tomllib.loads(example)["format"] for example in examples]
+    assert {FORMAT.validate_json(json.dumps(shown)).kind for shown in formats} == {
+        name.split(",")[0] for name in SAMPLES
+    }
 
 
 def test_the_model_that_is_shown_can_be_built():

@@ -1,0 +1,84 @@
+"""What single values mean."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from data.formats.rows import BadValueError
+from data.formats.values import class_of, group_number, group_of, name_of, number_of
+
+SPELLED = frozenset({"", "?"})
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("x", "x"), (" x y\t", "x y"), (b" caf\xc3\xa9 ", "café"), ("007", "007"), ("1.0", "1.0"),
+        (7, "7"), (7.0, "7"), (np.float32(7), "7"), (np.int8(-7), "-7"), (Decimal("7.00"), "7"), (-0.0, "0"),
+        (0.5, "0.5"), (Decimal("0.5"), "0.5"), (2**70, str(2**70)), (True, "true"), (np.bool_(False), "false"),
+    ],
+)  # fmt: skip
+def test_names(value, name):
+    assert name_of(value) == name
+    assert group_of(value) == name
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (None, "is missing"), ("", "is missing"), (b" \n", "is missing"), (math.nan, "is missing"),
+        (np.float64("nan"), "is missing"), (Decimal("nan"), "is missing"), (math.inf, "finite number"),
+        (Decimal("-Infinity"), "finite number"), (b"\xff", "must be text in UTF-8"), ([1], "must be text"),
+        ({"a": 1}, "must be text"), (object(), "must be text"),
+    ],
+)  # fmt: skip
+def test_values_without_a_name(value, why):
+    with pytest.raises(BadValueError, match=why):
+        name_of(value)
+    with pytest.raises(BadValueError, match=f"the group .*{why}"):
+        group_of(value)
+    with pytest.raises(BadValueError, match=f"the label .*{why}"):
+        class_of(value, {"a": 0})
+
+
+def test_classes_by_name_and_by_number():
+    known = {"0": 0, "1": 1, "yes": 1}
+    for value in ("1", b"1", 1, 1.0, "1.0", " +1. ", "01", np.uint8(1), Decimal("1.0"), "yes"):
+        assert class_of(value, known) == 1
+    for value in ("-0", 0.0, "0.000"):
+        assert class_of(value, known) == 0
+    for value in ("2", -1, 0.5, "1.5", "1e0", "true", True, "Yes", "1" * 30):
+        with pytest.raises(BadValueError, match="the label must be one of labels, or a number below classes"):
+            class_of(value, known)
+    assert class_of("1.0", {"1.0": 5, "1": 6}) == 5  # the name itself comes first
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        ("1", 1.0), (b" -2.5e3 ", -2500.0), (3, 3.0), (np.int16(3), 3.0), (True, 1.0), (Decimal("0.25"), 0.25),
+        (".7", 0.7), ("", None), (b" ? ", None), (None, None), (math.nan, None), (np.float32("nan"), None),
+    ],
+)  # fmt: skip
+def test_numbers(value, number):
+    assert number_of(value, SPELLED) == number
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "1_000", "nan", "inf", "1,5", b"\xff", "NA", math.inf, -math.inf, 10**400, [1], {}, object(), "1 2"]
+)
+def test_what_is_no_number(value):
+    with pytest.raises(BadValueError, match="must be a finite number"):
+        number_of(value, SPELLED)
+
+
+def test_a_group_has_the_first_63_bits_of_its_names_hash():
+    for name in ("ann", "ä", "", "a/b.txt"):
+        bits = "".join(f"{byte:08b}" for byte in hashlib.sha256(name.encode()).digest())
+        assert group_number(name) == int(bits[:63], 2) < 2**63
+    assert group_number("odd\udcff.txt") < 2**63  # a file's name may be no UTF-8

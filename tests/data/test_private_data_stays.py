@@ -1,0 +1,124 @@
+"""Rule 14: reading private data connects to nothing, writes nothing, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from format_samples import SAMPLES
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILD = """
+import json, os, resource, sys
+from pathlib import Path
+
+sys.path[:0] = [{root!r}, {tests!r}]
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+CHANGING = ("os.mkdir", "os.rename", "os.remove", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.rmdir",
+            "shutil.", "tempfile.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen",
+            "sqlite3.", "ftplib.", "urllib.", "http.", "socket.", "pickle.")
+ALLOWED = "socket.__new__"  # a socket that is made and never used; what it does has events of its own
+found = []
+
+def hook(event, arguments):
+    if event == "open":
+        path, mode, flags = arguments
+        if (flags or 0) & WRITING or (isinstance(mode, str) and set(mode) & set("wax+")):
+            found.append(f"open {{path!r}} for writing")
+    elif event.startswith(CHANGING) and event != ALLOWED:
+        found.append(f"{{event}} {{arguments!r}}"[:200])
+
+from pydantic import TypeAdapter
+from data.formats.config import FormatConfig
+from data.private_data import read_private
+
+if {limited!r}:  # from here on no byte can be written to a file, not by libraries in C either
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+sys.addaudithook(hook)
+
+for path, document, unit in json.loads(Path({jobs!r}).read_bytes()):
+    data = read_private(Path(path), TypeAdapter(FormatConfig).validate_json(json.dumps(document)), unit)
+    assert len(next(iter(data.records.values()))) > 0
+{sabotage}
+for number in os.listdir("/proc/self/fd"):
+    try:
+        link = os.readlink(f"/proc/self/fd/{{number}}")
+    except FileNotFoundError:  # the listing's own
+        continue
+    if link.startswith("socket:"):
+        found.append(link)
+loaded = [name for name in ("datasets", "huggingface_hub", "requests", "httpx", "aiohttp") if name in sys.modules]
+print(json.dumps([found, loaded]))
+"""
+
+
+def everything_under(*folders: Path) -> set[tuple[str, int, int]]:
+    return {(str(p), p.lstat().st_mtime_ns, p.lstat().st_size) for folder in folders for p in folder.rglob("*")}
+
+
+def run(tmp_path: Path, names: list[str], sabotage: str = "", *, limited: bool = True) -> tuple[list, list, list]:
+    """Read data sets in a process of its own; return what it did, loaded and left behind."""
+    jobs, source = [], tmp_path / "source"
+    for number, name in enumerate(names):
+        (source / str(number)).mkdir(parents=True)
+        path, document = SAMPLES[name](source / str(number))
+        jobs.append([str(path), document, "record" if name.startswith("idx") else "group"])
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    own = {name: tmp_path / name for name in ("home", "temporary", "cache", "here")}
+    for folder in own.values():
+        folder.mkdir(parents=True)
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_", "HUGGINGFACE"))
+    }
+    environment |= {"HOME": str(own["home"]), "TMPDIR": str(own["temporary"]), "XDG_CACHE_HOME": str(own["cache"])}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
+    code = CHILD.format(
+        root=str(ROOT), tests=str(ROOT / "tests"), jobs=str(tmp_path / "jobs.json"), sabotage=sabotage, limited=limited
+    )
+    before = everything_under(source, *own.values())
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=own["here"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    found, loaded = json.loads(process.stdout.splitlines()[-1])
+    return found, loaded, sorted(everything_under(source, *own.values()) ^ before)
+
+
+def test_reading_every_format_calls_nobody_and_writes_nothing(tmp_path):
+    found, loaded, left = run(tmp_path, list(SAMPLES))
+    assert found == []
+    assert left == []
+    assert loaded == []  # not even a library that could
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "expected"),
+    [
+        ("import socket; socket.getaddrinfo('localhost', 80)", "socket.getaddrinfo"),
+        ("import socket; s = socket.socket(); s.connect_ex(('127.0.0.1', 9))", "socket.connect"),
+        ("import socket; kept = socket.socket()", "socket:"),
+        ("open('copy', 'w').close()", "for writing"),
+        ("os.close(os.open('copy', os.O_CREAT | os.O_RDWR))", "for writing"),
+        ("import tempfile; tempfile.TemporaryFile()", "for writing"),
+        ("os.mkdir('cache')", "os.mkdir"),
+        ("import pickle; pickle.loads(pickle.dumps(os.getcwd))", "pickle.find_class"),
+        ("import subprocess; subprocess.run(['true'])", "subprocess.Popen"),
+    ],
+)
+def test_the_test_would_see_it(sabotage, expected, tmp_path):
+    found, _, _ = run(tmp_path, ["csv"], sabotage)
+    assert any(expected in entry for entry in found), found
+
+
+def test_the_test_would_see_what_a_library_in_c_leaves_behind(tmp_path):
+    """Python's audit does not see pyarrow's own files; the folders and the limit on their size do."""
+    sabotage = "import pyarrow as pa; f = pa.OSFile('copy', 'wb'); {}f.close()"
+    found, _, left = run(tmp_path, ["parquet"], sabotage.format("f.write(b'x'); "), limited=False)
+    assert found == []
+    assert any("here/copy" in entry[0] for entry in left)
+    with pytest.raises(AssertionError):
+        run(tmp_path / "again", ["parquet"], sabotage.format("f.write(b'x'); "))

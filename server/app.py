@@ -18,6 +18,7 @@ from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
 from data.sources import load
 from model import BadInputError, build, parameters
+from server.averaging import ModelAverage
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
@@ -74,7 +75,8 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
-    done = _restore(strategy, run, plan.hash)
+    average = ModelAverage(scenario.federation.average, scenario.federation.rounds)
+    done = _restore(strategy, average, run, plan.hash)
     if done < scenario.federation.rounds:
         _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.meet(roster.admit())
@@ -90,16 +92,26 @@ def run_scenario(grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
         strategy.aggregate_train(round_number, replies)
         wire = strategy.optimizer.snapshot()
-        evaluation = evaluate(scenario.model, wire, test)
+        if strategy.tally.changed:
+            average.add(round_number, wire)
+        evaluation = evaluate(scenario.model, average.of(wire), test)
         seconds = time.perf_counter() - started
         # Metrics first: a round that has a checkpoint has its metrics, and resuming drops those without one.
         coverage.add(strategy.tally.trained)
         line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
         run.append_metrics({**line, **coverage.metrics()})
-        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state())
+        checkpoint = Checkpoint(
+            round=round_number,
+            run_id=run_id,
+            plan_hash=plan.hash,
+            tensors=wire,
+            optimizer=strategy.optimizer.state(),
+            average=average.tensors,
+            averaged=average.count,
+        )
         write_checkpoint(run.checkpoint, checkpoint)
         log.info("round %d: loss %.4f", round_number, evaluation.loss)
-    run.save_model(scenario.model, strategy.optimizer.snapshot())
+    run.save_model(scenario.model, average.of(strategy.optimizer.snapshot()))
     roster.close()
     if strategy.node_level is not None:
         strategy.node_level.close()
@@ -139,7 +151,7 @@ def _check_coverage(scenario: Scenario, strategy: ExpertStrategy) -> None:
         raise BadInputError(short)
 
 
-def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int:
+def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory, plan_hash: str) -> int:
     """Put the checkpointed state back, if there is one; return the last round that is done."""
     if not run.checkpoint.exists():
         run.keep_metrics(0)
@@ -148,6 +160,7 @@ def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int
     if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
         raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
     strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
+    average.restore(checkpoint.averaged, checkpoint.average, checkpoint.tensors)
     run.keep_metrics(checkpoint.round)
     return checkpoint.round
 

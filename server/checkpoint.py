@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,13 +19,18 @@ from server.optimizer import OptimizerState
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to."""
+    """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to.
+
+    average, averaged: the average over rounds, and how many rounds are in it; see :mod:`server.averaging`.
+    """
 
     round: int
     run_id: str
     plan_hash: str
     tensors: Mapping[str, Tensor]
     optimizer: OptimizerState
+    average: Mapping[str, Tensor] = field(default_factory=dict)
+    averaged: int = 0
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -34,25 +39,29 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     tensors = {f"model:{name}": t.contiguous() for name, t in checkpoint.tensors.items()}
     for name, kept in checkpoint.optimizer.items():
         tensors |= {f"optimizer:{key}:{name}": t.contiguous() for key, t in kept.items()}
+    tensors |= {f"average:{name}": t.contiguous() for name, t in checkpoint.average.items()}
     state = {"round": checkpoint.round, "run_id": checkpoint.run_id, "plan_hash": checkpoint.plan_hash}
+    if checkpoint.averaged:
+        state["averaged"] = checkpoint.averaged
     write_atomically(path, save(tensors, metadata={"state": json.dumps(state)}))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, also one from when momentum was all that an optimizer could remember.
+    """Read a checkpoint, also one from when momentum was all that an optimizer could remember, or without an average.
 
     Raises:
         BadInputError: missing or damaged.
     """
     tensors: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
     optimizer: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(path, framework="pt") as stream:
             state = json.loads(stream.metadata()["state"])
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
                 kind, _, name = key.partition(":")
-                if kind == "model":
-                    tensors[name] = stream.get_tensor(key)
+                if kind in ("model", "average"):
+                    (tensors if kind == "model" else average)[name] = stream.get_tensor(key)
                     continue
                 what, _, name = {"optimizer": name, "momentum": f"momentum_buffer:{name}"}[kind].partition(":")
                 optimizer[name][what] = stream.get_tensor(key)
@@ -62,6 +71,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             plan_hash=str(state["plan_hash"]),
             tensors=tensors,
             optimizer=dict(optimizer),
+            average=average,
+            averaged=int(state.get("averaged", 0)),
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: missing or damaged, must be a checkpoint") from error

@@ -24,6 +24,8 @@ def sample(round_number=3) -> Checkpoint:
             "shared/a:b": {"exp_avg": torch.tensor([5.0, 6.0, 7.0]), "step": torch.tensor(3.0)},
             "expert/0/1/up.weight": {"exp_avg": torch.full((2, 3), 1 / 7), "step": torch.tensor(1.0)},
         },
+        average={"shared/a:b": torch.tensor([0.1, -0.0, 2.0]), "expert/0/1/up.weight": torch.full((2, 3), 1e-45)},
+        averaged=2,
     )
 
 
@@ -34,7 +36,10 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     def remembered(optimizer):
         return {name: bits(kept) for name, kept in optimizer.items()}
 
-    facts = [(c.round, c.run_id, c.plan_hash, bits(c.tensors), remembered(c.optimizer)) for c in (a, b)]
+    facts = [
+        (c.round, c.run_id, c.plan_hash, bits(c.tensors), remembered(c.optimizer), bits(c.average), c.averaged)
+        for c in (a, b)
+    ]
     return facts[0] == facts[1]
 
 
@@ -54,6 +59,7 @@ def test_a_checkpoint_from_when_there_was_only_momentum(tmp_path):
     back = read_checkpoint(path)
     assert (back.round, list(back.tensors)) == (7, ["shared/a:b"])
     assert back.optimizer["shared/a:b"]["momentum_buffer"].tolist() == [3.0, 4.0]
+    assert (back.averaged, back.average) == (0, {})
     optimizer = ServerOptimizer(ServerSgd(momentum=0.5), {"shared/a:b": torch.zeros(2)})
     optimizer.restore(back.tensors, back.optimizer)
     optimizer.step({"shared/a:b": torch.zeros(2)}, 1.0)  # torch's buffer has the gradient's sign

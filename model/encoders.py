@@ -37,7 +37,7 @@ def _standard(image_BCHW: Tensor, config: ImageConfig) -> Tensor:
 
 
 def _max_pool(x_BCHW: Tensor, pool: int, stride: int) -> Tensor:
-    """Pool with channels innermost, where torch's kernel for the CPU takes an eighth of the time; same values."""
+    """Pool with channels innermost, where torch's forward kernel for the CPU takes a sixth of the time; same values."""
     pooled_BCHW = nn.functional.max_pool2d(x_BCHW.contiguous(memory_format=torch.channels_last), pool, stride)
     return pooled_BCHW.contiguous()
 

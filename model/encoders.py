@@ -37,6 +37,12 @@ def _standard(image_BCHW: Tensor, config: ImageConfig) -> Tensor:
     return (image_BCHW - config.center) / config.scale
 
 
+def _max_pool(x_BCHW: Tensor, pool: int, stride: int) -> Tensor:
+    """Pool with channels innermost, where torch's forward kernel for the CPU takes a sixth of the time; same values."""
+    pooled_BCHW = nn.functional.max_pool2d(x_BCHW.contiguous(memory_format=torch.channels_last), pool, stride)
+    return pooled_BCHW.contiguous()
+
+
 class ImagePatchEncoder(nn.Module):
     """Patches of an image, each mapped linearly to one token."""
 
@@ -95,7 +101,7 @@ class ImageConvEncoder(nn.Module):
         for layer, convolution in zip(self.config.layers, self.convolutions, strict=True):
             x_BCHW = torch.tanh(convolution(x_BCHW))
             if layer.pool > 1 or layer.pool_stride > 1:
-                x_BCHW = nn.functional.max_pool2d(x_BCHW, layer.pool, layer.pool_stride)
+                x_BCHW = _max_pool(x_BCHW, layer.pool, layer.pool_stride)
         patch_BVT = nn.functional.unfold(x_BCHW, kernel_size=self.config.patch, stride=self.config.patch)
         x_BTD: Tensor = patch_BVT.transpose(1, 2)
         if self.embed is not None:

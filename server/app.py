@@ -18,6 +18,7 @@ from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
 from data.sources import public_test
 from model import BadInputError, build, parameters
+from server.averaging import ModelAverage
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
@@ -80,7 +81,8 @@ def run_scenario(
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
-    done = _restore(strategy, run, plan.hash)
+    average = ModelAverage(scenario.federation.average, scenario.federation.rounds)
+    done = _restore(strategy, average, run, plan.hash)
     if done < scenario.federation.rounds:
         _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.meet(roster.admit())
@@ -95,24 +97,35 @@ def run_scenario(
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
         strategy.aggregate_train(round_number, replies)
-        measuring = strategy.configure_evaluate(round_number, ArrayRecord(), ConfigRecord(), grid)
+        wire = strategy.optimizer.snapshot()
+        if strategy.tally.changed:
+            average.add(round_number, wire)
+        published = average.of(wire)
+        measuring = strategy.evaluation_requests(round_number, published)
         if measuring:
             answers = grid.send_and_receive(measuring, timeout=scenario.federation.reply_timeout_s)
             strategy.aggregate_evaluate(round_number, answers)
-        wire = strategy.optimizer.snapshot()
-        evaluation = None if test is None else evaluate(scenario.model, wire, test)
+        evaluation = None if test is None else evaluate(scenario.model, published, test)
         seconds = time.perf_counter() - started
         # Metrics first: a round that has a checkpoint has its metrics, and resuming drops those without one.
         coverage.add(strategy.tally.trained)
         line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
         run.append_metrics({**line, **coverage.metrics()})
-        history = {} if strategy.noise_test is None else strategy.noise_test.history
-        checkpoint = Checkpoint(round_number, run_id, plan.hash, wire, strategy.optimizer.state(), history)
+        checkpoint = Checkpoint(
+            round=round_number,
+            run_id=run_id,
+            plan_hash=plan.hash,
+            tensors=wire,
+            optimizer=strategy.optimizer.state(),
+            history={} if strategy.noise_test is None else strategy.noise_test.history,
+            average=average.tensors,
+            averaged=average.count,
+        )
         write_checkpoint(run.checkpoint, checkpoint)
         said = _said(round_number, scenario.federation.rounds, strategy, evaluation, seconds)
         log.info(said)
         on_round(said)
-    run.save_model(scenario.model, strategy.optimizer.snapshot())
+    run.save_model(scenario.model, average.of(strategy.optimizer.snapshot()))
     roster.close()
     if strategy.node_level is not None:
         strategy.node_level.close()
@@ -152,7 +165,7 @@ def _check_coverage(scenario: Scenario, strategy: ExpertStrategy) -> None:
         raise BadInputError(short)
 
 
-def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int:
+def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory, plan_hash: str) -> int:
     """Put the checkpointed state back, if there is one; return the last round that is done."""
     if not run.checkpoint.exists():
         run.keep_metrics(0)
@@ -163,6 +176,7 @@ def _restore(strategy: ExpertStrategy, run: RunDirectory, plan_hash: str) -> int
     strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
     if strategy.noise_test is not None:
         strategy.noise_test.history = {node: dict(sums) for node, sums in checkpoint.history.items()}
+    average.restore(checkpoint.averaged, checkpoint.average, checkpoint.tensors)
     run.keep_metrics(checkpoint.round)
     return checkpoint.round
 

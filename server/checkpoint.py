@@ -23,6 +23,7 @@ class Checkpoint:
     """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to.
 
     history: node → wire name → the sum of what it sent, where replies are tested against it.
+    average, averaged: the average over rounds, and how many rounds are in it; see :mod:`server.averaging`.
     """
 
     round: int
@@ -31,6 +32,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     optimizer: OptimizerState
     history: History = field(default_factory=dict)
+    average: Mapping[str, Tensor] = field(default_factory=dict)
+    averaged: int = 0
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -41,17 +44,21 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         tensors |= {f"optimizer:{key}:{name}": t.contiguous() for key, t in kept.items()}
     for node, sums in checkpoint.history.items():
         tensors |= {f"history:{node}:{name}": t.contiguous() for name, t in sums.items()}
+    tensors |= {f"average:{name}": t.contiguous() for name, t in checkpoint.average.items()}
     state = {"round": checkpoint.round, "run_id": checkpoint.run_id, "plan_hash": checkpoint.plan_hash}
+    if checkpoint.averaged:
+        state["averaged"] = checkpoint.averaged
     write_atomically(path, save(tensors, metadata={"state": json.dumps(state)}))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, also one from when momentum was all that an optimizer could remember.
+    """Read a checkpoint, also one from when momentum was all that an optimizer could remember, or without an average.
 
     Raises:
         BadInputError: missing or damaged.
     """
     tensors: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
     optimizer: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     history: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
@@ -59,8 +66,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             state = json.loads(stream.metadata()["state"])
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
                 kind, _, name = key.partition(":")
-                if kind == "model":
-                    tensors[name] = stream.get_tensor(key)
+                if kind in ("model", "average"):
+                    (tensors if kind == "model" else average)[name] = stream.get_tensor(key)
                     continue
                 if kind == "history":
                     node, _, name = name.partition(":")
@@ -75,6 +82,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tensors=tensors,
             optimizer=dict(optimizer),
             history=dict(history),
+            average=average,
+            averaged=int(state.get("averaged", 0)),
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInputError(f"{path}: missing or damaged, must be a checkpoint") from error

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from model.config import Frozen
 from server.aggregation_config import AggregationConfig, Mean
+from server.averaging_config import AverageConfig, NoAverage
 from server.optimizer_config import ServerOptimizerConfig, ServerSgd
 
 
@@ -64,10 +65,20 @@ class FederationConfig(Frozen):
     aggregation: how the deltas of a tensor's holders become one.
     step_scale: ``contributions`` shortens the step of an expert that fewer nodes returned than could be expected.
     min_replies: a round with fewer acceptable replies changes nothing.
+    average: of the models of several rounds, which is evaluated and published in place of the last one.
     """
 
     younger: ClassVar[frozenset[str]] = frozenset(
-        {"aggregation", "capacities", "expert_scope", "local_experts", "min_replies", "noise_test", "step_scale"}
+        {
+            "aggregation",
+            "average",
+            "capacities",
+            "expert_scope",
+            "local_experts",
+            "min_replies",
+            "noise_test",
+            "step_scale",
+        }
     )
 
     rounds: int = Field(ge=1, le=1_000_000)
@@ -86,6 +97,7 @@ class FederationConfig(Frozen):
     noise_test: NoiseTestConfig | None = None
     step_scale: Literal["none", "contributions"] = "none"
     min_replies: int = Field(default=1, ge=1)
+    average: AverageConfig = NoAverage()
 
     @field_validator("optimizer", mode="before")
     @classmethod

@@ -219,9 +219,16 @@ class ExpertStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Return the requests to measure the model on held-out units, where the plan has that after this round.
+        """Return the requests to measure the current model on held-out units; see :meth:`evaluation_requests`."""
+        return self.evaluation_requests(server_round, self.optimizer.snapshot())
+
+    def evaluation_requests(self, server_round: int, model: Mapping[str, Tensor]) -> list[Message]:
+        """Return the requests to measure a model on held-out units, where the plan has that after this round.
 
         All nodes that hold units out are asked, also those that the round left out.
+
+        Args:
+            model: wire name → float32, what is published after the round.
         """
         evaluation = self.plan.evaluation
         self._evaluated = {}
@@ -235,7 +242,7 @@ class ExpertStrategy(Strategy):
             fits = description.expert_capacity >= self.plan.model.experts.routed
             held = every if evaluation.experts == "all" and fits else assignment[name]
             if str(held) not in tensors:
-                tensors[str(held)] = self._tensors(held)
+                tensors[str(held)] = self._packed({name: model[name] for name in self.plan.travelling(held)})
             side = description.held_out
             request = EvaluateRequest(
                 run_id=self.run_id,

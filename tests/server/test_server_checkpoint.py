@@ -28,6 +28,8 @@ def sample(round_number=3) -> Checkpoint:
             "0123456789abcdef": {"shared/a:b": torch.tensor([1 / 9, -0.0])},
             "f" * 16: {"shared/c": torch.ones(1)},
         },
+        average={"shared/a:b": torch.tensor([0.1, -0.0, 2.0]), "expert/0/1/up.weight": torch.full((2, 3), 1e-45)},
+        averaged=2,
     )
 
 
@@ -39,7 +41,16 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
         return {name: bits(kept) for name, kept in optimizer.items()}
 
     facts = [
-        (c.round, c.run_id, c.plan_hash, bits(c.tensors), remembered(c.optimizer), remembered(c.history))
+        (
+            c.round,
+            c.run_id,
+            c.plan_hash,
+            bits(c.tensors),
+            remembered(c.optimizer),
+            remembered(c.history),
+            bits(c.average),
+            c.averaged,
+        )
         for c in (a, b)
     ]
     return facts[0] == facts[1]
@@ -61,6 +72,7 @@ def test_a_checkpoint_from_when_there_was_only_momentum(tmp_path):
     back = read_checkpoint(path)
     assert (back.round, list(back.tensors)) == (7, ["shared/a:b"])
     assert back.optimizer["shared/a:b"]["momentum_buffer"].tolist() == [3.0, 4.0]
+    assert (back.averaged, back.average) == (0, {})
     optimizer = ServerOptimizer(ServerSgd(momentum=0.5), {"shared/a:b": torch.zeros(2)})
     optimizer.restore(back.tensors, back.optimizer)
     optimizer.step({"shared/a:b": torch.zeros(2)}, 1.0)  # torch's buffer has the gradient's sign

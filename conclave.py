@@ -511,7 +511,8 @@ def server_enrol(
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator
 
-    node_id = Control(find_operator(superlink)).register(public_key)
+    with Control(find_operator(superlink)) as control:
+        node_id = control.register(public_key)
     typer.echo(f"{public_key} may connect, as Flower's node {node_id}")
     if as_json:
         _print_json({"node_id": str(node_id)})
@@ -540,9 +541,9 @@ def train(
         if resume is not None
         else {"scenario": _scenario(scenario or "", overrides or [], None).to_toml()}
     )
-    control = Control(find_operator(superlink))
-    run_id = control.start(asked)
-    outcome = follow(control, run_id, typer.echo)
+    with Control(find_operator(superlink)) as control:
+        run_id = control.start(asked)
+        outcome = follow(control, run_id, typer.echo)
     if as_json:
         _print_json({"run_id": str(run_id), "status": outcome.sub_status, "details": outcome.details})
     if outcome.sub_status != "completed":
@@ -555,8 +556,8 @@ def status(superlink: SuperLink, as_json: Json = False) -> None:
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator
 
-    control = Control(find_operator(superlink))
-    nodes, runs = control.nodes(), control.runs()
+    with Control(find_operator(superlink)) as control:
+        nodes, runs = control.nodes(), control.runs()
     for node_id, state in nodes:
         typer.echo(f"node {node_id}: {state}")
     for run in runs:
@@ -571,7 +572,8 @@ def stop(run_id: Annotated[int, typer.Argument(help="The run, as in status.")], 
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator
 
-    stopped = Control(find_operator(superlink)).stop(run_id)
+    with Control(find_operator(superlink)) as control:
+        stopped = control.stop(run_id)
     typer.echo(f"run {run_id}: {'stopped' if stopped else 'was not running'}")
 
 

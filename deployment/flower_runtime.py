@@ -53,6 +53,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
+from clients.protocol import Refusal, encode
 from deployment.operator import Operator
 from model.errors import BadInputError
 
@@ -152,7 +153,11 @@ def answer_message(
     with api.client(RuntimeTokenHttpInterceptor(token), component=CLIENT_APP) as client, _beating(client):
         message, context, run, _ = pull_task_input(client)
         refusal = refuse(run.fab_id, run.fab_version)
-        reply = app(message, context) if refusal is None else Message(refusal, reply_to=message)
+        try:
+            reply = app(message, context) if refusal is None else Message(refusal, reply_to=message)
+        except Exception:  # the SuperNode waits for a reply before it takes another message
+            log.exception("the app failed; the server is told internal-error and nothing else")
+            reply = Message(encode(Refusal(code="internal-error")), reply_to=message)
         push_message(client, reply, context)
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
 
@@ -250,7 +255,11 @@ class Control:
         self._address = operator.address
         self._client = ControlHttpClient(f"https://{operator.address}", verify=context)
 
-    def close(self) -> None:
+    def __enter__(self) -> Control:
+        """Connect when something is asked."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Disconnect."""
         self._client.close()
 

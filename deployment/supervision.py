@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,16 @@ _PATIENCE_S = 10.0
 
 QUIET_FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
 """What keeps Flower and its relatives from calling out (set before they are imported)."""
+
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process when the thread that started it ends, even by SIGKILL: nobody is left behind."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class Family:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **QUIET_FLOWER, **program.environment},
                 start_new_session=True,  # a Ctrl-C in the terminal is for us; we end it in order
+                preexec_fn=_end_with_parent,
             )
         log.info("%s: started", program.name)
 

@@ -6,7 +6,9 @@ three formats. Needs nginx.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,6 +22,8 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +31,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_breast_cancer
 
+import conclave
 from clients.node_directory import NodeDirectory
 from deployment import flower_runtime
 from deployment.certificates import Authority
@@ -87,6 +92,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Called(NamedTuple):
+    """How a command ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 class Federation:
     """A server and nodes in a folder, and the processes that run them."""
 
@@ -96,12 +109,22 @@ class Federation:
         self.environment = os.environ | {"XDG_STATE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
-    def call(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end."""
-        command = [CONCLAVE, *map(str, arguments)]
-        return subprocess.run(
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=240, check=False
-        )
+    def call(self, *arguments: object) -> Called:
+        """Run a command to its end, in this process: importing torch anew each time would take most of the time."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "argv", ["conclave", *map(str, arguments)]),
+            mock.patch.dict(os.environ, self.environment),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                conclave.main()
+                code = 0
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        return Called(code, out.getvalue(), err.getvalue())
 
     def must(self, *arguments: object) -> str:
         done = self.call(*arguments)
@@ -263,10 +286,9 @@ def test_a_bundle_of_another_release_is_refused_and_never_opened(federation, mon
         )
 
     monkeypatch.setattr(flower_runtime, "build_fab_from_files", poisoned)
-    control = Control(find_operator(str(federation.folder / "server" / "operator")))
-    run_id = control.start({"scenario": (federation.folder / "patients.toml").read_text()})
-    said = list(control.said(run_id))
-    control.close()
+    with Control(find_operator(str(federation.folder / "server" / "operator"))) as control:
+        run_id = control.start({"scenario": (federation.folder / "patients.toml").read_text()})
+        said = list(control.said(run_id))
     assert any("3 × version-mismatch" in line for line in said)
     assert not mark.exists()
     assert "refused with version-mismatch" in federation.log("first")
@@ -280,7 +302,8 @@ def request(federation: Federation, path: str, context: ssl.SSLContext, host: st
         ) as answer:  # fmt: skip
             return int(answer.status)
     except urllib.error.HTTPError as error:
-        return error.code
+        with error:
+            return error.code
 
 
 @pytest.mark.parametrize(
@@ -330,22 +353,23 @@ def test_another_authoritys_operator_is_refused(federation, tmp_path):
     authority = Authority.create(tmp_path / "tls", days=10)
     authority.issue_operator(tmp_path / "operator", "impostor", days=10)
     real = find_operator(str(federation.folder / "server" / "operator"))
-    control = Control(replace(real, certificate=tmp_path / "operator.pem", key=tmp_path / "operator.key"))
-    with pytest.raises(BadInputError, match="cannot list nodes"):
+    impostor = replace(real, certificate=tmp_path / "operator.pem", key=tmp_path / "operator.key")
+    with Control(impostor) as control, pytest.raises(BadInputError, match="cannot list nodes"):
         control.nodes()
 
 
 def test_a_server_with_another_certificate_is_not_spoken_to(federation, tmp_path):
     Authority.create(tmp_path, days=10)
     real = find_operator(str(federation.folder / "server" / "operator"))
-    with pytest.raises(BadInputError, match="not reachable"):
-        Control(replace(real, ca=tmp_path / "ca.pem")).nodes()
+    with Control(replace(real, ca=tmp_path / "ca.pem")) as control, pytest.raises(BadInputError, match="not reachable"):
+        control.nodes()
 
 
 def test_plain_http_is_refused(federation):
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(f"http://localhost:{federation.port}/v1/fleet/activate-node", timeout=10)
-    assert caught.value.code == 400
+    with caught.value as refused:
+        assert refused.code == 400
 
 
 def test_the_runtime_api_listens_on_loopback_only(federation):
@@ -376,7 +400,6 @@ def test_a_node_that_is_killed_comes_back(federation):
     before = hashlib.sha256(b"".join(LedgerFile(path).lines())).hexdigest()
     os.killpg(federation.running["second"].pid, signal.SIGKILL)
     federation.running.pop("second").wait(30)
-    subprocess.run(["pkill", "-9", "-f", f"flower-supernode.*{federation.folder / 'second'}"], check=False)
     federation.start("second", "node", "start", "second")
     federation.wait_for("the node", lambda: federation.log("second").count("dials") == 2)
     federation.wait_for("three nodes", lambda: list(federation.status()["nodes"].values()) == ["online"] * 3)

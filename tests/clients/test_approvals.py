@@ -1,0 +1,99 @@
+"""What a node's owner approved: kept over restarts, bounded, and asked again for every other plan."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+
+import pytest
+from test_node import HELD, body, make_node
+from test_protocol import plan, request
+
+import clients.approvals
+from clients.approvals import Approvals
+from clients.protocol import AdmitRequest, ProtocolError, encode
+from model.errors import BadInputError
+
+PLAN, OTHER = plan(), plan(rounds=11)
+
+
+def code(call, *args, **options):
+    with pytest.raises(ProtocolError) as caught:
+        call(*args, **options)
+    return caught.value.code
+
+
+@pytest.fixture
+def approvals(tmp_path):
+    return Approvals(tmp_path / "plans")
+
+
+def test_a_plan_waits_until_it_is_approved(approvals, tmp_path):
+    assert code(approvals.check, PLAN, "digits", needed=True) == "awaiting-approval"
+    (waiting,) = approvals.waiting()
+    assert (waiting.hash, waiting.scenario, waiting.plan) == (PLAN.hash, "digits", PLAN)
+    approvals.approve(PLAN.hash[:8])
+    approvals.check(PLAN, "digits", needed=True)
+    Approvals(tmp_path / "plans").check(PLAN, "digits", needed=True)  # after a restart
+    assert approvals.waiting() == []
+    assert code(approvals.check, OTHER, "digits", needed=True) == "awaiting-approval"
+
+
+def test_asking_again_changes_nothing(approvals):
+    for _ in range(3):
+        assert code(approvals.check, PLAN, "digits", needed=True) == "awaiting-approval"
+    assert len(approvals.waiting()) == 1
+
+
+def test_what_waits_is_for_the_owner_alone_and_bounded(approvals, tmp_path, monkeypatch):
+    monkeypatch.setattr(clients.approvals, "_MOST_WAITING", 2)
+    for rounds in range(1, 6):
+        assert code(approvals.check, plan(rounds=rounds), "s", needed=True) == "awaiting-approval"
+    files = list((tmp_path / "plans").glob("*.waiting"))
+    assert len(files) == 2
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+def test_an_ambiguous_or_unknown_hash_approves_nothing(approvals):
+    for asked in (PLAN, OTHER):
+        code(approvals.check, asked, "s", needed=True)
+    for prefix in ("", "zz"):
+        with pytest.raises(BadInputError, match="must be one"):
+            approvals.approve(prefix)
+    assert len(approvals.waiting()) == 2
+
+
+def test_a_damaged_file_is_named(approvals, tmp_path):
+    code(approvals.check, PLAN, "s", needed=True)
+    (path,) = (tmp_path / "plans").glob("*.waiting")
+    path.write_text("{")
+    with pytest.raises(BadInputError, match="damaged"):
+        approvals.waiting()
+
+
+def test_a_paused_node_refuses_whatever_is_approved(approvals):
+    code(approvals.check, PLAN, "s", needed=True)
+    approvals.approve(PLAN.hash)
+    approvals.pause()
+    assert code(approvals.check, PLAN, "s", needed=True) == "paused"
+    assert code(approvals.check, PLAN, "s", needed=False) == "paused"
+    approvals.resume()
+    approvals.check(PLAN, "s", needed=True)
+
+
+def test_a_node_asks_its_owner_before_anything_is_charged(tmp_path, approvals):
+    node = replace(make_node(tmp_path), approvals=approvals)
+    asked = request(held=HELD)
+    assert code(node.admit, AdmitRequest(run_id="1", scenario="test", plan=PLAN)) == "awaiting-approval"
+    assert code(node.train, asked, encode(asked, body())) == "awaiting-approval"
+    assert node.ledger.entries() == []
+    approvals.approve(PLAN.hash)
+    node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN))
+    approvals.pause()
+    assert code(node.train, asked, encode(asked, body())) == "paused"
+    assert len(node.ledger.entries()) == 1
+
+
+def test_the_policy_may_do_without(tmp_path, approvals):
+    node = replace(make_node(tmp_path, unapproved_plans=True), approvals=approvals)
+    node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN))

@@ -1,0 +1,129 @@
+"""Certificates, the proxy's configuration, and an operator's folder."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import stat
+import subprocess
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from clients.node_key import create_node_key
+from deployment.certificates import days_left
+from deployment.operator import find_operator
+from deployment.proxy import nginx_config, nginx_program
+from deployment.server_config import read_server_config
+from deployment.server_directory import ServerDirectory
+from model.errors import BadInputError
+
+
+@pytest.fixture
+def server(tmp_path):
+    return ServerDirectory.create(tmp_path / "fed", ["fed.example.org", "10.0.0.7"], port=9443, days=30)
+
+
+def certificate(path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def test_the_servers_certificate_is_for_its_hosts_and_loopback_and_signed_by_the_ca(server):
+    ca, found = certificate(server.tls / "ca.pem"), certificate(server.tls / "server.pem")
+    found.verify_directly_issued_by(ca)
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address(a) for a in ("10.0.0.7", "127.0.0.1")]
+    assert list(found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        ExtendedKeyUsageOID.SERVER_AUTH
+    ]
+    assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert 29.9 < days_left(server.tls / "server.pem") < 30.1
+
+
+def test_an_operators_certificate_is_no_servers(server):
+    found = certificate(server.operator / "operator.pem")
+    found.verify_directly_issued_by(certificate(server.tls / "ca.pem"))
+    assert list(found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        ExtendedKeyUsageOID.CLIENT_AUTH
+    ]
+    ssl.create_default_context(cafile=server.operator / "ca.pem").load_cert_chain(
+        server.operator / "operator.pem", server.operator / "operator.key"
+    )
+
+
+def test_keys_and_secrets_are_readable_by_their_owner_only(server, tmp_path):
+    public = create_node_key(tmp_path / "node.key")
+    for path in (server.tls / "ca.key", server.tls / "server.key", server.operator / "operator.key", server.secret,
+                 tmp_path / "node.key"):  # fmt: skip
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for folder in (server.tls, server.state, server.operator):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    key = serialization.load_ssh_private_key((tmp_path / "node.key").read_bytes(), password=None)
+    assert isinstance(key.curve, ec.SECP384R1)
+    assert serialization.load_ssh_public_key(public.read_bytes()) == key.public_key()
+    with pytest.raises(FileExistsError):
+        create_node_key(tmp_path / "node.key")
+
+
+def test_a_servers_folder_is_made_once(server, tmp_path):
+    with pytest.raises(BadInputError, match="is a server's already"):
+        ServerDirectory.create(server.path, ["other"], port=9443, days=30)
+    assert ServerDirectory(server.path).config.hosts == ("fed.example.org", "10.0.0.7")
+
+
+@pytest.mark.parametrize("host", ["", "a b", "-a.org", "ü.example", "a..b", "x" * 300, "a_b", "https://a"])
+def test_a_host_that_is_none_is_refused(tmp_path, host):
+    with pytest.raises(BadInputError, match="must be a name like"):
+        ServerDirectory.create(tmp_path / "fed", [host], port=9443, days=30)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("port = 9443", "port = 0", "port"),
+        ("port = 9443", "prt = 9443", "prt"),
+        ("max_message_mb = 1024", "max_message_mb = 0", "max_message_mb"),
+        ('hosts = ["fed.example.org", "10.0.0.7"]', "hosts = []", "hosts"),
+        ("port = 9443", "port = [", "not TOML"),
+    ],
+)
+def test_a_configuration_that_cannot_be_names_the_key(server, old, new, named):
+    path = server.path / "server.toml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(BadInputError, match=named):
+        read_server_config(path)
+
+
+def test_nginx_accepts_the_configuration(server, tmp_path):
+    try:
+        program = nginx_program()
+    except BadInputError as error:
+        pytest.skip(str(error))
+    (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
+    done = subprocess.run(
+        [program, "-t", "-c", str(server.state / "nginx.conf"), "-p", str(server.state), "-e", "stderr"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert "syntax is ok" in done.stderr, done.stderr
+    text = (server.state / "nginx.conf").read_text()
+    assert text.count("proxy_pass") == 2  # fleet and control; nothing else goes through
+    assert "/v1/runtime" not in text
+
+
+def test_an_operator_is_found_by_folder_or_by_name(server, tmp_path, monkeypatch):
+    assert find_operator(str(server.operator)).address == "fed.example.org:9443"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "conclave").mkdir()
+    server.operator.rename(tmp_path / "conclave" / "fed")
+    assert find_operator("fed").key == tmp_path / "conclave" / "fed" / "operator.key"
+    (tmp_path / "conclave" / "fed" / "operator.key").unlink()
+    with pytest.raises(BadInputError, match=r"operator\.key: missing"):
+        find_operator("fed")
+    with pytest.raises(BadInputError, match="must be an operator's folder"):
+        find_operator("elsewhere")

@@ -1,0 +1,189 @@
+"""A node's folder made ready to run: what its check finds, and that nothing else is done than what was asked for."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from clients import deployed
+from clients.node_directory import NodeDirectory, create_node
+from deployment import flower_runtime, node_check
+from deployment.flower_runtime import bundle, check_flower
+from deployment.node_check import check_node
+from deployment.node_loading import open_node
+from deployment.node_process import _refusal
+from model.errors import BadInputError
+from server.scenario import parse_scenario
+from simulations.plan import plan as work_out
+from simulations.simulate import simulate
+
+SCENARIO = """name = "rows"
+[model]
+width = 8
+encoder = { kind = "table", features = 4 }
+head = { kind = "classification", classes = 2 }
+[model.experts]
+routed = 2
+hidden = 8
+top_k = 1
+[data]
+source = "nodes"
+[partition]
+scheme = "iid"
+nodes = 3
+[privacy]
+epsilon = 4.0
+delta = 1e-5
+clip = 1.0
+sampling_rate = 0.5
+[training]
+learning_rate = 0.5
+[federation]
+rounds = 5
+experts_per_node = 2
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A node whose data are an npz file of 60 rows."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    generator = np.random.default_rng(0)
+    rows = {"x": generator.normal(size=(60, 4)).astype(np.float32), "y": generator.integers(2, size=60)}
+    np.savez(tmp_path / "rows.npz", **rows)
+    create_node(
+        tmp_path / "node",
+        dataset={"id": "rows", "data": str(tmp_path / "rows.npz"), "declared_size": 60, "held_out": 0.25},
+        budget={"epsilon": 4.0, "delta": 1e-5},
+        storage={"witness": str(tmp_path / "witness"), "machine": "m"},
+    )
+    edit(tmp_path / "node", "# [format]", '[format]\nkind = "npz"\ntable = "x"\nlabel = "y"\nclasses = 2\n#')
+    return tmp_path / "node"
+
+
+def edit(folder, old: str, new: str) -> None:
+    path = folder / "node.toml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def scenario(**changes):
+    return parse_scenario(SCENARIO, where="test", overrides=changes)
+
+
+def problems(folder, asked=None) -> dict[str, str]:
+    return {check.what: check.problem for check in check_node(NodeDirectory(folder), asked) if check.problem}
+
+
+def test_a_node_in_order_lacks_a_server_only(folder):
+    before = (folder / "state" / "ledger.db").read_bytes()
+    assert problems(folder, scenario()).keys() == {"server"}
+    assert (folder / "state" / "ledger.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what", "sentence"),
+    [
+        ('table = "x"', 'table = "z"', "data", "z"),
+        ("[format]\n", "# [format]\n# ", "data", ""),
+        ("max_rounds = 10000", "max_rounds = 3", "budget", "rounds is 5, must be at most 3"),
+        ("min_noise_multiplier = 0.3", "min_noise_multiplier = 50.0", "budget", "must be at least 50"),
+        ("epsilon = 4.0", "epsilon = 8.0", "ledger", "must be 4"),
+    ],
+)
+def test_what_is_not_in_order_says_what_to_do(folder, old, new, what, sentence):
+    if new.startswith("# [format]"):
+        text = (folder / "node.toml").read_text()
+        (folder / "node.toml").write_text(text[: text.index("[format]")] + text[text.index("# The server to dial") :])
+        sentence = "must say how the data are laid out"
+    else:
+        edit(folder, old, new)
+    assert sentence in problems(folder, scenario())[what]
+
+
+def test_data_of_another_shape_are_named(folder):
+    found = problems(folder, scenario(**{"model.encoder.features": 7}))
+    assert "features" in found["data"]
+
+
+def test_a_spent_budget_is_named(folder):
+    asked = scenario(**{"privacy.epsilon": 5.0})
+    assert "more than is left" in problems(folder, asked)["budget"]
+
+
+def test_a_full_disk_is_named(folder, monkeypatch):
+    monkeypatch.setattr(node_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert "1 MiB free" in problems(folder)["disk"]
+
+
+def test_a_server_that_is_not_there_and_a_key_that_others_can_read_are_named(folder, tmp_path):
+    from deployment.certificates import Authority
+
+    Authority.create(tmp_path, days=3)
+    text = (folder / "node.toml").read_text()
+    (folder / "node.toml").write_text(f'{text}\n[server]\naddress = "localhost:1"\nca = "{tmp_path / "ca.pem"}"\n')
+    (folder / "state" / "node.key").chmod(0o644)
+    found = problems(folder)
+    assert "others can read it" in found["node key"]
+    assert "not reachable" in found["server"]
+    assert "good for 3 more days" in found["certificate"]
+
+
+def test_an_opened_node_trains_on_one_side_and_measures_on_the_other(folder):
+    node = open_node(NodeDirectory(folder))
+    assert len(node.records["label"]) + len(node.held_out.records["label"]) == 60
+    assert 0 < len(node.held_out.records["label"]) < 40
+    assert node.declared_size == 45
+    assert node.describe().held_out is None  # the policy does not name metrics
+    first, second = node.new_secret("a"), node.new_secret("a")
+    assert first != second  # from the operating system, not from the charge
+    assert node.approvals is not None
+
+
+def test_a_process_stands_for_one_node(folder):
+    from clients.app import open_node as found
+
+    node = open_node(NodeDirectory(folder))
+    deployed.deploy(node)
+    try:
+        # Whatever a message's context says: its partition, its run and its scenario lead nowhere else.
+        assert found(SimpleNamespace(node_config={"partition-id": 3, "num-partitions": 9}, run_config={})) is node
+        with pytest.raises(RuntimeError):
+            deployed.deploy(node)
+    finally:
+        deployed.withdraw()
+
+
+def test_another_flower_is_refused(monkeypatch):
+    monkeypatch.setattr(flower_runtime, "version", lambda name: "1.42.0")
+    with pytest.raises(BadInputError, match=r"flwr 1\.42\.0 is installed, must be 1\.41\.0"):
+        check_flower()
+
+
+def test_a_bundle_holds_no_code():
+    import io
+    import zipfile
+
+    with zipfile.ZipFile(io.BytesIO(bundle("0.1.0"))) as archive:
+        assert sorted(archive.namelist()) == [".info/CONTENT", "pyproject.toml"]
+    assert bundle("0.1.0") == bundle("0.1.0")
+
+
+def test_only_this_release_is_answered():
+    release = flower_runtime.release()
+    assert _refusal("conclave/conclave", release) is None
+    for name, number in (("conclave/conclave", "9.9.9"), ("other/conclave", release)):
+        document = _refusal(name, number)["document"]["json"]
+        assert json.loads(document)["code"] == "version-mismatch"
+
+
+def test_a_scenario_for_real_nodes_is_planned_but_not_simulated(tmp_path):
+    asked = scenario()
+    assert work_out(asked).rounds == 5
+    from server.run_directory import RunDirectory
+
+    with pytest.raises(BadInputError, match="conclave train runs such a scenario"):
+        simulate(asked, RunDirectory.create(asked, tmp_path / "run"))

@@ -1,0 +1,82 @@
+"""Programs that belong together: started again when they end, ended together, and nobody outlives a killed parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deployment.supervision import Family, Program
+
+SLEEPER = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
+
+
+def pids(log: Path) -> list[int]:
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "\nState:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_program_that_ends_is_started_again_and_all_end_together(tmp_path):
+    log = tmp_path / "log"
+    with Family([Program("sleeper", SLEEPER, log, {})]) as family:
+        wait_for(lambda: len(pids(log)) == 1)
+        assert log.stat().st_mode & 0o077 == 0
+        os.kill(pids(log)[0], signal.SIGKILL)
+        wait_for(lambda: len(pids(log)) == 2)
+        assert alive(pids(log)[1])
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert family.stopped.wait(5)
+    assert not any(map(alive, pids(log)))
+
+
+def test_what_calls_out_is_switched_off(tmp_path):
+    log = tmp_path / "log"
+    names = ("FLWR_TELEMETRY_ENABLED", "HF_HUB_OFFLINE", "MINE")
+    shown = f"import os; print({{k: os.environ.get(k) for k in {names}}}, flush=True)"
+    program = Program("shows", [sys.executable, "-c", f"{shown}; import time; time.sleep(600)"], log, {"MINE": "1"})
+    with Family([program]):
+        wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
+    assert log.read_text().strip() == "{'FLWR_TELEMETRY_ENABLED': '0', 'HF_HUB_OFFLINE': '1', 'MINE': '1'}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent was killed")
+def test_nobody_outlives_a_parent_that_is_killed(tmp_path):
+    log = tmp_path / "log"
+    root = Path(__file__).resolve().parents[2]
+    work = (
+        f"import sys; sys.path.insert(0, {str(root)!r}); from pathlib import Path\n"
+        "from deployment.supervision import Family, Program\n"
+        f"with Family([Program('sleeper', {SLEEPER!r}, Path({str(log)!r}), {{}})]) as family: family.stopped.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", work])
+    wait_for(lambda: pids(log))
+    parent.kill()
+    parent.wait(30)
+    wait_for(lambda: not alive(pids(log)[0]))

@@ -19,6 +19,7 @@ from data.formats.config_parts import (
     PictureConfig,
     Scale,
     Side,
+    Stated,
     TextColumnConfig,
     Window,
     first_given,
@@ -129,8 +130,8 @@ class NpzConfig(Frozen):
     labels: Labels | None = None
     classes: Classes | None = None
     group_by: Name | None = None
-    center: Constant | Annotated[tuple[Constant, ...], Field(strict=False)] = 0.0
-    scale: Scale | Annotated[tuple[Scale, ...], Field(strict=False)] = 1.0
+    center: Annotated[Constant | Annotated[tuple[Constant, ...], Field(strict=False)], Stated] = 0.0
+    scale: Annotated[Scale | Annotated[tuple[Scale, ...], Field(strict=False)], Stated] = 1.0
     missing: Constant | None = None
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from model.config import Frozen
 
@@ -36,6 +36,13 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _stated(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError("must be a number that you state: constants are public, and never worked out from the data")
+    return value
+
+
+Stated = BeforeValidator(_stated)
 Distinct = Annotated[Names, AfterValidator(_distinct)]
 Categories = Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=65_536), AfterValidator(_distinct)]
 
@@ -107,8 +114,8 @@ class FeaturesConfig(Frozen):
 
     features: Distinct | None = None
     categories: dict[Name, Categories] = Field(default_factory=dict)
-    center: Constant | dict[Name, Constant] = 0.0
-    scale: Scale | dict[Name, Scale] = 1.0
+    center: Annotated[Constant | dict[Name, Constant], Stated] = 0.0
+    scale: Annotated[Scale | dict[Name, Scale], Stated] = 1.0
     missing: Constant | None = None
     missing_values: Annotated[tuple[str, ...], Field(strict=False)] = MISSING
 

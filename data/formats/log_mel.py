@@ -71,9 +71,8 @@ def log_mel(sound_S: Tensor, config: LogMelConfig) -> Tensor:
         sound_S: float32 in [−1, 1], ``config.samples`` of them.
     """
     window_S = torch.hann_window(config.fft)
-    spectrum_FT = torch.stft(sound_S, config.fft, config.hop, window=window_S, center=False, return_complex=True) * (
-        2.0 / float(window_S.sum())
-    )  # so that a sine of full scale has power 1
+    spectrum_FT = torch.stft(sound_S, config.fft, config.hop, window=window_S, center=False, return_complex=True)
+    spectrum_FT = spectrum_FT * (2.0 / float(window_S.sum()))  # a sine of full scale has power 1
     power_MT = mel_bands(config.rate, config.fft, config.mels) @ spectrum_FT.abs().square()
     decibel_MT = 10.0 * power_MT.clamp(min=10.0 ** (FLOOR_DB / 10.0)).log10()
     return (1.0 - decibel_MT / FLOOR_DB).clamp(0.0, 1.0).unsqueeze(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_config, make_text_config
-from format_samples import PATIENTS, SAMPLES, TABLE, csv_text, parse, png, read, write_wav
+from format_samples import PATIENTS, SAMPLES, TABLE, csv_text, parse, png, read
 
 from data import private_data
 from data.formats.values import group_number
@@ -166,13 +166,24 @@ def test_a_path_that_is_not_there_is_one_sentence(name, tmp_path):
         read_private(tmp_path / "missing", parse(document), "record")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_costs_its_own_row_only(tmp_path):
-    for name in ("a", "b"):
-        write_wav(tmp_path / "0" / f"{name}.wav", torch.zeros(8000, dtype=torch.int64).numpy())
-    (tmp_path / "0" / "a.wav").chmod(0)
-    data = read(tmp_path, kind="wav-folder", rate=8000, seconds=0.5, classes=2)
-    assert [row.why for row in data.bad] == ["must be a file that can be read"]
+@pytest.mark.parametrize("name", ["image-folder", "wav-folder", "text-folder"])
+def test_a_file_that_cannot_be_read_costs_its_own_row_only(name, tmp_path, monkeypatch):
+    path, document = SAMPLES[name](tmp_path)
+    whole = read(path, **document)
+    denied = min(file for file in path.rglob("*") if file.is_file())
+    read_bytes = Path.read_bytes
+
+    def some(file):
+        if file == denied:
+            raise PermissionError(13, "Permission denied", str(file))
+        return read_bytes(file)
+
+    monkeypatch.setattr(Path, "read_bytes", some)
+    data = read(path, **document)
+    assert [(row.where, row.why) for row in data.bad] == [
+        (str(denied.relative_to(path)), "must be a file that can be read")
+    ]
+    assert 0 < len(data.records["group"]) < len(whole.records["group"])
 
 
 HEART = [

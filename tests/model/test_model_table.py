@@ -64,6 +64,19 @@ def test_features_that_are_padding_change_nothing():
     assert torch.equal(network.loss(changed), network.loss(padded))
     torch.testing.assert_close(network.loss(changed)[0], network.loss(batch)[0])
     assert not torch.equal(network.loss(changed)[1], network.loss(batch)[1])
+    network.loss(changed).sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("tokens", ["row", "feature"])
+def test_tokens_of_padding_are_exact_zeros(tokens):
+    encoder = build(make_table_config(tokens), seed=3).encoder
+    table = make_table(2)["table"]
+    present = torch.ones(2, encoder.config.token_count, dtype=torch.bool)
+    present[1, -1] = False
+    found, whole = encoder(table, present), encoder(table)
+    assert (found[1, -1] == 0).all()
+    assert torch.equal(found[present], whole[present])
 
 
 @pytest.mark.parametrize("tokens", ["row", "feature"])
@@ -103,8 +116,12 @@ def test_schemas_say_which_models_fit():
     table, image, text = TableSchema(7, 5), ImageSchema((1, 8, 8), 5), TextSchema(12)
     for tokens in ("row", "feature"):
         assert table.mismatch(make_table_config(tokens)) is None
-    assert TableSchema(6, 5).mismatch(make_table_config("row")) == "model.encoder.features is 7, must be 6"
-    assert TableSchema(7, 4).mismatch(make_table_config("row")) == "model.head.classes is 5, must be 4"
+    for other in (6, 8):
+        assert (
+            TableSchema(other, 5).mismatch(make_table_config("row")) == f"model.encoder.features is 7, must be {other}"
+        )
+    for other in (4, 6):
+        assert TableSchema(7, other).mismatch(make_table_config("row")) == f"model.head.classes is 5, must be {other}"
     for other in (make_config(), make_conv_config(patch=4), make_text_config()):
         assert table.mismatch(other) == "model.encoder.kind must be table and model.head.kind classification"
     assert image.mismatch(make_config()) is image.mismatch(make_conv_config(patch=4)) is None

@@ -155,12 +155,13 @@ def test_groups_of_pictures_are_folders_within_the_labels_or_files(tmp_path):
 
 def test_names_may_tell_label_and_group(tmp_path):
     good = png(np.zeros((4, 5), dtype=np.uint8))
-    for name in ("x/dog-ann-1.png", "y/z/cat-bob.png", "cat-.png", "bird-ann.png", "other.png"):
+    for name in ("x/dog-ann-1.png", "y/z/cat-bob.png", "cat-.png", "bird-ann.png", "other.png", "dog-ann-1x.png"):
         put(tmp_path, name, good)
     data = read(tmp_path, "group", **PICTURE, pattern=r"(?P<label>[a-z]+)-(?P<group>[a-z]*)(-\d+)?")
     assert reasons(data) == {
         "bird-ann.png": "the label must be one of labels, or a number below classes",
         "cat-.png": "the group is missing, must be given",
+        "dog-ann-1x.png": "must have a name that pattern fits",
         "other.png": "must have a name that pattern fits",
     }
     assert data.records["label"].tolist() == [1, 0]
@@ -270,6 +271,20 @@ def test_other_rates_are_bad_rows_unless_they_are_resampled(tmp_path):
     loud = right > 0.5
     for other in (slow, *fast):
         torch.testing.assert_close(other[loud], right[loud], atol=0.04, rtol=0)
+
+
+def test_what_is_resampled_ends_where_the_sound_ends(tmp_path):
+    """A sound that stops while it is loud: the last value must not go on as a constant."""
+    write_wav(tmp_path / "1" / "a.wav", np.full(4000, 20_000), rate=16_000)
+    image = read(tmp_path, **SOUND, resample=True).records["image"][0, 0]
+    assert (image[:, 16:] == 0).all()
+    assert (image[0, :14] > 0.5).all()
+
+
+@pytest.mark.parametrize(("width", "silence"), [(1, 128), (2, 0), (3, 0), (4, 0)])
+def test_silence_of_every_width_is_silence(width, silence, tmp_path):
+    write_wav(tmp_path / "1" / "a.wav", np.full(4000, silence), width=width)
+    assert (read(tmp_path, **SOUND).records["image"] == 0).all()
 
 
 def extensible(content: bytes, guid: bytes) -> bytes:

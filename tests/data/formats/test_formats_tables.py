@@ -129,10 +129,11 @@ def test_bytes_that_are_no_text_cost_their_own_row_only(tmp_path):
     data = read(path, kind="csv", label="y", classes=2, group_by="g")
     assert list(reasons(data)) == [f"row {number}" for number in range(2, 7)]
     assert data.records["table"].tolist() == [[1], [2]]
-    column = pa.array([b"no", b"\xff", b"yes"]).view(pa.string())  # no check: what a damaged file would hold
-    pq.write_table(pa.table({"a": [1, 2, 3], "y": column}), tmp_path / "a.parquet")
-    data = read(tmp_path / "a.parquet", kind="parquet", label="y", labels=["no", "yes"])
-    assert reasons(data) == {"row 2": "the label must be text in UTF-8"}
+    for narrow, wide in ((pa.binary(), pa.string()), (pa.large_binary(), pa.large_string())):
+        column = pa.array([b"no", b"\xff", b"yes"], narrow).view(wide)  # no check: what a damaged file would hold
+        pq.write_table(pa.table({"a": [1, 2, 3], "y": column}), tmp_path / "a.parquet")
+        data = read(tmp_path / "a.parquet", kind="parquet", label="y", labels=["no", "yes"])
+        assert reasons(data) == {"row 2": "the label must be text in UTF-8"}
 
 
 def test_missing_numbers_are_a_public_constant_where_one_is_stated(tmp_path):
@@ -188,8 +189,9 @@ def test_a_csv_file_may_lack_a_header_and_have_other_delimiters_and_quotes(tmp_p
 def test_names_may_be_in_any_language_and_follow_a_byte_order_mark(tmp_path):
     content = "\ufeffGröße,läuft,病\n1.5,Ärger,oui\n2.5,Öl,non\n"
     document = {"kind": "csv", "label": "病", "labels": ["non", "oui"], "group_by": "läuft"}
-    for given in ({}, {"columns": ["Größe", "läuft", "病"]}):
-        data = read(write_csv(tmp_path, content if not given else content.split("\n", 1)[1]), **document, **given)
+    for given in ({"features": ["Größe"]}, {"columns": ["Größe", "läuft", "病"]}):
+        rows = content if "features" in given else "\ufeff" + content.split("\n", 1)[1]
+        data = read(write_csv(tmp_path, rows), **document, **given)
         assert data.records["table"].flatten().tolist() == [1.5, 2.5]
         assert data.records["label"].tolist() == [1, 0]
         assert data.records["group"].tolist() == [group_number("Ärger"), group_number("Öl")]
@@ -199,13 +201,16 @@ def test_rows_keep_their_numbers_across_blocks_and_bad_rows(tmp_path):
     """Ten times what pyarrow parses at once would take long; its block is made small instead."""
     from data.formats import csv_files
 
-    lines = [f"{n},{n % 2}" if n % 97 else f"{n}" for n in range(1, 5001)]
+    lines = [f'{n},"\n{n % 2}\n"' if n % 97 else f"{n}" for n in range(1, 4948)]  # the last row is a bad one
     path = write_csv(tmp_path, "a,y\n" + "\n".join(lines) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(csv_files, "_BLOCK_BYTES", 1000)
         data = read(path, kind="csv", label="y", classes=2)
-    assert [row.where for row in data.bad] == [f"row {n}" for n in range(97, 5001, 97)]
-    assert data.records["table"].flatten().tolist() == [n for n in range(1, 5001) if n % 97]
+        path.write_text("\n".join(lines))
+        headless = read(path, kind="csv", columns=["a", "y"], label="y", classes=2)
+    for found in (data, headless):
+        assert [row.where for row in found.bad] == [f"row {n}" for n in range(97, 4948, 97)]
+        assert found.records["table"].flatten().tolist() == [n for n in range(1, 4948) if n % 97]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -297,6 +302,19 @@ def test_what_the_library_itself_saves_can_be_read(tmp_path):
             read(tmp_path / "several", kind="hugging-face", split=split, **TABLE)
     with pytest.raises(BadInputError, match="has no splits, split must not be given"):
         read(tmp_path / "pictures", kind="hugging-face", split="train", image=picture, label="label", classes=2)
+
+
+def test_files_of_one_data_set_must_have_the_same_columns(tmp_path):
+    write_hugging_face(tmp_path / "a", {"x": [1, 2], "y": [0, 1]}, shards=2)
+    write_hugging_face(tmp_path / "b", {"x": [1.5, 2.5], "y": [0, 1]}, shards=2)
+    name = "data-00001-of-00002.arrow"
+    (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.raises(BadInputError, match=r"data-00001-of-00002\.arrow: has other columns"):
+        read(tmp_path / "a", kind="hugging-face", label="y", classes=2)
+    pq.write_table(pa.table({"x": [1, 2], "y": [0, 1]}), tmp_path / "1.parquet")
+    pq.write_table(pa.table({"x": [1.5, 2.5], "y": [0, 1]}), tmp_path / "2.parquet")
+    with pytest.raises(BadInputError, match=r"2\.parquet: has other columns than 1\.parquet"):
+        read(tmp_path, kind="parquet", label="y", classes=2)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from clients.protocol import (
     decode,
     encode,
 )
-from clients.simulated import open_simulated
 from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
 
@@ -98,6 +97,8 @@ def open_node(context: Context) -> Node:
     node = deployed()
     if node is not None:  # and nothing that a message says leads to another
         return node
+    from clients.simulated import open_simulated  # partitioners and their libraries: nothing for a deployed node
+
     number, of = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
     if not isinstance(number, int) or not isinstance(of, int):
         raise ProtocolError("not-enrolled", "this node has no data configured")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -187,3 +190,14 @@ def test_a_scenario_for_real_nodes_is_planned_but_not_simulated(tmp_path):
 
     with pytest.raises(BadInputError, match="conclave train runs such a scenario"):
         simulate(asked, RunDirectory.create(asked, tmp_path / "run"))
+
+
+def test_a_node_loads_nothing_that_it_does_not_need():
+    """What is not imported opens no connection and writes no cache; these do, or once did."""
+    names = {"datasets", "flwr_datasets", "matplotlib", "sklearn", "huggingface_hub", "ray"}
+    code = f"import sys, deployment.node_process; print(sorted({names} & set(sys.modules)))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"

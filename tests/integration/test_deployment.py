@@ -107,6 +107,9 @@ class Federation:
         self.folder = folder
         self.port = free_port()
         self.environment = os.environ | {"XDG_STATE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+        self.watched = {name: folder / f"watched-{name.lower()}" for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
+        for path in self.watched.values():
+            path.mkdir()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def call(self, *arguments: object) -> Called:
@@ -135,8 +138,8 @@ class Federation:
         """Start a process that goes on."""
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                [CONCLAVE, *map(str, arguments)], cwd=self.folder, env=self.environment, stdout=log, stderr=log,
-                start_new_session=True,
+                [CONCLAVE, *map(str, arguments)], cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
+                env=self.environment | {name: str(path) for name, path in self.watched.items()},
             )  # fmt: skip
 
     def log(self, name: str) -> str:
@@ -385,6 +388,42 @@ def test_the_runtime_api_listens_on_loopback_only(federation):
                 address, port = local.split(":")
                 listening.setdefault(int(port, 16), set()).add(address)
     assert {port: listening[port] for port in inner} == {port: {"0100007F"} for port in inner}
+
+
+def sockets_of(pid: int) -> set[tuple[str, int]]:
+    """The other ends of a process's TCP connections: address as the kernel spells it, and port."""
+    links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    inodes = {str(link)[8:-1] for link in links if str(link).startswith("socket:[")}
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[9] in inodes and fields[3] != "0A":
+                address, port = fields[2].split(":")
+                found.add((address, int(port, 16)))
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_node_speaks_with_the_server_only_and_writes_into_its_state_only(federation):
+    """Rule 14, on the running processes after whole runs; reading of data has tests of its own."""
+    for name in NODES:
+        server = NodeDirectory(federation.folder / name).config.server
+        executor = federation.running[name].pid
+        (supernode,) = children_of(executor)
+        loopback = {("0100007F", server.internal_port)}
+        assert sockets_of(executor) <= loopback
+        inward = {end for end in sockets_of(supernode) if end[1] != federation.port}
+        assert all(address == "0100007F" for address, _ in inward)  # the executor's end of the same connections
+        inside = {path.relative_to(federation.folder / name).parts[0] for path in (federation.folder / name).rglob("*")}
+        assert inside == {"node.toml", "state"}
+    for path in federation.watched.values():
+        assert list(path.rglob("*")) == []  # neither nodes nor server wrote to home, cache or temporary files
+    data = [path for path in (federation.folder / "data").rglob("*") if path.is_file()]
+    assert len(data) == 3  # nothing beside the private files either
 
 
 def test_secrets_are_their_owners_alone(federation):

@@ -127,14 +127,11 @@ class Ledger(Store):
 
     def knows(self, charge_id: str) -> bool:
         """Whether this charge was made, whatever became of it."""
-        return self._db.execute("SELECT 1 FROM entries WHERE charge_id = ?", (charge_id,)).fetchone() is not None
+        return bool(self._rows("SELECT 1 FROM entries WHERE charge_id = ?", charge_id))
 
     def is_open(self, run_id: str, plan_hash: str) -> bool:
         """Whether budget is set aside for this plan."""
-        row = self._db.execute(
-            "SELECT 1 FROM plans WHERE run_id = ? AND plan_hash = ? AND open", (run_id, plan_hash)
-        ).fetchone()
-        return row is not None
+        return bool(self._rows("SELECT 1 FROM plans WHERE run_id = ? AND plan_hash = ? AND open", run_id, plan_hash))
 
     def close_plans(self, run_id: str) -> int:
         """Give back what is still set aside for a run and forget its local state; return how many plans were open."""
@@ -229,8 +226,8 @@ class Ledger(Store):
 
     def local_state(self, name: str) -> bytes | None:
         """Return what the last committed charge left under this name."""
-        row = self._db.execute("SELECT body FROM local_state WHERE name = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        rows = self._rows("SELECT body FROM local_state WHERE name = ?", name)
+        return bytes(rows[0][0]) if rows else None
 
     @property
     def epsilon_spent(self) -> float:
@@ -243,7 +240,7 @@ class Ledger(Store):
     @property
     def units_set_aside(self) -> int:
         """RDP units that open plans may still draw."""
-        rows = self._db.execute("SELECT set_aside, drawn FROM plans WHERE open").fetchall()
+        rows = self._rows("SELECT set_aside, drawn FROM plans WHERE open")
         return sum(max(0, int(set_aside) - int(drawn)) for set_aside, drawn in rows)
 
     def _refuse_what_only_simulations_do(self, request: ChargeRequest) -> None:
@@ -293,7 +290,7 @@ class Ledger(Store):
 
     def _known(self, charge_id: str) -> dict[str, Entry]:
         """Return the entries of a charge by state."""
-        rows = self._db.execute("SELECT state, body FROM entries WHERE charge_id = ?", (charge_id,))
+        rows = self._rows("SELECT state, body FROM entries WHERE charge_id = ?", charge_id)
         return {state: Entry.parse(body) for state, body in rows}
 
     def _reply(self, charge_id: str) -> StoredReply:

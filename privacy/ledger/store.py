@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -130,12 +130,14 @@ class Store:
     @property
     def head(self) -> SignedHead:
         """The last entry's position and hash, signed."""
-        return read_head(self._db, self.genesis)
+        with self._one_thread:
+            return read_head(self._db, self.genesis)
 
     @property
     def rotations(self) -> list[KeyRotation]:
         """The changes of the signing key, oldest first."""
-        return read_rotations(self._db)
+        with self._one_thread:
+            return read_rotations(self._db)
 
     @property
     def current_key(self) -> str:
@@ -145,7 +147,7 @@ class Store:
 
     def entries(self) -> list[Entry]:
         """Return all entries in order."""
-        return [Entry.parse(body) for (body,) in self._db.execute("SELECT body FROM entries ORDER BY seq")]
+        return [Entry.parse(body) for (body,) in self._rows("SELECT body FROM entries ORDER BY seq")]
 
     def rotate_key(self, new_key: Ed25519PrivateKey) -> KeyRotation:
         """Sign with another key from now on. The change is an entry that both keys signed.
@@ -176,8 +178,7 @@ class Store:
             return False
         if head.seq == 0:
             return head.hash == self.genesis.hash
-        row = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
-        return bool(row == (head.hash,))
+        return self._rows("SELECT hash FROM entries WHERE seq = ?", head.seq) == [(head.hash,)]
 
     def check_witness(self) -> None:
         """Compare with the witness, if there is one.
@@ -203,8 +204,8 @@ class Store:
 
     def _check_place(self, machine: str | None) -> None:
         """Refuse a copy: a ledger of another machine, or one that its witness knows to be incomplete."""
-        row = self._db.execute("SELECT value FROM standing WHERE name = 'machine'").fetchone()
-        expected = self.genesis.machine_id if row is None else row[0]
+        rows = self._rows("SELECT value FROM standing WHERE name = 'machine'")
+        expected = rows[0][0] if rows else self.genesis.machine_id
         deployed = self.genesis.mode == "deployment"
         if (deployed or machine is not None) and machine != expected:
             raise BadInputError(f"{self.path}: belongs to another machine, must be restored here before it is used")
@@ -283,11 +284,16 @@ class Store:
 
     def _last(self) -> tuple[int, str, str]:
         """Return number, RDP total and hash of the last entry, or of the genesis."""
-        row = self._db.execute("SELECT seq, body, hash FROM entries ORDER BY seq DESC LIMIT 1").fetchone()
-        if row is None:
+        rows = self._rows("SELECT seq, body, hash FROM entries ORDER BY seq DESC LIMIT 1")
+        if not rows:
             return 0, "0", self.genesis.hash
-        seq, body, entry_hash = row
+        ((seq, body, entry_hash),) = rows
         return seq, json.loads(body)["rdp_total"], entry_hash
+
+    def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Read. A thread that is in the midst of it would let another's check-point fail: the table is locked then."""
+        with self._one_thread:
+            return self._db.execute(query, values).fetchall()
 
     def _stand(self, name: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO standing VALUES (?, ?)", (name, value))

@@ -8,6 +8,7 @@ no path of it is on ``sys.path``, nothing of it is written to disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import ssl
@@ -37,17 +38,23 @@ from flwr.proto.control_pb2 import (
     StreamLogsRequest,
 )
 from flwr.proto.log_pb2 import PushLogsRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -65,6 +72,7 @@ BUNDLE = "conclave/conclave"
 _TASK_POLL_S = 0.1
 _REPLY_POLL_S = 0.2
 _RETRY_S = 2.0
+_PATIENCE_S = 60.0
 
 log = logging.getLogger("conclave.flower")
 
@@ -163,7 +171,14 @@ def answer_message(
 
 
 class QuickGrid(HttpGrid):
-    """Flower's grid, but it looks for replies every 0.2 s where Flower's own waits 3 s."""
+    """Flower's grid, but it looks for replies every 0.2 s where Flower's own waits 3 s.
+
+    And where the run is over it raises httpx.HTTPStatusError (401), where Flower's own sends its process SIGINT.
+    """
+
+    def __init__(self, api: RuntimeApi, token: str) -> None:
+        super().__init__(api.address, insecure=api.ca is None, root_certificates=api.ca, token=token)
+        self._retry_invoker = RetryInvoker(exponential, httpx.TransportError, max_tries=None, max_time=_PATIENCE_S)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, or until the time is over."""
@@ -184,7 +199,7 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
 
     ``context.run_config`` is what the operator asked for.
     """
-    grid = QuickGrid(api.address, insecure=api.ca is None, root_certificates=api.ca, token=token)
+    grid = QuickGrid(api, token)
     client = grid._runtime_client
     status, details = SubStatus.FAILED, "the run failed; the server's log says why"
     with _beating(client):
@@ -205,21 +220,46 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
             except BadInputError as error:
                 details = str(error)
                 say(details)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.UNAUTHORIZED:
+                    raise
+                log.warning("run %d was stopped", run.run_id)
         finally:
-            client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
+            grid._retry_invoker.max_tries = 1  # whoever is stopping does not wait for a server that is gone
+            with contextlib.suppress(httpx.HTTPError):
+                client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
             grid.close()
 
 
 @contextmanager
 def _beating(client: RuntimeHttpClient) -> Iterator[None]:
     """Say at intervals that the task is being worked on."""
-    sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    sender = HeartbeatSender(heartbeat_of(client))
     sender.start()
     try:
         yield
     finally:
         if sender.is_running:
             sender.stop()
+
+
+def heartbeat_of(client: RuntimeHttpClient) -> Callable[[], bool]:
+    """Return what sends one heartbeat, and whether it arrived.
+
+    Flower's own raises SIGINT where the task is over, for there it has a process to itself; here that would end a
+    server or a node. Whoever works on the task finds out by its next request.
+    """
+
+    def beat() -> bool:
+        try:
+            client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.TransportError:
+            return False
+        except httpx.HTTPStatusError:
+            return True
+        return True
+
+    return beat
 
 
 @dataclass(frozen=True)

@@ -12,3 +12,6 @@ def log_to_terminal() -> None:
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("conclave").setLevel(logging.INFO)
+    flower = logging.getLogger("flwr")  # has a handler of its own, which would say everything twice
+    flower.handlers.clear()
+    flower.setLevel(logging.WARNING)

@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pytest
 
 from clients import deployed
 from clients.node_directory import NodeDirectory, create_node
 from deployment import flower_runtime, node_check
-from deployment.flower_runtime import bundle, check_flower
+from deployment.flower_runtime import bundle, check_flower, heartbeat_of
 from deployment.node_check import check_node
 from deployment.node_loading import open_node
 from deployment.node_process import _refusal
@@ -164,6 +165,24 @@ def test_another_flower_is_refused(monkeypatch):
     monkeypatch.setattr(flower_runtime, "version", lambda name: "1.42.0")
     with pytest.raises(BadInputError, match=r"flwr 1\.42\.0 is installed, must be 1\.41\.0"):
         check_flower()
+
+
+@pytest.mark.parametrize(
+    ("answer", "arrived"),
+    [
+        (SimpleNamespace(success=True), True),
+        (SimpleNamespace(success=False), True),  # Flower's own would send this process SIGINT
+        (httpx.ConnectError("down"), False),
+        (httpx.HTTPStatusError("over", request=None, response=httpx.Response(401)), True),
+    ],
+)
+def test_a_task_that_is_over_ends_no_server_and_no_node(answer, arrived):
+    def send(_):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert heartbeat_of(SimpleNamespace(SendTaskHeartbeat=send))() is arrived
 
 
 def test_a_bundle_holds_no_code():

@@ -38,7 +38,7 @@ class Check:
 
 
 def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Check]:
-    """Look at everything that a node needs; touches no ledger and charges nothing.
+    """Look at everything that a node needs; ledgers are opened, and nothing is charged.
 
     Args:
         scenario: whether the data suit its model and the budget its plan is looked at too.

@@ -6,7 +6,9 @@ from clients.approvals import Approvals
 from clients.held_out import HeldOut, sides_of
 from clients.node import Node
 from clients.node_directory import NodeDirectory
+from data.formats.config import FormatConfig
 from data.private_data import PrivateData, read_private
+from deployment.fixed_format import check_format
 from model.errors import BadInputError
 from privacy.randomness import fresh_secret
 
@@ -18,17 +20,15 @@ def read_data(directory: NodeDirectory) -> PrivateData:
         BadInputError: they cannot be read, or no format is stated.
     """
     config = directory.config
-    if config.format is None:
-        raise BadInputError(f"{directory.path / 'node.toml'}: no [format], must say how the data are laid out")
-    return read_private(directory.path / config.dataset.data, config.format, config.dataset.unit)
+    return read_private(directory.path / config.dataset.data, _format(directory), config.dataset.unit)
 
 
 def open_node(directory: NodeDirectory) -> Node:
     """Open a node for work.
 
     Raises:
-        BadInputError: the data cannot be read, or a ledger may not be opened; see
-            :meth:`clients.node_directory.NodeDirectory.open_ledger`.
+        BadInputError: the data cannot be read, are laid out otherwise than in the first run, or a ledger may not be
+            opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
     """
     config, data = directory.config, read_data(directory)
     ledger, held_out = directory.open_ledger(), None
@@ -36,6 +36,7 @@ def open_node(directory: NodeDirectory) -> Node:
     if directory.held_out is not None:
         records, aside = sides_of(records, ledger.genesis)
         held_out = HeldOut(aside, directory.open_ledger("held-out"))
+        check_format(directory.state / "held-out.format", _format(directory), ledger, held_out.ledger)
         size = max(1, round(size * (1.0 - config.dataset.held_out)))  # both numbers are public
     return Node(
         records=records,
@@ -47,3 +48,9 @@ def open_node(directory: NodeDirectory) -> Node:
         held_out=held_out,
         approvals=Approvals(directory.plans),
     )
+
+
+def _format(directory: NodeDirectory) -> FormatConfig:
+    if directory.config.format is None:
+        raise BadInputError(f"{directory.path / 'node.toml'}: no [format], must say how the data are laid out")
+    return directory.config.format

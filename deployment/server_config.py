@@ -54,7 +54,7 @@ def default_text(config: ServerConfig) -> str:
     hosts = ", ".join(f'"{host}"' for host in config.hosts)
     return f"""# A Conclave server. Nodes and operators reach it on one port, over TLS.
 
-# Names and addresses in its certificate. A change needs a new certificate: conclave server renew.
+# Names and addresses in its certificate. A change here does not change the certificate.
 hosts = [{hosts}]
 # What the proxy listens on.
 bind = "{config.bind}"

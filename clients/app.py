@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -28,6 +29,8 @@ from data.simulated_run import simulated_run_dir
 log = logging.getLogger("conclave.node")
 
 app = ClientApp()
+
+_Request = TypeVar("_Request", ChooseRequest, TrainRequest, EvaluateRequest)
 
 
 @app.query("describe")
@@ -56,34 +59,19 @@ def close(message: Message, context: Context) -> Message:
 @app.query("choose")
 def choose(message: Message, context: Context) -> Message:
     """Choose experts, and reply with their order."""
-
-    def run() -> RecordDict:
-        request = decode(message.content, ChooseRequest)
-        return open_node(context).choose(request, message.content)
-
-    return _answer(message, run)
+    return _answer_release(message, context, ChooseRequest, Node.choose)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round and reply with the delta of exactly what was sent."""
-
-    def run() -> RecordDict:
-        request = decode(message.content, TrainRequest)
-        return open_node(context).train(request, message.content)
-
-    return _answer(message, run)
+    return _answer_release(message, context, TrainRequest, Node.train)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measure a model on held-out units and reply with the noised sums."""
-
-    def run() -> RecordDict:
-        request = decode(message.content, EvaluateRequest)
-        return open_node(context).evaluate(request, message.content)
-
-    return _answer(message, run)
+    return _answer_release(message, context, EvaluateRequest, Node.evaluate)
 
 
 def open_node(context: Context) -> Node:
@@ -108,6 +96,21 @@ def open_node(context: Context) -> Node:
         number,
         of,
     )
+
+
+def _answer_release(
+    message: Message,
+    context: Context,
+    kind: type[_Request],
+    handle: Callable[[Node, _Request, RecordDict], RecordDict],
+) -> Message:
+    """Answer a request for a release with what the node makes of it and of the tensors beside it."""
+
+    def run() -> RecordDict:
+        request = decode(message.content, kind)
+        return handle(open_node(context), request, message.content)
+
+    return _answer(message, run)
 
 
 def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:

@@ -8,17 +8,15 @@ import torch
 from torch import Size, Tensor, nn
 
 from clients.protocol import Plan
-from data.sources import GROUP, Records
+from clients.whole_pass import whole_pass
+from data.sources import Records
 from model import parameters
 from model.building import empty
 from model.moe import MoELayer
-from privacy.bookkeeping import Units
 from privacy.choice import choose
 from privacy.load_histogram import LoadHistogram
 from privacy.randomness import derive
-from privacy.unit_index import UnitIndex
 
-_AT_ONCE = 512
 SENSITIVITY = 1.0
 """A unit's tokens can all choose an expert, and no more: it moves a worth by at most 1."""
 
@@ -78,15 +76,9 @@ def worths(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[
             module.register_module("experts", _Silent())  # none came along, and none needs room here
     network.load_state_dict(parameters.join(tensors, held), assign=True)
     network.eval()
-    count = len(next(iter(records.values())))
-    index = UnitIndex(count, records[GROUP] if plan.privacy.unit == "group" else None, plan.privacy.records_per_unit)
-    inputs = {name: tensor for name, tensor in records.items() if name != GROUP}
     histogram = LoadHistogram(network, noise_multiplier=0.0)
-    at_once = 1 if plan.privacy.numeric == "strict" else _AT_ONCE
     with torch.inference_mode():
-        for part, unit_B in index.parts(torch.arange(index.count), at_once):
-            batch = {name: tensor[part] for name, tensor in inputs.items()}
-            units = Units.one_each(len(part)) if unit_B is None else Units(len(part), int(unit_B[-1]) + 1, unit_B)
+        for part, batch, units in whole_pass(plan, records):
             histogram.begin_batch(part)
             with histogram.watching(part, batch):
                 network(batch)

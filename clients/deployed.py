@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from clients.node import Node
 
-_node: list[Node] = []
+_nodes: list[Node] = []
 
 
-def deploy(node: Node) -> None:
-    """Answer as this node from now on, whatever messages say.
+@contextmanager
+def standing_for(node: Node) -> Iterator[None]:
+    """Answer as this node within, whatever messages say.
 
     Raises:
         RuntimeError: the process stands for a node already.
     """
-    if _node:
+    if _nodes:
         raise RuntimeError("this process stands for another node")
-    _node.append(node)
+    _nodes.append(node)
+    try:
+        yield
+    finally:
+        _nodes.clear()
 
 
 def deployed() -> Node | None:
-    """Return the node that was deployed here; None in a simulation."""
-    return _node[0] if _node else None
-
-
-def withdraw() -> None:
-    """Stand for no node any more."""
-    _node.clear()
+    """Return the node that is deployed here; None in a simulation."""
+    return _nodes[0] if _nodes else None

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from clients.protocol import Plan
-from data.sources import GROUP, Records
+from clients.whole_pass import whole_pass
+from data.sources import Records
 from model import HeldExperts, Network, from_state, parameters
 from model.network import Batch
-from privacy.bookkeeping import Units
 from privacy.private_metrics import MetricSums
 from privacy.randomness import derive
-from privacy.unit_index import UnitIndex
-
-_AT_ONCE = 512
 
 
 def evaluate(
@@ -42,15 +39,9 @@ def evaluate(
 def metric_sums(plan: Plan, held: HeldExperts, tensors: Mapping[str, Tensor], held_out: Records) -> MetricSums:
     """Return the sums before their noise. Never release them."""
     network = from_state(plan.model, held, parameters.join(tensors, held)).eval()
-    group_B = held_out[GROUP] if plan.privacy.unit == "group" else None
-    index = UnitIndex(len(next(iter(held_out.values()))), group_B, plan.privacy.records_per_unit)
-    inputs = {name: tensor for name, tensor in held_out.items() if name != GROUP}
     sums = MetricSums()
-    at_once = 1 if plan.privacy.numeric == "strict" else _AT_ONCE
     with torch.inference_mode():
-        for part, unit_B in index.parts(torch.arange(index.count), at_once):
-            batch = {name: tensor[part] for name, tensor in inputs.items()}
-            units = Units.one_each(len(part)) if unit_B is None else Units(len(part), int(unit_B[-1]) + 1, unit_B)
+        for _, batch, units in whole_pass(plan, held_out):
             sums.add(_values(plan, network, batch), units)
     return sums
 

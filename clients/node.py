@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from flwr.app import RecordDict
 
@@ -134,8 +135,7 @@ class Node:
         charge = for_message(charge, request, body_of(content))
         clip_name, experts_name = f"{request.run_id}/{plan.hash}/clip", state_name(request.run_id, plan)
 
-        def set_aside() -> None:
-            self._set_aside(plan, request.run_id)
+        set_aside = partial(self._set_aside, plan, request.run_id)
 
         def state() -> State:
             return self.ledger.local_state(clip_name), self.ledger.local_state(experts_name)
@@ -222,10 +222,7 @@ class Node:
             round=request.round,
             model_in_hash=sha256(body_of(content)),
         )
-
-        def set_aside() -> None:
-            self._set_aside(plan, request.run_id)
-
+        set_aside = partial(self._set_aside, plan, request.run_id)
         with paid(self.ledger, charge, self.new_secret, set_aside) as (reservation, _):
             if isinstance(reservation, StoredReply):
                 return _reply(ChooseReply, reservation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -15,6 +14,7 @@ from data.formats.config import FormatConfig
 from model.config import Frozen
 from model.errors import BadInputError
 from model.explain import explain
+from model.toml_file import read_toml
 
 
 class DatasetConfig(Frozen):
@@ -93,15 +93,7 @@ def read_node_config(path: Path) -> NodeConfig:
     Raises:
         BadInputError: one sentence that names the file, the key, the value and what is allowed.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be a node's configuration in TOML") from error
-    except tomllib.TOMLDecodeError as error:
-        raise BadInputError(f"{path}: not TOML: {error}") from error
-    except RecursionError as error:
-        raise BadInputError(f"{path}: nested too deeply, must be a node's configuration in TOML") from error
-    return parse_node_config(document, where=str(path))
+    return parse_node_config(read_toml(path, "a node's configuration"), where=str(path))
 
 
 def parse_node_config(document: Mapping[str, object], *, where: str) -> NodeConfig:

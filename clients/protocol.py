@@ -153,18 +153,10 @@ class ChooseRequest(Frozen):
     receipt: SignedHead | None = None
 
 
-class ChooseReply(Frozen):
-    """A committed choice: for each layer, ids of experts travel beside it, the most wanted first."""
+class _Committed(Frozen):
+    """A committed release, which travels beside it.
 
-    version: Literal[2] = PROTOCOL_VERSION
-    charge_id: str = Field(pattern=r"^[0-9a-f]{64}$")
-    receipt: SignedHead
-
-
-class TrainReply(Frozen):
-    """A committed release. The delta for exactly what was sent travels beside it.
-
-    receipt: the ledger's head when the release was committed; the server keeps it.
+    receipt: the paying ledger's head when it was committed; the server keeps it.
     """
 
     version: Literal[2] = PROTOCOL_VERSION
@@ -172,12 +164,16 @@ class TrainReply(Frozen):
     receipt: SignedHead
 
 
-class EvaluateReply(Frozen):
-    """A committed evaluation. The noised sums travel beside it. receipt: of the held-out side's ledger."""
+class ChooseReply(_Committed):
+    """For each layer, ids of experts travel beside it, the most wanted first."""
 
-    version: Literal[2] = PROTOCOL_VERSION
-    charge_id: str = Field(pattern=r"^[0-9a-f]{64}$")
-    receipt: SignedHead
+
+class TrainReply(_Committed):
+    """The delta for exactly what was sent travels beside it."""
+
+
+class EvaluateReply(_Committed):
+    """The noised sums travel beside it; the ledger is that of the held-out side."""
 
 
 class LedgerIdentity(Frozen):

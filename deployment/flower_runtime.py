@@ -54,6 +54,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
@@ -104,13 +105,13 @@ class RuntimeApi:
     ca: bytes | None = None
 
     @contextmanager
-    def client(self, *interceptors: object, component: str) -> Iterator[RuntimeHttpClient]:
+    def client(self, *interceptors: ProtobufClientInterceptor, component: str) -> Iterator[RuntimeHttpClient]:
         """Connect."""
         client = RuntimeHttpClient.from_server_address(
             self.address,
             insecure=self.ca is None,
             root_certificates=self.ca,
-            interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *interceptors],  # type: ignore[list-item]
+            interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *interceptors],
         )
         try:
             yield client
@@ -125,7 +126,6 @@ def serve(api: RuntimeApi, kind: str, work: Callable[[RuntimeApi, str], None], s
         kind: :data:`CLIENT_APP` or :data:`SERVER_APP`.
         work: gets the token of a task.
     """
-    check_flower()
     signed = SuperExecAuthHttpInterceptor(
         master_secret=api.secret, protected_methods=["/flwr.proto.Runtime/AcquireTask"]
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from clients import app, deployed
+from clients import app
+from clients.deployed import standing_for
 from clients.node_directory import NodeDirectory
 from clients.protocol import Refusal, encode
 from deployment.certificates import write_secret
@@ -46,8 +47,7 @@ def start_node(directory: NodeDirectory) -> None:
         directory.state / "supernode.log",
         {"FLWR_HOME": str(directory.state / "flower")},
     )  # fmt: skip
-    deployed.deploy(node)
-    with Family([supernode]) as family:
+    with standing_for(node), Family([supernode]) as family:
         log.info("node %s: dials %s", node.describe().fingerprint, server.address)
         api = RuntimeApi(f"127.0.0.1:{server.internal_port}", secret.read_bytes())
         serve(api, CLIENT_APP, lambda api, token: answer_message(app.app, api, token, _refusal), family.stopped)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import BadInputError
+from model.toml_file import read_toml
 
 OPERATOR_FILE = "superlink.toml"
 
@@ -47,10 +47,7 @@ def find_operator(name: str) -> Operator:
 
 def _read(folder: Path) -> Operator:
     path = folder / OPERATOR_FILE
-    try:
-        address = tomllib.loads(path.read_text(encoding="utf-8"))["address"]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be TOML with an address") from error
+    address = read_toml(path, "an operator's configuration").get("address")
     if not isinstance(address, str) or not address.rpartition(":")[2].isdigit():
         raise BadInputError(f"{path}: address is {address!r}, must be host:port")
     operator = Operator(address, folder / "ca.pem", folder / "operator.pem", folder / "operator.key")

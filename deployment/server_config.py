@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from pydantic import Field, ValidationError
 from model.config import Frozen
 from model.errors import BadInputError
 from model.explain import explain
+from model.toml_file import read_toml
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
@@ -38,13 +38,7 @@ def read_server_config(path: Path) -> ServerConfig:
         BadInputError: one sentence that names the file, the key, the value and what is allowed.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be a server's configuration in TOML") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise BadInputError(f"{path}: not TOML: {error}") from error
-    try:
-        return ServerConfig.model_validate(document)
+        return ServerConfig.model_validate(read_toml(path, "a server's configuration"))
     except ValidationError as error:
         raise BadInputError(f"{path}: {explain(error, ServerConfig)}") from error
 

@@ -154,12 +154,13 @@ class ExpertStrategy(Strategy):
         self.tally = RoundTally()
         assignment = self._assignment(server_round)
         self._asked, self._answered = {}, set()
+        model = self.optimizer.snapshot()
         tensors: dict[str, ArrayRecord] = {}  # nodes with equal assignments share the tensors, encoded once
         messages = []
         for name, held in assignment.items():
             node, description = self.nodes[name]
             if str(held) not in tensors:
-                tensors[str(held)] = self._tensors(held)
+                tensors[str(held)] = self._tensors(held, model)
             request = self._request(server_round, held, self.receipts.latest(name))
             content = encode(request, tensors[str(held)])
             self._asked[node] = Asked(description, request, content)
@@ -242,7 +243,7 @@ class ExpertStrategy(Strategy):
             fits = description.expert_capacity >= self.plan.model.experts.routed
             held = every if evaluation.experts == "all" and fits else assignment[name]
             if str(held) not in tensors:
-                tensors[str(held)] = self._packed({name: model[name] for name in self.plan.travelling(held)})
+                tensors[str(held)] = self._tensors(held, model)
             side = description.held_out
             request = EvaluateRequest(
                 run_id=self.run_id,
@@ -334,9 +335,8 @@ class ExpertStrategy(Strategy):
             run_id=self.run_id, scenario=self.scenario, round=server_round, plan=self.plan, held=held, receipt=receipt
         )
 
-    def _tensors(self, held: HeldExperts) -> ArrayRecord:
-        snapshot = self.optimizer.snapshot()
-        return self._packed({name: snapshot[name] for name in self.plan.travelling(held)})
+    def _tensors(self, held: HeldExperts, model: Mapping[str, Tensor]) -> ArrayRecord:
+        return self._packed({name: model[name] for name in self.plan.travelling(held)})
 
     def _packed(self, tensors: Mapping[str, Tensor]) -> ArrayRecord:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}

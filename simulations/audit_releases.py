@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from clients import chooser, evaluator
 from clients.protocol import Plan
 from model import Batch
-from privacy.audit.sampling_and_noise import FALSE_ALARM
+from privacy.audit.residuals import noise_flaws
 from privacy.audit.subject import Finding, all_but
 from privacy.private_metrics import SENSITIVITY
 from privacy.randomness import derive
@@ -69,19 +68,7 @@ def _metric_noise(plan: Plan, tensors: Mapping[str, Tensor], records: Batch) -> 
         (released,) = evaluator.evaluate(plan, held, tensors, there, derive(bytes(32), "audit", run)).values()
         rows.append((released.double() - _sums(plan, tensors, records, units)) / std)
     values = torch.stack(rows)
-    wrong = []
-    if not bool(values.isfinite().all()) or bool((values.abs() < 1e-6).all(0).any()):
-        wrong.append("a sum has no noise, or is not finite")
-    else:
-        law, square = stats.chi2(values.numel()), float(values.square().sum())
-        if not law.ppf(FALSE_ALARM / 2) <= square <= law.ppf(1 - FALSE_ALARM / 2):
-            wrong.append(f"its standard deviation is {(square / values.numel()) ** 0.5:.4f} of what is stated")
-        elif stats.kstest(values.flatten().numpy(), "norm").pvalue < FALSE_ALARM:
-            wrong.append("it is not Gaussian")
-        bound = -float(stats.norm.ppf(FALSE_ALARM / 2)) / len(values) ** 0.5
-        for what, a, b in (("sums", values[:, 0], values[:, 1]), ("charges", values[:-1, 0], values[1:, 0])):
-            if abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) > bound:
-                wrong.append(f"noise of different {what} is correlated")
+    wrong = noise_flaws(values, "sum")
     return Finding("metric noise", f"{values.numel()} values, σ = {std:.4g}", "; ".join(wrong) or None)
 
 

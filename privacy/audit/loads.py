@@ -6,10 +6,9 @@ import math
 from dataclasses import replace
 
 import torch
-from scipy import stats
 
 from model.moe import MoELayer
-from privacy.audit.sampling_and_noise import FALSE_ALARM
+from privacy.audit.residuals import noise_flaws
 from privacy.audit.subject import Finding, Subject, all_but
 from privacy.load_histogram import LOADS
 from privacy.unit_index import UnitIndex
@@ -44,7 +43,7 @@ def check_load_noise(subject: Subject) -> Finding:
     """Subtract the histogram that is known from those released, with everybody and nobody in the sample."""
     mechanism = replace(subject.mechanism, sampling_rate=1.0, steps=1)
     std = mechanism.noise_parts[LOADS] * math.sqrt(_square_bound(subject))
-    silent, rows = set[str](), list[torch.Tensor]()
+    rows: list[torch.Tensor] = []
     everyone, nobody = subject.records, {name: tensor[:0] for name, tensor in subject.records.items()}
     for run in range(_CHARGES):
         records = nobody if run % 4 else everyone  # noise is the same whoever is there, and a sample of nobody is quick
@@ -55,36 +54,13 @@ def check_load_noise(subject: Subject) -> Finding:
             torch.manual_seed(0)
             training.step(records, index)
             released = torch.cat(list(training.loads.values())).double()
-        residual = (released - known) / std
-        silent |= {f"entry {number}" for number in (residual.abs() < 1e-6).nonzero().flatten().tolist()}
-        rows.append(residual)
+        rows.append((released - known) / std)
     values = torch.stack(rows)
-    wrong = [f"{name} has no noise" for name in sorted(silent)[:1]]
-    if not bool(values.isfinite().all()):
-        wrong.append("a load is not finite")
-    else:
-        law, square = stats.chi2(values.numel()), float(values.square().sum())
-        if not law.ppf(FALSE_ALARM / 2) <= square <= law.ppf(1 - FALSE_ALARM / 2):
-            wrong.append(f"its standard deviation is {math.sqrt(square / values.numel()):.4f} of what is stated")
-        elif stats.kstest(values.flatten().numpy(), "norm").pvalue < FALSE_ALARM:
-            wrong.append("it is not Gaussian")
-        wrong += _correlated(values)
+    wrong = noise_flaws(values, "expert")
     return Finding(
         "load noise", f"{values.numel()} values of {_CHARGES} charges, σ = {mechanism.noise_parts[LOADS]:.4g}",
         "; ".join(wrong) or None,
     )  # fmt: skip
-
-
-def _correlated(values: torch.Tensor) -> list[str]:
-    """Compare charges with the next ones, and each expert with the next."""
-    bound = -float(stats.norm.ppf(FALSE_ALARM / 2))
-    wrong = []
-    for what, a, b in (("charges", values[:-1], values[1:]), ("experts", values[:, :-1], values[:, 1:])):
-        if a.numel() > 100:
-            correlation = float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
-            if abs(correlation) > bound / math.sqrt(a.numel()):
-                wrong.append(f"noise of different {what} is correlated ({correlation:.2f})")
-    return wrong
 
 
 def _square_bound(subject: Subject) -> int:

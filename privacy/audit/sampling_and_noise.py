@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from scipy import stats
 
+from privacy.audit.residuals import FALSE_ALARM, correlated, size_and_law
 from privacy.audit.subject import Finding, Subject
 from privacy.unit_index import UnitIndex
 
-FALSE_ALARM = 1e-6
-"""Per test. All randomness follows from a fixed secret, so an outcome repeats."""
 NOISE_VALUES = 60_000
 """So many show σ wrong by 2 % at seven standard errors."""
 
@@ -80,18 +79,11 @@ def _noise_violations(rounds: list[torch.Tensor], silent: set[str]) -> list[str]
     values = torch.cat(rounds)
     if not bool(values.isfinite().all()):
         return [*wrong, "an update is not finite"]
-    law = stats.chi2(len(values))
-    square = float(values.square().sum())
-    if not law.ppf(FALSE_ALARM / 2) <= square <= law.ppf(1 - FALSE_ALARM / 2):
-        wrong.append(f"its standard deviation is {math.sqrt(square / len(values)):.4f} of what is stated")
-    if stats.kstest(values.numpy(), "norm").pvalue < FALSE_ALARM:
-        wrong.append("it is not Gaussian")
     first, second = rounds[0], rounds[1]
     half = len(first) // 2
-    bound = -float(stats.norm.ppf(FALSE_ALARM / 2))
-    for what, a, b in (("charges", first, second), ("coordinates", first[:half], first[half : 2 * half])):
-        if len(a) > 100:
-            correlation = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
-            if abs(correlation) > bound / math.sqrt(len(a)):
-                wrong.append(f"noise of different {what} is correlated ({correlation:.2f})")
-    return wrong
+    return [
+        *wrong,
+        *size_and_law(values),
+        *correlated("charges", first, second),
+        *correlated("coordinates", first[:half], first[half : 2 * half]),
+    ]

@@ -96,4 +96,5 @@ def test_a_node_asks_its_owner_before_anything_is_charged(tmp_path, approvals):
 
 def test_the_policy_may_do_without(tmp_path, approvals):
     node = replace(make_node(tmp_path, unapproved_plans=True), approvals=approvals)
-    node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN))
+    assert node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN)).plan_hash == PLAN.hash
+    assert approvals.waiting() == []

@@ -144,7 +144,9 @@ def test_a_round_without_an_evaluation_in_the_plan_is_refused(tmp_path, round_nu
 
 
 def test_the_last_round_has_one(tmp_path):
-    ask(make_node(tmp_path), round_number=10)
+    node = make_node(tmp_path)
+    ask(node, round_number=10)
+    assert [entry.round for entry in node.held_out.ledger.entries() if entry.state == "COMMITTED"] == [10]
 
 
 def test_a_plan_without_evaluation_is_refused(tmp_path):

@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from clients import deployed
 from clients.charges import training_charge
+from clients.deployed import deployed, standing_for
 from clients.node_directory import NodeDirectory, create_node
 from deployment import flower_runtime, node_check
 from deployment.flower_runtime import bundle, check_flower, heartbeat_of
@@ -170,14 +170,12 @@ def test_a_process_stands_for_one_node(folder):
     from clients.app import open_node as found
 
     node = open_node(NodeDirectory(folder))
-    deployed.deploy(node)
-    try:
+    with standing_for(node):
         # Whatever a message's context says: its partition, its run and its scenario lead nowhere else.
         assert found(SimpleNamespace(node_config={"partition-id": 3, "num-partitions": 9}, run_config={})) is node
-        with pytest.raises(RuntimeError):
-            deployed.deploy(node)
-    finally:
-        deployed.withdraw()
+        with pytest.raises(RuntimeError), standing_for(node):
+            pass
+    assert deployed() is None
 
 
 def test_another_flower_is_refused(monkeypatch):

@@ -415,7 +415,7 @@ def test_a_node_speaks_with_the_server_only_and_writes_into_its_state_only(feder
         executor = federation.running[name].pid
         (supernode,) = children_of(executor)
         loopback = {("0100007F", server.internal_port)}
-        assert sockets_of(executor) <= loopback
+        federation.wait_for("its own connection", lambda executor=executor, ends=loopback: sockets_of(executor) == ends)
         inward = {end for end in sockets_of(supernode) if end[1] != federation.port}
         assert all(address == "0100007F" for address, _ in inward)  # the executor's end of the same connections
         inside = {path.relative_to(federation.folder / name).parts[0] for path in (federation.folder / name).rglob("*")}

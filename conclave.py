@@ -393,8 +393,9 @@ def node_start(node: NodeFolder) -> None:
     from deployment.logs import log_to_terminal
     from deployment.node_process import start_node
 
-    log_to_terminal()
-    start_node(NodeDirectory(node))
+    directory = NodeDirectory(node)
+    log_to_terminal(directory.config.monitoring.log_format)
+    start_node(directory)
 
 
 @node_app.command("check")
@@ -417,6 +418,52 @@ def node_check(
         _print_json({"checks": [asdict(check) for check in checks]})
     if any(check.problem for check in checks):
         raise typer.Exit(EXIT_VIOLATION)
+
+
+@node_app.command("health")
+def node_health(node: NodeFolder, as_json: Json = False) -> None:
+    """Ask the node that runs on this machine whether all is well; exit 1 if not."""
+    from clients.node_directory import NodeDirectory
+    from deployment.health import ask_health
+
+    _say_health(ask_health(NodeDirectory(node).config.monitoring, where=str(node / "node.toml")), as_json)
+
+
+def _say_health(found: dict[str, bool], as_json: bool) -> None:
+    for what, well in found.items():
+        typer.echo(f"{what}: {'ok' if well else 'NOT OK'}")
+    if as_json:
+        _print_json(found)
+    if not all(found.values()):
+        raise typer.Exit(EXIT_VIOLATION)
+
+
+@node_app.command("backup")
+def node_backup(
+    node: NodeFolder,
+    out: Annotated[Path, typer.Argument(help="The tar file to write; must be new.")],
+    as_json: Json = False,
+) -> None:
+    """Back up ledgers, keys and approvals, also while the node runs; the data are not in it."""
+    from clients.backup import back_up
+    from clients.node_directory import NodeDirectory
+
+    names = back_up(NodeDirectory(node), out)
+    typer.echo(f"{out}: {len(names)} files, with keys: keep it as safe as the node")
+    if as_json:
+        _print_json({"backup": str(out), "files": names})
+
+
+ServiceUser = Annotated[str, typer.Option("--user", help="Whom the process runs as.")]
+
+
+@node_app.command("unit")
+def node_unit(node: NodeFolder, user: ServiceUser = "conclave") -> None:
+    """Print a unit for systemd, which starts the node with its machine."""
+    from clients.node_directory import NodeDirectory
+    from deployment import service_unit
+
+    typer.echo(service_unit.node_unit(NodeDirectory(node), user), nl=False)
 
 
 @node_app.command("approve")
@@ -468,6 +515,7 @@ def node_resume(node: NodeFolder) -> None:
 
 
 ServerFolder = Annotated[Path, typer.Argument(metavar="SERVER", help="The server's folder, which holds server.toml.")]
+Days = Annotated[int, typer.Option(min=1, max=7300, help="For how long the certificates are good.")]
 SuperLink = Annotated[str, typer.Option("--superlink", help="An operator's folder, or its name in ~/.config/conclave.")]
 
 
@@ -476,7 +524,7 @@ def server_init(
     server: Annotated[Path, typer.Argument(metavar="SERVER", help="The server's new folder.")],
     host: Annotated[list[str], typer.Option(help="A name or address under which nodes reach it; may be repeated.")],
     port: Annotated[int, typer.Option(min=1, max=65_535, help="Where nodes and operators connect.")] = 9443,
-    days: Annotated[int, typer.Option(min=1, max=7300, help="For how long the certificates are good.")] = 825,
+    days: Days = 825,
     as_json: Json = False,
 ) -> None:
     """Create a server's folder: server.toml, a certificate authority, the server's certificate, an operator's."""
@@ -497,8 +545,27 @@ def server_start(server: ServerFolder) -> None:
     from deployment.server_directory import ServerDirectory
     from deployment.server_process import start_server
 
-    log_to_terminal()
-    start_server(ServerDirectory(server))
+    directory = ServerDirectory(server)
+    log_to_terminal(directory.config.monitoring.log_format)
+    start_server(directory)
+
+
+@server_app.command("health")
+def server_health(server: ServerFolder, as_json: Json = False) -> None:
+    """Ask the server that runs on this machine whether all is well; exit 1 if not."""
+    from deployment.health import ask_health
+    from deployment.server_directory import ServerDirectory
+
+    _say_health(ask_health(ServerDirectory(server).config.monitoring, where=str(server / "server.toml")), as_json)
+
+
+@server_app.command("unit")
+def server_unit(server: ServerFolder, user: ServiceUser = "conclave") -> None:
+    """Print a unit for systemd, which starts the server with its machine."""
+    from deployment import service_unit
+    from deployment.server_directory import ServerDirectory
+
+    typer.echo(service_unit.server_unit(ServerDirectory(server), user), nl=False)
 
 
 @server_app.command("enrol")
@@ -511,11 +578,65 @@ def server_enrol(
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator
 
-    with Control(find_operator(superlink)) as control:
+    with Control.of(find_operator(superlink)) as control:
         node_id = control.register(public_key)
     typer.echo(f"{public_key} may connect, as Flower's node {node_id}")
     if as_json:
         _print_json({"node_id": str(node_id)})
+
+
+@server_app.command("remove")
+def server_remove(
+    node_id: Annotated[int, typer.Argument(metavar="NODE", help="Flower's id of the node, as in status.")],
+    superlink: SuperLink,
+) -> None:
+    """Let a node connect no more: its key was lost, or it has left."""
+    from deployment.flower_runtime import Control
+    from deployment.operator import find_operator
+
+    with Control.of(find_operator(superlink)) as control:
+        control.unregister(node_id)
+    typer.echo(f"node {node_id} may connect no more")
+
+
+@server_app.command("renew")
+def server_renew(server: ServerFolder, days: Days = 825) -> None:
+    """Replace the server's certificate, for the hosts in server.toml; a running server takes it at once."""
+    from deployment.proxy import reload_proxy
+    from deployment.server_directory import ServerDirectory
+
+    directory = ServerDirectory(server)
+    directory.renew(days=days)
+    when = "in use" if reload_proxy(directory.path) else "in use when the server starts"
+    typer.echo(f"{directory.tls / 'server.pem'}: good for {days} days, {when}")
+
+
+@server_app.command("operator")
+def server_operator(
+    server: ServerFolder,
+    name: Annotated[str, typer.Argument(help="The operator's name.")],
+    out: Annotated[Path, typer.Argument(help="The new folder to write; give it to the operator over a safe way.")],
+    days: Days = 825,
+) -> None:
+    """Let one more operator register nodes and start runs."""
+    from deployment.server_directory import ServerDirectory
+
+    ServerDirectory(server).add_operator(name, out, days=days)
+    typer.echo(f"{out}: what operator {name} needs; keep it secret")
+
+
+@server_app.command("revoke")
+def server_revoke(
+    server: ServerFolder, name: Annotated[str, typer.Argument(help="The operator's name; the first is 'operator'.")]
+) -> None:
+    """Refuse an operator's certificate from now on; a running server does so at once."""
+    from deployment.proxy import reload_proxy
+    from deployment.server_directory import ServerDirectory
+
+    directory = ServerDirectory(server)
+    directory.revoke_operator(name)
+    when = "now" if reload_proxy(directory.path) else "when the server starts"
+    typer.echo(f"operator {name}: refused, {when}")
 
 
 @app.command()
@@ -541,7 +662,7 @@ def train(
         if resume is not None
         else {"scenario": _scenario(scenario or "", overrides or [], None).to_toml()}
     )
-    with Control(find_operator(superlink)) as control:
+    with Control.of(find_operator(superlink)) as control:
         run_id = control.start(asked)
         outcome = follow(control, run_id, typer.echo)
     if as_json:
@@ -556,7 +677,7 @@ def status(superlink: SuperLink, as_json: Json = False) -> None:
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator
 
-    with Control(find_operator(superlink)) as control:
+    with Control.of(find_operator(superlink)) as control:
         nodes, runs = control.nodes(), control.runs()
     for node_id, state in nodes:
         typer.echo(f"node {node_id}: {state}")
@@ -572,7 +693,7 @@ def stop(run_id: Annotated[int, typer.Argument(help="The run, as in status.")], 
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator
 
-    with Control(find_operator(superlink)) as control:
+    with Control.of(find_operator(superlink)) as control:
         stopped = control.stop(run_id)
     typer.echo(f"run {run_id}: {'stopped' if stopped else 'was not running'}")
 

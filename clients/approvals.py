@@ -1,11 +1,14 @@
-"""Which plans a node's owner has approved, and whether the node is paused: files that the owner's commands change."""
+"""What a node's owner lets run: approved plans, in its hours, unless paused. Files that the owner's commands change."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, time
 from pathlib import Path
 
+from clients.hours import within
 from clients.protocol import Plan, ProtocolError
 from model.errors import BadInputError
 from model.store import write_atomically
@@ -24,10 +27,18 @@ class WaitingPlan:
 
 
 class Approvals:
-    """The folder ``plans`` in a node's state: ``HASH.waiting`` and ``HASH.approved``, and ``paused``."""
+    """The folder ``plans`` in a node's state: ``HASH.waiting`` and ``HASH.approved``, and ``paused``.
 
-    def __init__(self, folder: Path) -> None:
+    hours: outside of them the node is paused; see :class:`clients.operations_config.LimitsConfig`.
+    now: the local time of day.
+    """
+
+    def __init__(
+        self, folder: Path, *, hours: str | None = None, now: Callable[[], time] = lambda: datetime.now().time()
+    ) -> None:
         self._folder = folder
+        self._hours = hours
+        self._now = now
 
     def check(self, plan: Plan, scenario: str, *, needed: bool) -> None:
         """Let an approved plan pass, and note another for the owner.
@@ -38,16 +49,32 @@ class Approvals:
         Raises:
             ProtocolError: ``paused``, or ``awaiting-approval``.
         """
-        if (self._folder / "paused").exists():
+        if self.paused:
             raise ProtocolError("paused", "the owner paused this node")
+        if not self.open:
+            raise ProtocolError("paused", f"it is outside of limits.hours, {self._hours}")
         if not needed or self._file(plan.hash, "approved").exists():
             return
         waiting = self._file(plan.hash, "waiting")
-        if not waiting.exists() and len(list(self._folder.glob("*.waiting"))) < _MOST_WAITING:
+        if not waiting.exists() and self.count_waiting() < _MOST_WAITING:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             document = {"scenario": scenario, "plan": json.loads(plan.model_dump_json())}
             write_atomically(waiting, json.dumps(document).encode(), mode=0o600)
         raise ProtocolError("awaiting-approval", f"plan {plan.hash} of scenario {scenario!r} is not approved")
+
+    @property
+    def paused(self) -> bool:
+        """Whether the owner paused the node."""
+        return (self._folder / "paused").exists()
+
+    @property
+    def open(self) -> bool:
+        """Whether it is one of the node's hours."""
+        return self._hours is None or within(self._hours, self._now())
+
+    def count_waiting(self) -> int:
+        """Return how many plans wait."""
+        return len(list(self._folder.glob("*.waiting")))
 
     def waiting(self) -> list[WaitingPlan]:
         """Return the plans that wait, by hash.

@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from clients.operations_config import LimitsConfig, MonitoringConfig
 from clients.policy import Policy
 from data.formats.config import FormatConfig
 from model.config import Frozen
@@ -71,6 +72,7 @@ class NodeConfig(Frozen):
     """All of ``node.toml``.
 
     server: None where the node is not connected to any. format: how the data are laid out; needed to start.
+    limits, monitoring: how the node runs on its machine.
     """
 
     dataset: DatasetConfig
@@ -79,6 +81,8 @@ class NodeConfig(Frozen):
     policy: Policy = Policy()
     server: ConnectionConfig | None = None
     format: FormatConfig | None = None
+    limits: LimitsConfig = LimitsConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
 
     @model_validator(mode="after")
     def _is_no_simulation(self) -> Self:
@@ -169,7 +173,26 @@ delta = 1.0
 # label = "outcome"
 # labels = ["no", "yes"]
 
-{_server_text(server)}"""
+{_server_text(server)}
+{LIMITS_TEXT}
+{MONITORING_TEXT}"""
+
+
+LIMITS_TEXT = """[limits]
+# Threads of training; as many as there are cores if not given.
+# threads = 4
+# MiB that each of the node's two processes may allocate.
+# memory_mb = 8192
+# Local times between which the node works; outside of them it is paused.
+# hours = "20:00-06:00"
+"""
+
+MONITORING_TEXT = """[monitoring]
+# Lines of the log: "text", or "json", one object a line.
+log_format = "text"
+# Where /health and /metrics are, on loopback only; nowhere if not given.
+# metrics_port = 9464
+"""
 
 
 def _server_text(server: ConnectionConfig | None) -> str:

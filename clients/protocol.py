@@ -284,6 +284,16 @@ def decode(content: RecordDict, kind: type[_Document]) -> _Document:
         raise ProtocolError(_why_invalid(text), f"the document is no {kind.__name__}") from error
 
 
+def refusal_code(content: RecordDict) -> Code | None:
+    """Return the code of a refusal; None for any other message."""
+    record = content.get("document")
+    text = record.get("json") if isinstance(record, ConfigRecord) else None
+    try:
+        return Refusal.model_validate_json(text).code if isinstance(text, str) else None
+    except ValidationError:
+        return None
+
+
 def _why_invalid(text: str) -> Code:
     try:
         return Refusal.model_validate_json(text).code

@@ -1,10 +1,10 @@
-"""A server's own certificate authority, and what it signs: the server's certificate and those of operators."""
+"""A server's own certificate authority, and what it signs: the server's certificate, operators', and revocations."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from model.errors import BadInputError
+from model.store import write_atomically
 
 _LONGEST_HOST = 253
 _CLOCK_SKEW = timedelta(minutes=10)
@@ -48,7 +49,7 @@ class Authority:
             key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
         )  # fmt: skip
         certificate = (
-            _builder(name, name, key, days)
+            _builder(name, name, key, _end(days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(usage, critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -56,10 +57,14 @@ class Authority:
         )
         write_secret(folder / "ca.key", _private_pem(key))
         (folder / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        return cls(folder)
+        authority = cls(folder)
+        authority.revoke(())
+        return authority
 
     def issue_server(self, path: Path, hosts: Sequence[str], *, days: int) -> None:
         """Write ``path``.pem and ``path``.key for a server that is reached under these names and addresses.
+
+        Where there are such files they are replaced, the key first.
 
         Raises:
             BadInputError: a host is neither a name nor an address.
@@ -71,6 +76,25 @@ class Authority:
         """Write ``path``.pem and ``path``.key for an operator, who may register nodes and start runs."""
         self._issue(path, name, ExtendedKeyUsageOID.CLIENT_AUTH, days, None)
 
+    def revoke(self, certificates: Iterable[Path]) -> None:
+        """Write ``revoked.pem``: from now on exactly these certificates are refused, whatever their dates say.
+
+        Raises:
+            BadInputError: one cannot be read.
+        """
+        now = datetime.now(UTC)
+        listed = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now - _CLOCK_SKEW)
+            .next_update(self.certificate.not_valid_after_utc)
+        )
+        for path in certificates:
+            found = x509.RevokedCertificateBuilder().serial_number(_load(path)[0].serial_number).revocation_date(now)
+            listed = listed.add_revoked_certificate(found.build())
+        signed = listed.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        write_atomically(self.certificate_path.with_name("revoked.pem"), signed)
+
     def _issue(
         self,
         path: Path,
@@ -81,7 +105,9 @@ class Authority:
     ) -> None:
         key = ec.generate_private_key(ec.SECP256R1())
         builder = (
-            _builder(_name(subject), self.certificate.subject, key, days)
+            _builder(
+                _name(subject), self.certificate.subject, key, min(_end(days), self.certificate.not_valid_after_utc)
+            )
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=True)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
@@ -89,21 +115,25 @@ class Authority:
         if names is not None:
             builder = builder.add_extension(names, critical=False)
         certificate = builder.sign(self._key, hashes.SHA256())
-        write_secret(path.with_name(f"{path.name}.key"), _private_pem(key))
-        path.with_name(f"{path.name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        write_atomically(path.with_name(f"{path.name}.key"), _private_pem(key), mode=0o600)
+        write_atomically(path.with_name(f"{path.name}.pem"), certificate.public_bytes(serialization.Encoding.PEM))
 
 
-def days_left(certificate: Path) -> float:
-    """Return for how many days a certificate is still good; below 0 it has expired.
+def days_left(certificates: Path) -> float:
+    """Return for how many days all certificates of a file are still good; below 0 one has expired.
 
     Raises:
-        BadInputError: it is none.
+        BadInputError: there is none.
     """
+    first = min(found.not_valid_after_utc for found in _load(certificates))
+    return (first - datetime.now(UTC)) / timedelta(days=1)
+
+
+def _load(certificates: Path) -> list[x509.Certificate]:
     try:
-        found = x509.load_pem_x509_certificate(certificate.read_bytes())
+        return x509.load_pem_x509_certificates(certificates.read_bytes())
     except (OSError, ValueError) as error:
-        raise BadInputError(f"{certificate}: cannot be read, must be a certificate in PEM") from error
-    return (found.not_valid_after_utc - datetime.now(UTC)) / timedelta(days=1)
+        raise BadInputError(f"{certificates}: cannot be read, must be a certificate in PEM") from error
 
 
 def write_secret(path: Path, content: bytes) -> None:
@@ -112,8 +142,12 @@ def write_secret(path: Path, content: bytes) -> None:
         stream.write(content)
 
 
+def _end(days: int) -> datetime:
+    return datetime.now(UTC) + timedelta(days=days)
+
+
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, end: datetime
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -122,8 +156,8 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + timedelta(days=days))
+        .not_valid_before(min(now, end) - _CLOCK_SKEW)
+        .not_valid_after(end)
     )
 
 

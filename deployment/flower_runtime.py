@@ -26,7 +26,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
-from flwr.clientapp import ClientApp
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -36,6 +35,7 @@ from flwr.proto.control_pb2 import (
     StartRunRequest,
     StopRunRequest,
     StreamLogsRequest,
+    UnregisterNodeRequest,
 )
 from flwr.proto.log_pb2 import PushLogsRequest
 from flwr.proto.runtime_pb2 import (
@@ -119,12 +119,19 @@ class RuntimeApi:
             client.close()
 
 
-def serve(api: RuntimeApi, kind: str, work: Callable[[RuntimeApi, str], None], stopped: threading.Event) -> None:
+def serve(
+    api: RuntimeApi,
+    kind: str,
+    work: Callable[[RuntimeApi, str], None],
+    stopped: threading.Event,
+    reached: Callable[[bool], None] = lambda _: None,
+) -> None:
     """Take one task after the other and do it, until stopped. A task that fails is logged; its sender is told nothing.
 
     Args:
         kind: :data:`CLIENT_APP` or :data:`SERVER_APP`.
         work: gets the token of a task.
+        reached: told at each look whether tasks are handed out at all.
     """
     signed = SuperExecAuthHttpInterceptor(
         master_secret=api.secret, protected_methods=["/flwr.proto.Runtime/AcquireTask"]
@@ -135,10 +142,12 @@ def serve(api: RuntimeApi, kind: str, work: Callable[[RuntimeApi, str], None], s
             try:
                 found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
                 quiet = False
+                reached(True)
             except httpx.HTTPError as error:
                 if not quiet:
                     log.warning("no tasks from %s: %s; trying again", api.address, type(error).__name__)
                 quiet = True
+                reached(False)
                 stopped.wait(_RETRY_S)
                 continue
             if not (found.HasField("task") and found.token):
@@ -151,11 +160,15 @@ def serve(api: RuntimeApi, kind: str, work: Callable[[RuntimeApi, str], None], s
 
 
 def answer_message(
-    app: ClientApp, api: RuntimeApi, token: str, refuse: Callable[[str, str], RecordDict | None]
+    app: Callable[[Message, Context], Message],
+    api: RuntimeApi,
+    token: str,
+    refuse: Callable[[str, str], RecordDict | None],
 ) -> None:
     """Answer the message of one task with an installed ClientApp.
 
     Args:
+        app: the ClientApp, or what stands before it.
         refuse: (name, version) of the bundle → the content of a refusal, or None.
     """
     with api.client(RuntimeTokenHttpInterceptor(token), component=CLIENT_APP) as client, _beating(client):
@@ -280,8 +293,18 @@ class ListedRun:
 class Control:
     """The control API, for operators."""
 
-    def __init__(self, operator: Operator) -> None:
-        """Connect lazily, with the operator's certificate.
+    def __init__(self, address: str, trusted: ssl.SSLContext) -> None:
+        """Connect lazily.
+
+        Args:
+            trusted: who may have signed the server's certificate, and what is shown to it.
+        """
+        self._address = address
+        self._client = ControlHttpClient(f"https://{address}", verify=trusted)
+
+    @classmethod
+    def of(cls, operator: Operator) -> Control:
+        """Reach a server through its proxy, with the operator's certificate.
 
         Raises:
             BadInputError: a certificate cannot be used, or another Flower is installed.
@@ -292,8 +315,7 @@ class Control:
             context.load_cert_chain(operator.certificate, operator.key)
         except (OSError, ssl.SSLError) as error:
             raise BadInputError(f"{operator.certificate}: cannot be used with its key and {operator.ca}") from error
-        self._address = operator.address
-        self._client = ControlHttpClient(f"https://{operator.address}", verify=context)
+        return cls(operator.address, context)
 
     def __enter__(self) -> Control:
         """Connect when something is asked."""
@@ -318,6 +340,15 @@ class Control:
         request = RegisterNodeRequest(public_key=public_key_to_bytes(key))
         with self._asking("register the node"):
             return int(self._client.RegisterNode(request).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Let a node connect no more.
+
+        Raises:
+            BadInputError: there is no such node, or the server refuses or cannot be reached.
+        """
+        with self._asking(f"remove node {node_id}"):
+            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
     def start(self, run_config: Mapping[str, str]) -> int:
         """Start a run; return its number."""

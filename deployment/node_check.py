@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import email.utils
-import http.client
 import shutil
 import ssl
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+import httpx
 
 from clients.charges import charged_mechanism
 from clients.node_directory import NodeDirectory
@@ -134,19 +135,18 @@ def _server(directory: NodeDirectory) -> str:
     if server is None:
         raise BadInputError("node.toml has no [server]")
     _, ca = directory.connection_files()
-    host, _, port = server.address.rpartition(":")
     try:
-        context = ssl.create_default_context(cafile=ca)
-        connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=_PATIENCE_S, context=context)
-        connection.request("GET", "/")
-        date = connection.getresponse().headers.get("Date")
-        connection.close()
-    except ssl.SSLError as error:
-        raise BadInputError(f"{server.address}: its certificate is not signed by {ca}, or for another name") from error
-    except OSError as error:
+        # As the SuperNode does it, through the proxy that HTTPS_PROXY names, if any.
+        with httpx.Client(verify=ssl.create_default_context(cafile=ca), timeout=_PATIENCE_S) as client:
+            date = client.get(f"https://{server.address}/").headers.get("Date")
+    except (ssl.SSLError, httpx.ConnectError) as error:
+        if "CERTIFICATE" in str(error).upper():
+            raise BadInputError(f"{server.address}: its certificate does not hold against {ca} ({error})") from error
         raise BadInputError(
             f"{server.address}: not reachable; look at the address, the firewall and the server"
         ) from error
+    except (OSError, httpx.HTTPError) as error:
+        raise BadInputError(f"{server.address}: not reachable ({type(error).__name__}: {error})") from error
     skew = _skew(date)
     if skew is not None and abs(skew) > _MOST_SKEW_S:
         raise BadInputError(f"this machine's clock is {skew:+.0f} s from the server's; set it (NTP)")

@@ -46,7 +46,7 @@ def open_node(directory: NodeDirectory) -> Node:
         ledger=ledger,
         new_secret=lambda _: fresh_secret(),
         held_out=held_out,
-        approvals=Approvals(directory.plans),
+        approvals=Approvals(directory.plans, hours=config.limits.hours),
     )
 
 

@@ -7,15 +7,19 @@ import secrets
 import sys
 from pathlib import Path
 
-from flwr.app import RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from clients import app
 from clients.deployed import standing_for
 from clients.node_directory import NodeDirectory
 from clients.protocol import Refusal, encode
 from deployment.certificates import write_secret
+from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
 from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
+from deployment.limits import keep_to
+from deployment.monitoring import monitoring
 from deployment.node_loading import open_node
+from deployment.node_metrics import NodeMetrics
 from deployment.supervision import Family, Program
 
 log = logging.getLogger("conclave.node")
@@ -32,6 +36,10 @@ def start_node(directory: NodeDirectory) -> None:
     key, ca = directory.connection_files()
     if server is None:
         raise ValueError("a node without a server has no files for it")
+    private_umask()
+    reach_loopback_directly()
+    keep_caches_in(directory.state)
+    keep_to(directory.config.limits)
     node = open_node(directory)
     secret = directory.state / "executor.secret"
     secret.unlink(missing_ok=True)
@@ -47,10 +55,25 @@ def start_node(directory: NodeDirectory) -> None:
         directory.state / "supernode.log",
         {"FLWR_HOME": str(directory.state / "flower")},
     )  # fmt: skip
+    reached = {"supernode-answers": False}
     with standing_for(node), Family([supernode]) as family:
-        log.info("node %s: dials %s", node.describe().fingerprint, server.address)
-        api = RuntimeApi(f"127.0.0.1:{server.internal_port}", secret.read_bytes())
-        serve(api, CLIENT_APP, lambda api, token: answer_message(app.app, api, token, _refusal), family.stopped)
+        metrics = NodeMetrics(node, family.running, ca, directory.state)
+
+        def answer(message: Message, context: Context) -> Message:
+            reply = app.app(message, context)
+            metrics.count(message, reply)
+            return reply
+
+        with monitoring(directory.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
+            log.info("node %s: dials %s", node.describe().fingerprint, server.address)
+            api = RuntimeApi(f"127.0.0.1:{server.internal_port}", secret.read_bytes())
+            serve(
+                api,
+                CLIENT_APP,
+                lambda api, token: answer_message(answer, api, token, _refusal),
+                family.stopped,
+                lambda found: reached.update({"supernode-answers": found}),
+            )
 
 
 def _refusal(name: str, version: str) -> RecordDict | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 from deployment.server_config import ServerConfig
@@ -23,6 +25,23 @@ def nginx_program() -> str:
     return found
 
 
+def reload_proxy(folder: Path) -> bool:
+    """Have the proxy of a running server read its certificates again; return whether one runs.
+
+    Args:
+        folder: absolute, the server's.
+    """
+    try:
+        pid = int((folder / "state" / "nginx.pid").read_text())
+        # A process that has taken a dead proxy's number is no concern of ours.
+        if str(folder / "state" / "nginx.conf") not in Path(f"/proc/{pid}/cmdline").read_bytes().decode():
+            return False
+        os.kill(pid, signal.SIGHUP)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def nginx_config(config: ServerConfig, folder: Path) -> str:
     """Return the configuration of nginx.
 
@@ -37,7 +56,7 @@ def nginx_config(config: ServerConfig, folder: Path) -> str:
     upstream = f"https://127.0.0.1:{config.internal_port}"
     return f"""daemon off;
 pid {state}/nginx.pid;
-error_log {state}/nginx.log warn;
+error_log stderr warn;
 worker_processes auto;
 events {{ worker_connections 1024; }}
 http {{
@@ -55,6 +74,7 @@ http {{
     ssl_certificate_key {tls}/server.key;
     ssl_protocols TLSv1.2 TLSv1.3;
     ssl_client_certificate {tls}/ca.pem;
+    ssl_crl {tls}/revoked.pem;
     ssl_verify_client optional;
     client_max_body_size {config.max_message_mb}m;
     client_body_timeout 60s;

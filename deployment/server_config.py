@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from clients.node_config import MONITORING_TEXT
+from clients.operations_config import MonitoringConfig
 from model.config import Frozen
 from model.errors import BadInputError
 from model.explain import explain
@@ -22,6 +24,7 @@ class ServerConfig(Frozen):
     port: where nodes and operators connect, over TLS. bind: the address that the proxy listens on.
     internal_port: of Flower's SuperLink, on loopback only.
     max_message_mb: MiB of one request; a larger one is refused before it is read.
+    monitoring: how the server is watched.
     """
 
     hosts: tuple[str, ...] = Field(strict=False, min_length=1)
@@ -29,6 +32,7 @@ class ServerConfig(Frozen):
     port: Port = 9443
     internal_port: Port = 9091
     max_message_mb: int = Field(default=1024, ge=1, le=1_000_000)
+    monitoring: MonitoringConfig = MonitoringConfig()
 
 
 def read_server_config(path: Path) -> ServerConfig:
@@ -57,4 +61,5 @@ port = {config.port}
 internal_port = {config.internal_port}
 # MiB of one request.
 max_message_mb = {config.max_message_mb}
-"""
+
+{MONITORING_TEXT}"""

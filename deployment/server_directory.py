@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from deployment.server_config import ServerConfig, default_text, read_server_con
 from model.errors import BadInputError
 
 _LOOPBACK = ("localhost", "127.0.0.1")
+_CA_DAYS = 3650
 
 
 class ServerDirectory:
@@ -39,7 +41,7 @@ class ServerDirectory:
 
         Args:
             hosts: names and addresses under which nodes reach the server.
-            days: for which the certificates are good.
+            days: for which the certificates are good; the CA is for ten years at least, or every node needs a new one.
 
         Raises:
             BadInputError: the folder is a server's already, or a host or the port is none.
@@ -53,11 +55,61 @@ class ServerDirectory:
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise BadInputError(f"{path}: cannot be created ({error.strerror})") from error
-        authority = Authority.create(tls, days=days)
+        authority = Authority.create(tls, days=max(days, _CA_DAYS))
         authority.issue_server(tls / "server", [*hosts, *(h for h in _LOOPBACK if h not in hosts)], days=days)
-        authority.issue_operator(operator / "operator", "operator", days=days)
-        (operator / "ca.pem").write_bytes(authority.certificate_path.read_bytes())
-        (operator / OPERATOR_FILE).write_text(operator_text(hosts[0], port))
         write_secret(tls / "executor.secret", secrets.token_bytes(32))
         (path / "server.toml").write_text(default_text(config))
-        return cls(path)
+        created = cls(path)
+        created.add_operator("operator", operator, days=days)
+        return created
+
+    def renew(self, *, days: int) -> None:
+        """Replace the server's certificate and key; names and addresses are those of ``server.toml``.
+
+        Raises:
+            BadInputError: the CA's key is not there, or a host is none.
+        """
+        hosts = self.config.hosts
+        Authority(self.tls).issue_server(
+            self.tls / "server", [*hosts, *(h for h in _LOOPBACK if h not in hosts)], days=days
+        )
+
+    def add_operator(self, name: str, folder: Path, *, days: int) -> None:
+        """Write what an operator needs to ``folder``, and keep their certificate, to be able to revoke it.
+
+        Raises:
+            BadInputError: there is an operator of this name, the folder is not empty, or the CA's key is not there.
+        """
+        kept = self._certificate_of(name)
+        if kept.exists():
+            raise BadInputError(f"operator {name}: has a certificate already, must be another name, or be revoked")
+        if folder.exists() and any(folder.iterdir()):
+            raise BadInputError(f"{folder}: is not empty, must be a new folder")
+        authority = Authority(self.tls)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        authority.issue_operator(folder / "operator", name, days=days)
+        (folder / "ca.pem").write_bytes(authority.certificate_path.read_bytes())
+        (folder / OPERATOR_FILE).write_text(operator_text(self.config.hosts[0], self.config.port))
+        kept.parent.mkdir(exist_ok=True, mode=0o700)
+        kept.write_bytes((folder / "operator.pem").read_bytes())
+
+    def revoke_operator(self, name: str) -> None:
+        """Refuse an operator's certificate from now on. The name may be given a new one.
+
+        Raises:
+            BadInputError: there is no operator of this name, or the CA's key is not there.
+        """
+        kept = self._certificate_of(name)
+        if not kept.exists():
+            known = ", ".join(sorted(path.stem for path in kept.parent.glob("*.pem"))) or "nobody"
+            raise BadInputError(f"operator {name}: has no certificate, must be one of: {known}")
+        authority = Authority(self.tls)
+        revoked = kept.parent / "revoked"
+        revoked.mkdir(exist_ok=True, mode=0o700)
+        authority.revoke([*revoked.glob("*.pem"), kept])
+        kept.rename(revoked / f"{name}-{len(list(revoked.glob('*.pem'))) + 1}.pem")
+
+    def _certificate_of(self, operator: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", operator):
+            raise BadInputError(f"operator {operator!r}: must be letters, digits, '.', '_' and '-', at most 64")
+        return self.tls / "operators" / f"{operator}.pem"

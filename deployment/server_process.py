@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from deployment.flower_runtime import SERVER_APP, RuntimeApi, check_flower, run_on_server, serve
+from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
+from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
+from deployment.monitoring import monitoring
 from deployment.proxy import nginx_config, nginx_program
 from deployment.server_directory import ServerDirectory
+from deployment.server_metrics import ServerMetrics
 from deployment.supervision import Family, Program
 from model.errors import BadInputError
 from server.app import run_scenario
@@ -22,6 +27,7 @@ from server.scenario import parse_scenario
 log = logging.getLogger("conclave.server")
 
 _LONGEST_NAME = 200
+_LOOK_S = 0.2
 
 
 def start_server(server: ServerDirectory) -> None:
@@ -31,13 +37,38 @@ def start_server(server: ServerDirectory) -> None:
         BadInputError: nginx is missing, or another Flower is installed.
     """
     check_flower()
+    private_umask()
+    reach_loopback_directly()
+    keep_caches_in(server.state)
     (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
     with Family([_superlink(server), _proxy(server)]) as family:
-        log.info("listening on %s:%d", server.config.bind, server.config.port)
-        api = RuntimeApi(
-            f"localhost:{server.config.internal_port}", server.secret.read_bytes(), (server.tls / "ca.pem").read_bytes()
-        )
-        serve(api, SERVER_APP, lambda api, token: run_on_server(_work(server), api, token), family.stopped)
+        address, ca = f"localhost:{server.config.internal_port}", server.tls / "ca.pem"
+        metrics = ServerMetrics(server, family.running, lambda: Control(address, ssl.create_default_context(cafile=ca)))
+        reached = {"superlink-answers": False}
+        with monitoring(server.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
+            _stop_forsaken_runs(metrics.control, family.stopped)
+            log.info("listening on %s:%d", server.config.bind, server.config.port)
+            serve(
+                RuntimeApi(address, server.secret.read_bytes(), ca.read_bytes()),
+                SERVER_APP,
+                lambda api, token: run_on_server(_work(server, metrics), api, token),
+                family.stopped,
+                lambda found: reached.update({"superlink-answers": found}),
+            )
+
+
+def _stop_forsaken_runs(control: Callable[[], Control], stopped: threading.Event) -> None:
+    """Stop what a killed server left behind: Flower lists it as running for good, and nobody works on it."""
+    while not stopped.wait(_LOOK_S):
+        try:
+            with control() as asked:
+                for run in asked.runs():
+                    if run.status in ("starting", "running"):
+                        asked.stop(run.run_id)
+                        log.warning("run %d had lost its server; conclave train --resume goes on with it", run.run_id)
+            return
+        except BadInputError:  # the SuperLink is starting
+            continue
 
 
 def _superlink(server: ServerDirectory) -> Program:
@@ -61,12 +92,21 @@ def _proxy(server: ServerDirectory) -> Program:
     return Program("proxy", command, server.state / "proxy.log", {})
 
 
-def _work(server: ServerDirectory) -> Callable[[Grid, Context, Callable[[str], None]], None]:
+def _work(server: ServerDirectory, metrics: ServerMetrics) -> Callable[[Grid, Context, Callable[[str], None]], None]:
     def work(grid: Grid, context: Context, say: Callable[[str], None]) -> None:
         asked = {key: str(value) for key, value in context.run_config.items()}
         run, run_id = _directory(server, asked, str(context.run_id))
         say(f"run directory on the server: {run.path}")
-        run_scenario(grid, run.scenario, run, run_id, on_round=say)
+
+        def on_round(line: str) -> None:
+            metrics.count_round()
+            say(line)
+
+        metrics.running = run
+        try:
+            run_scenario(grid, run.scenario, run, run_id, on_round=on_round)
+        finally:
+            metrics.running = None
         say(f"finished: {run.path}")
 
     return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -13,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
+
+from deployment.logs import RotatingLog
 
 log = logging.getLogger("conclave.processes")
 
@@ -35,12 +39,19 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A program to run. log: what it prints goes to the end of this file."""
+    """A program to run. log: the file that gets what it prints."""
 
     name: str
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str]
+
+
+def _keep_lines(printed: IO[bytes], path: Path) -> None:
+    """Write what a program prints to its log, until it ends."""
+    with printed, contextlib.closing(RotatingLog(path)) as kept:
+        for line in printed:
+            kept.write(line.decode(errors="replace").rstrip("\n"))
 
 
 class Family:
@@ -51,11 +62,12 @@ class Family:
         self._programs = programs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths: dict[str, int] = {}
+        self._pumps: list[threading.Thread] = []
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Family:
-        """Start all; SIGTERM and SIGINT ask to stop."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        """Start all; SIGTERM, SIGINT and SIGHUP (a closed terminal) ask to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         for program in self._programs:
             self._start(program)
@@ -68,22 +80,30 @@ class Family:
         self._watcher.join()
         for program in reversed(self._programs):
             self._end(self._running[program.name])
+        for pump in self._pumps:
+            pump.join(_PATIENCE_S)
+
+    def running(self) -> dict[str, bool]:
+        """Return, by name, whether each program runs."""
+        return {name: process.poll() is None for name, process in list(self._running.items())}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stopped.set()
 
     def _start(self, program: Program) -> None:
-        with program.log.open("ab") as out:
-            program.log.chmod(0o600)
-            self._running[program.name] = subprocess.Popen(  # noqa: S603  (our own commands)
-                program.command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **QUIET_FLOWER, **program.environment},
-                start_new_session=True,  # a Ctrl-C in the terminal is for us; we end it in order
-                preexec_fn=_end_with_parent,
-            )
+        process = self._running[program.name] = subprocess.Popen(  # noqa: S603  (our own commands)
+            program.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **QUIET_FLOWER, **program.environment},
+            start_new_session=True,  # a Ctrl-C in the terminal is for us; we end it in order
+            preexec_fn=_end_with_parent,
+        )
+        assert process.stdout is not None
+        pump = threading.Thread(target=_keep_lines, args=(process.stdout, program.log), daemon=True)
+        pump.start()
+        self._pumps = [*(old for old in self._pumps if old.is_alive()), pump]
         log.info("%s: started", program.name)
 
     def _watch(self) -> None:

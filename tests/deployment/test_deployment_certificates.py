@@ -43,6 +43,74 @@ def test_the_servers_certificate_is_for_its_hosts_and_loopback_and_signed_by_the
     assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert 29.9 < days_left(server.tls / "server.pem") < 30.1
+    assert days_left(server.tls / "ca.pem") > 3649  # a new one would have to go to every node
+
+
+def test_a_renewed_certificate_is_for_the_hosts_that_are_configured_now(server):
+    before = certificate(server.tls / "server.pem")
+    path = server.path / "server.toml"
+    path.write_text(path.read_text().replace('"fed.example.org"', '"new.example.org"'))
+    ServerDirectory(server.path).renew(days=100)
+    after = certificate(server.tls / "server.pem")
+    after.verify_directly_issued_by(certificate(server.tls / "ca.pem"))
+    names = after.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "new.example.org" in names.get_values_for_type(x509.DNSName)
+    assert after.serial_number != before.serial_number
+    assert 99.9 < days_left(server.tls / "server.pem") < 100.1
+    key = serialization.load_pem_private_key((server.tls / "server.key").read_bytes(), password=None)
+    assert key.public_key() == after.public_key() != before.public_key()
+    assert stat.S_IMODE((server.tls / "server.key").stat().st_mode) == 0o600
+
+
+def test_nothing_outlives_its_ca(server):
+    server.renew(days=7300)
+    ends = {certificate(server.tls / name).not_valid_after_utc for name in ("server.pem", "ca.pem")}
+    assert len(ends) == 1
+
+
+def test_without_the_cas_key_nothing_is_signed(server, tmp_path):
+    (server.tls / "ca.key").rename(tmp_path / "ca.key")
+    for ask in (
+        lambda: server.renew(days=1),
+        lambda: server.add_operator("ann", tmp_path / "ann", days=1),
+        lambda: server.revoke_operator("operator"),
+    ):
+        with pytest.raises(BadInputError, match=r"must have ca\.pem and ca\.key"):
+            ask()
+    assert not (tmp_path / "ann").exists()
+    assert (server.tls / "operators" / "operator.pem").exists()
+
+
+def test_exactly_the_revoked_operators_are_on_the_list(server, tmp_path):
+    for name in ("ann", "bob"):
+        server.add_operator(name, tmp_path / name, days=30)
+    server.revoke_operator("ann")
+    server.add_operator("ann", tmp_path / "ann again", days=30)
+    server.revoke_operator("operator")
+    listed = x509.load_pem_x509_crl((server.tls / "revoked.pem").read_bytes())
+    assert listed.is_signature_valid(certificate(server.tls / "ca.pem").public_key())
+    expected = {certificate(folder / "operator.pem").serial_number for folder in (tmp_path / "ann", server.operator)}
+    assert {entry.serial_number for entry in listed} == expected
+    assert listed.next_update_utc == certificate(server.tls / "ca.pem").not_valid_after_utc  # or it would refuse all
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "-a", "x" * 65, "operator"])
+def test_an_operators_name_is_plain_and_new(server, tmp_path, name):
+    with pytest.raises(BadInputError, match="operator"):
+        server.add_operator(name, tmp_path / "out", days=30)
+    with pytest.raises(BadInputError, match="must be one of: operator"):
+        server.revoke_operator("nobody")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(BadInputError, match="is not empty"):
+        server.add_operator("ann", tmp_path / "full", days=30)
+
+
+def test_the_earliest_end_of_a_bundle_counts(server, tmp_path):
+    """A node behind a proxy that looks into TLS trusts the company's CA too, in the same file."""
+    bundle = tmp_path / "ca.pem"
+    bundle.write_bytes((server.tls / "ca.pem").read_bytes() + (server.tls / "server.pem").read_bytes())
+    assert 29.9 < days_left(bundle) < 30.1
 
 
 def test_an_operators_certificate_is_no_servers(server):

@@ -107,6 +107,7 @@ class Federation:
         self.folder = folder
         self.port = free_port()
         self.environment = os.environ | {"XDG_STATE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+        self.environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # this process's own, if it has compiled anything
         self.watched = {name: folder / f"watched-{name.lower()}" for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
         for path in self.watched.values():
             path.mkdir()
@@ -289,7 +290,7 @@ def test_a_bundle_of_another_release_is_refused_and_never_opened(federation, mon
         )
 
     monkeypatch.setattr(flower_runtime, "build_fab_from_files", poisoned)
-    with Control(find_operator(str(federation.folder / "server" / "operator"))) as control:
+    with Control.of(find_operator(str(federation.folder / "server" / "operator"))) as control:
         run_id = control.start({"scenario": (federation.folder / "patients.toml").read_text()})
         said = list(control.said(run_id))
     assert any("3 × version-mismatch" in line for line in said)
@@ -357,14 +358,17 @@ def test_another_authoritys_operator_is_refused(federation, tmp_path):
     authority.issue_operator(tmp_path / "operator", "impostor", days=10)
     real = find_operator(str(federation.folder / "server" / "operator"))
     impostor = replace(real, certificate=tmp_path / "operator.pem", key=tmp_path / "operator.key")
-    with Control(impostor) as control, pytest.raises(BadInputError, match="cannot list nodes"):
+    with Control.of(impostor) as control, pytest.raises(BadInputError, match="cannot list nodes"):
         control.nodes()
 
 
 def test_a_server_with_another_certificate_is_not_spoken_to(federation, tmp_path):
     Authority.create(tmp_path, days=10)
     real = find_operator(str(federation.folder / "server" / "operator"))
-    with Control(replace(real, ca=tmp_path / "ca.pem")) as control, pytest.raises(BadInputError, match="not reachable"):
+    with (
+        Control.of(replace(real, ca=tmp_path / "ca.pem")) as control,
+        pytest.raises(BadInputError, match="not reachable"),
+    ):
         control.nodes()
 
 

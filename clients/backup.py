@@ -1,0 +1,44 @@
+"""A backup of a node: what is needed to go on with it on another disk, without its data."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+from clients.node_directory import NodeDirectory
+from model.errors import BadInputError
+from privacy.ledger.copying import copy_without_secrets
+
+
+def back_up(directory: NodeDirectory, out: Path) -> list[str]:
+    """Write a tar file that its owner alone can read; return what is in it.
+
+    ``node.toml``, ledgers, keys, and what the owner approved; paths are relative to the node's folder. A running node
+    may go on meanwhile. What it spends later is not in the backup: see :mod:`privacy.ledger.recovery`.
+
+    Raises:
+        BadInputError: the file exists or cannot be written, or a ledger cannot be read.
+    """
+    contents = {"node.toml": (directory.path / "node.toml").read_bytes()}
+    state = directory.config.storage.state
+    folder = "state" if state.is_absolute() else state.as_posix()
+    for side in directory.sides:
+        ledger = directory.files(side).path
+        contents[f"{folder}/{ledger.name}"] = copy_without_secrets(ledger)
+    kept = [*directory.state.glob("*.key"), *directory.state.glob("*.key.*"), *directory.state.glob("*.format")]
+    for path in [*kept, *directory.plans.glob("*")]:
+        contents[f"{folder}/{path.relative_to(directory.state).as_posix()}"] = path.read_bytes()
+    try:
+        with (
+            os.fdopen(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream,
+            tarfile.open(fileobj=stream, mode="w") as archive,
+        ):
+            for name, content in contents.items():
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(content), 0o600
+                archive.addfile(entry, io.BytesIO(content))
+    except OSError as error:
+        raise BadInputError(f"{out}: cannot be written ({error.strerror}), must be a new file") from error
+    return list(contents)

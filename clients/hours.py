@@ -1,0 +1,36 @@
+"""The hours in which a node works: its owner's machines may have other work by day."""
+
+from __future__ import annotations
+
+from datetime import time
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+
+def within(hours: str, at: time) -> bool:
+    """Return whether a time of day lies in hours such as ``20:00-06:00``, which end the next morning.
+
+    The first minute belongs to them, the last does not; from a time to itself is the whole day.
+    """
+    begin, end = _parse(hours)
+    return begin <= at < end if begin < end else not end <= at < begin
+
+
+def _parse(hours: str) -> tuple[time, time]:
+    begin, dash, end = hours.partition("-")
+    if not dash or len(begin) != len("00:00") or len(end) != len("00:00"):
+        raise ValueError("must be two times of day, like 20:00-06:00")
+    try:
+        return time.fromisoformat(begin), time.fromisoformat(end)
+    except ValueError as error:
+        raise ValueError("must be two times of day, like 20:00-06:00") from error
+
+
+def _checked(hours: str) -> str:
+    _parse(hours)
+    return hours
+
+
+Hours = Annotated[str, AfterValidator(_checked)]
+"""Two local times of day, ``HH:MM-HH:MM``."""

@@ -1,0 +1,22 @@
+"""What a node may use of its machine, as the operating system and torch enforce it."""
+
+from __future__ import annotations
+
+import resource
+
+import torch
+
+from clients.operations_config import LimitsConfig
+
+
+def keep_to(limits: LimitsConfig) -> None:
+    """Keep this process, and those that it starts from now on, to the limits.
+
+    More memory than allowed is a failed allocation: in the middle of a round that is ``internal-error`` to the server,
+    and the charge is repeated once, exactly, or abandoned; as after any crash.
+    """
+    if limits.threads is not None:
+        torch.set_num_threads(limits.threads)
+    if limits.memory_mb is not None:
+        most = limits.memory_mb * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -420,24 +420,6 @@ def node_check(
         raise typer.Exit(EXIT_VIOLATION)
 
 
-@node_app.command("health")
-def node_health(node: NodeFolder, as_json: Json = False) -> None:
-    """Ask the node that runs on this machine whether all is well; exit 1 if not."""
-    from clients.node_directory import NodeDirectory
-    from deployment.health import ask_health
-
-    _say_health(ask_health(NodeDirectory(node).config.monitoring, where=str(node / "node.toml")), as_json)
-
-
-def _say_health(found: dict[str, bool], as_json: bool) -> None:
-    for what, well in found.items():
-        typer.echo(f"{what}: {'ok' if well else 'NOT OK'}")
-    if as_json:
-        _print_json(found)
-    if not all(found.values()):
-        raise typer.Exit(EXIT_VIOLATION)
-
-
 @node_app.command("backup")
 def node_backup(
     node: NodeFolder,
@@ -550,15 +532,6 @@ def server_start(server: ServerFolder) -> None:
     start_server(directory)
 
 
-@server_app.command("health")
-def server_health(server: ServerFolder, as_json: Json = False) -> None:
-    """Ask the server that runs on this machine whether all is well; exit 1 if not."""
-    from deployment.health import ask_health
-    from deployment.server_directory import ServerDirectory
-
-    _say_health(ask_health(ServerDirectory(server).config.monitoring, where=str(server / "server.toml")), as_json)
-
-
 @server_app.command("unit")
 def server_unit(server: ServerFolder, user: ServiceUser = "conclave") -> None:
     """Print a unit for systemd, which starts the server with its machine."""
@@ -637,6 +610,23 @@ def server_revoke(
     directory.revoke_operator(name)
     when = "now" if reload_proxy(directory.path) else "when the server starts"
     typer.echo(f"operator {name}: refused, {when}")
+
+
+@app.command()
+def health(
+    folder: Annotated[Path, typer.Argument(help="The folder of a node or a server that runs on this machine.")],
+    as_json: Json = False,
+) -> None:
+    """Ask a running node or server whether all is well; exit 1 if not."""
+    from deployment.health import ask_health
+
+    found = ask_health(folder)
+    for what, well in found.items():
+        typer.echo(f"{what}: {'ok' if well else 'NOT OK'}")
+    if as_json:
+        _print_json(found)
+    if not all(found.values()):
+        raise typer.Exit(EXIT_VIOLATION)
 
 
 @app.command()

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+from clients.node_config import read_node_config
 from clients.operations_config import MonitoringConfig
 from deployment.monitoring import HOST
+from deployment.server_config import read_server_config
 from model.errors import BadInputError
 
 _PATIENCE_S = 5.0
 
 
-def ask_health(config: MonitoringConfig, *, where: str) -> dict[str, bool]:
+def ask_health(folder: Path) -> dict[str, bool]:
     """Return what → whether it is as it should be.
 
     Args:
-        where: names the configuration file in errors.
+        folder: of a node or a server.
 
     Raises:
-        BadInputError: no port is configured, or nobody answers there as a node or a server would.
+        BadInputError: it is neither's, no port is configured, or nobody answers there as a node or a server would.
     """
+    where, config = _monitoring(folder)
     port = config.metrics_port
     if port is None:
         raise BadInputError(f"{where}: no monitoring.metrics_port, must be set and the process started again")
@@ -39,3 +43,12 @@ def ask_health(config: MonitoringConfig, *, where: str) -> dict[str, bool]:
         return {str(name): bool(well) for name, well in found.items()}
     except (ValueError, AttributeError) as error:
         raise BadInputError(f"{where}: another program answers on port {port}") from error
+
+
+def _monitoring(folder: Path) -> tuple[Path, MonitoringConfig]:
+    node, server = folder / "node.toml", folder / "server.toml"
+    if node.is_file():
+        return node, read_node_config(node).monitoring
+    if server.is_file():
+        return server, read_server_config(server).monitoring
+    raise BadInputError(f"{folder}: neither node.toml nor server.toml here, must be a node's or a server's folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import ssl
 import sys
@@ -28,6 +29,7 @@ log = logging.getLogger("conclave.server")
 
 _LONGEST_NAME = 200
 _LOOK_S = 0.2
+_LOOKS_UNTIL_A_WARNING = 100
 
 
 def start_server(server: ServerDirectory) -> None:
@@ -42,7 +44,7 @@ def start_server(server: ServerDirectory) -> None:
     keep_caches_in(server.state)
     (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
     with Family([_superlink(server), _proxy(server)]) as family:
-        address, ca = f"localhost:{server.config.internal_port}", server.tls / "ca.pem"
+        address, ca = f"127.0.0.1:{server.config.internal_port}", server.tls / "ca.pem"
         metrics = ServerMetrics(server, family.running, lambda: Control(address, ssl.create_default_context(cafile=ca)))
         reached = {"superlink-answers": False}
         with monitoring(server.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
@@ -59,7 +61,11 @@ def start_server(server: ServerDirectory) -> None:
 
 def _stop_forsaken_runs(control: Callable[[], Control], stopped: threading.Event) -> None:
     """Stop what a killed server left behind: Flower lists it as running for good, and nobody works on it."""
-    while not stopped.wait(_LOOK_S):
+    for look in itertools.count(1):
+        if stopped.wait(_LOOK_S):
+            return
+        if look == _LOOKS_UNTIL_A_WARNING:
+            log.warning("the SuperLink does not answer yet; state/superlink.log says what it does")
         try:
             with control() as asked:
                 for run in asked.runs():

@@ -21,7 +21,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_deployment_node import edit, folder  # noqa: F401  (a fixture)
 
 from clients.node_directory import NodeDirectory
-from clients.operations_config import MonitoringConfig
 from clients.protocol import Closed, Refusal, encode
 from deployment import environment, service_unit
 from deployment.health import ask_health
@@ -112,21 +111,24 @@ def test_a_proxy_for_the_way_out_never_sees_loopback(monkeypatch):
 
 def test_health_is_well_or_not(folder):  # noqa: F811
     state, port = {"supernode": True}, free_port()
+    with pytest.raises(BadInputError, match=r"no monitoring\.metrics_port"):
+        ask_health(folder)
+    edit(folder, "# metrics_port = 9464", f"metrics_port = {port}")
     with monitoring(port, _nothing(), lambda: state):
         assert get(port, "/health") == (200, '{"supernode": true}\n')
-        assert ask_health(MonitoringConfig(metrics_port=port), where="node.toml") == {"supernode": True}
+        assert ask_health(folder) == {"supernode": True}
         state["supernode"] = False
         assert get(port, "/health")[0] == 503
-        assert ask_health(MonitoringConfig(metrics_port=port), where="node.toml") == {"supernode": False}
+        assert ask_health(folder) == {"supernode": False}
         assert get(port, "/")[0] == 404
         with pytest.raises(BadInputError, match="cannot be used"), monitoring(port, _nothing(), lambda: state):
             pass
         addresses = {line.split()[1] for line in _listening() if line.split()[1].endswith(f":{port:04X}")}
         assert addresses == {f"0100007F:{port:04X}"}  # loopback, and no other address
     with pytest.raises(BadInputError, match="nobody answers"):
-        ask_health(MonitoringConfig(metrics_port=port), where="node.toml")
-    with pytest.raises(BadInputError, match=r"no monitoring\.metrics_port"):
-        ask_health(MonitoringConfig(), where="node.toml")
+        ask_health(folder)
+    with pytest.raises(BadInputError, match="neither"):
+        ask_health(folder.parent)
 
 
 def _listening() -> list[str]:
@@ -160,7 +162,9 @@ def test_a_node_tells_its_monitoring_what_the_server_knows_too(folder):  # noqa:
     assert status == 200
     found = {family.name: family.samples for family in text_string_to_metric_families(text)}
     assert found.keys() == NODE_METRICS
-    values = {(s.name, *(s.labels[k] for k in sorted(s.labels))): s.value for samples in found.values() for s in samples}
+    values = {
+        (s.name, *(s.labels[k] for k in sorted(s.labels))): s.value for samples in found.values() for s in samples
+    }
     assert values["conclave_node_answers_total", "answered", "train"] == 2
     assert values["conclave_node_answers_total", "paused", "train"] == 1
     assert values["conclave_epsilon_spent", "training"] == 0.0

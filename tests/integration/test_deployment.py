@@ -184,7 +184,7 @@ def test_a_server_with_another_certificate_is_not_spoken_to(federation, tmp_path
     real = find_operator(str(federation.folder / "server" / "operator"))
     with (
         Control.of(replace(real, ca=tmp_path / "ca.pem")) as control,
-        pytest.raises(BadInputError, match="not reachable"),
+        pytest.raises(BadInputError, match="certificate is not accepted"),
     ):
         control.nodes()
 

@@ -53,6 +53,7 @@ def start_node(directory: NodeDirectory) -> None:
         ],
         directory.state / "supernode.log",
         {"FLWR_HOME": str(directory.state / "flower")},
+        f"; conclave node check {directory.path} finds most reasons; or is its key not enrolled, or in use elsewhere?",
     )  # fmt: skip
     reached = {"supernode-answers": False}
     with standing_for(node), Family([supernode]) as family:

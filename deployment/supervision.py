@@ -45,12 +45,13 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A program to run. log: the file that gets what it prints."""
+    """A program to run. log: the file that gets what it prints. advice: what to do where it ends by itself."""
 
     name: str
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str]
+    advice: str = ""
 
 
 def _keep_lines(printed: IO[bytes], path: Path) -> None:
@@ -131,7 +132,7 @@ class Family:
                     continue
                 steady = time.monotonic() - self._started[program.name] >= _STEADY_S
                 deaths = self._deaths[program.name] = 1 if steady else self._deaths.get(program.name, 0) + 1
-                log.error("%s: ended with status %d; see %s", program.name, status, program.log)
+                log.error("%s: ended with status %d; see %s%s", program.name, status, program.log, program.advice)
                 if self.stopped.wait(min(2.0 ** min(deaths, 6), _LONGEST_PAUSE_S)):
                     return
                 self._start(program)

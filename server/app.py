@@ -93,7 +93,7 @@ def run_scenario(
         _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.meet(roster.admit())
         if roster.refused:
-            say(f"{roster.refused.total()} nodes do not take part: {counted(roster.refused)}")
+            say(f"nodes that do not take part: {counted(roster.refused)}")
         _check_coverage(scenario, strategy)  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(run.metrics() if done else ())

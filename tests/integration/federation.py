@@ -227,8 +227,19 @@ class Federation:
         return process.wait(30)
 
     def end_all(self) -> None:
-        for name in list(self.running):
-            self.end(name)
+        """End all processes at once. Whichever does not end as asked is killed, and is a failure."""
+        for process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+        late = []
+        for name, process in self.running.items():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                late.append(name)
+                process.kill()
+                process.wait()
+        self.running.clear()
+        assert not late, f"{late} did not end within 30 s"
 
     def status(self) -> dict[str, object]:
         return json.loads(self.must("status", "--superlink", "server/operator", "--json").splitlines()[-1])

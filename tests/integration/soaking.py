@@ -42,18 +42,6 @@ def add_node(federation: Federation, name: str, **options: Any) -> None:
     federation.edit_node(name, "# unapproved_plans = true", "unapproved_plans = true")
 
 
-@contextmanager
-def running(folder: Path) -> Iterator[Federation]:
-    """A server and three nodes, connected."""
-    with serving(folder) as made:
-        for name in NODES:
-            add_node(made, name)
-        for name in NODES:
-            made.connect(name)
-        made.wait_for_nodes(NODES)
-        yield made
-
-
 def connected(federation: Federation, name: str) -> bool:
     """Whether a node's SuperNode, in the life that it leads now, was let in by the server."""
     log = federation.folder / name / "state" / "supernode.log"
@@ -80,6 +68,14 @@ def asked(name: str, rounds: int, timeout_s: float = 60.0) -> list[object]:
     }  # fmt: skip
     options = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     return ["train", "patients.toml", *options, "--superlink", "server/operator"]
+
+
+def begin(federation: Federation, name: str, rounds: int, timeout_s: float = 60.0) -> Command:
+    """Begin a run, and wait for its first round, in which everybody takes part: what was before is over."""
+    command = federation.begin(*asked(name, rounds, timeout_s))
+    federation.wait_for("round 1", lambda: said_round(command, 1))
+    assert f"round 1 of {rounds}: 3 of 3 replies" in command.said
+    return command
 
 
 def said_round(command: Command, number: int) -> bool:

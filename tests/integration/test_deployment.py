@@ -94,6 +94,20 @@ def test_a_paused_node_refuses_until_it_is_resumed(federation):
         federation.must("node", "resume", name)
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [("privacy.epsilon=100", "noise is 0.208829, must be at least 0.3"), ("training.steps=10001", "steps is 10001")],
+)
+def test_what_no_policy_allows_is_refused_and_the_reason_stays_with_the_owner(federation, asked, reason):
+    refused = federation.call("train", "patients.toml", "--set", asked, "--superlink", "server/operator")
+    (sentence,) = refused.stderr.splitlines()
+    assert refused.returncode == 2
+    assert "no node admits the plan (3 × not-allowed)" in sentence
+    for name in NODES:
+        assert f"refused with not-allowed: {reason}" in federation.log(name)
+    assert reason not in federation.log("server")
+
+
 def test_a_bundle_of_another_release_is_refused_and_never_opened(federation, monkeypatch):
     """What travels as code is bytes to a node: a bundle whose modules would leave a mark on import leaves none."""
     mark = federation.folder / "imported"

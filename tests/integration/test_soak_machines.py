@@ -7,7 +7,7 @@ import resource
 
 import pytest
 from federation import NODES, Federation
-from soaking import asked, balanced, connected, run_of, running, said_round, start_again
+from soaking import asked, balanced, begin, connected, run_of, start_again
 
 from deployment.certificates import Authority
 
@@ -29,23 +29,16 @@ datetime.datetime = Shifted
 """
 
 
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("machines")) as made:
-        yield made
-
-
 def limit_files(federation: Federation, name: str, size: int) -> None:
-    """Let a running node write nothing beyond ``size`` bytes of a file: its log fits in, its ledger does not."""
+    """Let a running node write nothing beyond ``size`` bytes of a file."""
     pid = federation.running[name].pid
     _, most = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, most))
 
 
 def test_a_node_that_cannot_write_releases_nothing_and_goes_on_when_it_can(federation):
-    train = federation.begin(*asked("full", 4, TIMEOUT_S))
-    federation.wait_for("round 1", lambda: said_round(train, 1))
-    limit_files(federation, "second", 8192)
+    train = begin(federation, "full", 4, TIMEOUT_S)
+    limit_files(federation, "second", len(federation.log("second")) + 4096)  # its log fits in, its ledger does not
     federation.wait_for("a round without it", lambda: "2 of 3 replies" in train.said)
     limit_files(federation, "second", resource.RLIM_INFINITY)
     assert train.end() == 0
@@ -53,8 +46,6 @@ def test_a_node_that_cannot_write_releases_nothing_and_goes_on_when_it_can(feder
     assert {"internal-error": 1} in [line["refused"] for line in rounds]
     assert rounds[-1]["accepted"] == 3
     charged = balanced(federation, "full-1")
-    received = sum(line["accepted"] for line in rounds)
-    assert received == 12 - sum(line["asked"] - line["accepted"] for line in rounds)
     assert charged["first"] == charged["third"] == {1: 1, 2: 1, 3: 1, 4: 1}
     assert "refused with internal-error: the ledger cannot be written" in federation.log("second")
     assert "Traceback" not in federation.log("second")
@@ -69,15 +60,12 @@ def test_a_clock_ahead_is_refused_and_named(federation):
     federation.start("third", "node", "start", "third", PYTHONPATH=path, CLOCK_SHIFT_S="60")
     federation.wait_for("a refusal", lambda: "supernode: ended" in federation.log("third"))
     assert not connected(federation, "third")
-    said = federation.must(*asked("skewed", 1, TIMEOUT_S))
-    assert "round 1 of 1: 2 of 2 replies" in said
     federation.start("check", "node", "check", "third", PYTHONPATH=path, CLOCK_SHIFT_S="60")
     assert federation.running.pop("check").wait(60) == 1
     assert re.search(r"this machine's clock is \+6[0-3] s from the server's; set it", federation.log("check"))
     federation.end("third")
     start_again(federation, "third")
     federation.wait_for("the node", lambda: connected(federation, "third"), 90)
-    federation.wait_for_nodes(NODES)
 
 
 def certify(federation: Federation, days: int) -> None:
@@ -108,7 +96,7 @@ def test_an_expired_certificate_is_named_everywhere_and_a_new_one_brings_all_bac
     certify(federation, 3)
     federation.wait_for("nodes", lambda: all(connected(federation, name) for name in NODES), 150)
     federation.wait_for_nodes(NODES)
-    assert "round 1 of 1: 3 of 3 replies" in federation.must(*asked("renewed", 1))
+    assert begin(federation, "renewed", 1).end() == 0
     assert balanced(federation, "renewed-1") == {name: {1: 1} for name in NODES}
 
 

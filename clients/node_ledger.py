@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -52,7 +53,9 @@ def paid(
     charge_id = charge.charge_id(ledger.genesis.ledger_id)
     if not ledger.knows(charge_id) and not ledger.is_open(charge.run_id, charge.plan_hash):
         set_aside()
-    with ledger.lease():
+    with ExitStack() as leased:
+        with as_codes():
+            leased.enter_context(ledger.lease())
         states = state()
         key = repeat_key(torch.device("cpu"), _joined(states))
         with as_codes():
@@ -95,6 +98,8 @@ def as_codes() -> Iterator[None]:
         raise ProtocolError("ledger-mismatch", str(error)) from error
     except BadInputError as error:
         raise ProtocolError("not-allowed", str(error)) from error
+    except sqlite3.OperationalError as error:  # of the disk; the transaction was undone
+        raise ProtocolError("internal-error", f"the ledger cannot be written: {error}; look at its disk") from error
 
 
 def _joined(states: tuple[bytes | None, ...]) -> bytes | None:

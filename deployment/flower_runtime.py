@@ -62,6 +62,7 @@ from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from clients.protocol import Refusal, encode
+from deployment.certificates import days_left
 from deployment.operator import Operator
 from model.errors import BadInputError
 
@@ -310,6 +311,9 @@ class Control:
             BadInputError: a certificate cannot be used, or another Flower is installed.
         """
         check_flower()
+        left = days_left(operator.certificate)
+        if left < 0.0:
+            raise BadInputError(f"{operator.certificate}: expired {-left:.0f} days ago, must be one that is valid now")
         try:
             context = ssl.create_default_context(cafile=operator.ca)
             context.load_cert_chain(operator.certificate, operator.key)
@@ -397,7 +401,17 @@ class Control:
             why = "the operator's certificate was not accepted" if code == httpx.codes.FORBIDDEN else f"HTTP {code}"
             raise BadInputError(f"{self._address}: cannot {what}: {why}") from error
         except httpx.HTTPError as error:
-            raise BadInputError(f"{self._address}: cannot {what}: not reachable ({type(error).__name__})") from error
+            raise BadInputError(f"{self._address}: cannot {what}: {_why(error)}") from error
+
+
+def _why(error: httpx.HTTPError) -> str:
+    """Say why nothing came back. The error of a connection has that of the certificate somewhere below it."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not accepted ({below.verify_message})"
+        below = below.__cause__ or below.__context__
+    return f"not reachable ({type(error).__name__})"
 
 
 def bundle(number: str) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
-from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
@@ -47,13 +46,14 @@ def start_node(directory: NodeDirectory) -> None:
     supernode = Program(
         "supernode",
         [
-            str(Path(sys.executable).parent / "flower-supernode"),
+            sys.executable, "-P", "-m", "deployment.supernode",
             "--root-certificates", str(ca), "--superlink", server.address, "--auth-supernode-private-key", str(key),
             "--isolation", "process", "--host", "127.0.0.1", "--port", str(server.internal_port),
             "--superexec-auth-secret-file", str(secret),
         ],
         directory.state / "supernode.log",
         {"FLWR_HOME": str(directory.state / "flower")},
+        f"; conclave node check {directory.path} finds most reasons; or is its key not enrolled, or in use elsewhere?",
     )  # fmt: skip
     reached = {"supernode-answers": False}
     with standing_for(node), Family([supernode]) as family:

@@ -110,7 +110,7 @@ def _work(server: ServerDirectory, metrics: ServerMetrics) -> Callable[[Grid, Co
 
         metrics.running = run
         try:
-            run_scenario(grid, run.scenario, run, run_id, on_round=on_round)
+            run_scenario(grid, run.scenario, run, run_id, on_round=on_round, say=say)
         finally:
             metrics.running = None
         say(f"finished: {run.path}")

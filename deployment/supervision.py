@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ log = logging.getLogger("conclave.processes")
 
 _LOOK_S = 0.5
 _PATIENCE_S = 10.0
+_GRACE_S = 20.0
+"""Whoever works when all are asked to stop may finish for so long; then what it waits for is ended."""
+_LONGEST_PAUSE_S = 15.0
+_STEADY_S = 60.0
+"""What ran so long before it ended is started again as soon as at the first time."""
 
 QUIET_FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
 """What keeps Flower and its relatives from calling out (set before they are imported)."""
@@ -39,12 +45,13 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A program to run. log: the file that gets what it prints."""
+    """A program to run. log: the file that gets what it prints. advice: what to do where it ends by itself."""
 
     name: str
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str]
+    advice: str = ""
 
 
 def _keep_lines(printed: IO[bytes], path: Path) -> None:
@@ -62,6 +69,8 @@ class Family:
         self._programs = programs
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths: dict[str, int] = {}
+        self._started: dict[str, float] = {}
+        self._left = threading.Event()
         self._pumps: list[threading.Thread] = []
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -77,6 +86,7 @@ class Family:
     def __exit__(self, *_: object) -> None:
         """End all, the last started first."""
         self.stopped.set()
+        self._left.set()
         self._watcher.join()
         for program in reversed(self._programs):
             self._end(self._running[program.name])
@@ -104,17 +114,26 @@ class Family:
         pump = threading.Thread(target=_keep_lines, args=(process.stdout, program.log), daemon=True)
         pump.start()
         self._pumps = [*(old for old in self._pumps if old.is_alive()), pump]
+        self._started[program.name] = time.monotonic()
         log.info("%s: started", program.name)
 
     def _watch(self) -> None:
+        self._keep_running()
+        if not self._left.wait(_GRACE_S):
+            log.warning("the work in hand did not end within %.0f s; ending what it waits for", _GRACE_S)
+            for program in self._programs:
+                self._end(self._running[program.name])
+
+    def _keep_running(self) -> None:
         while not self.stopped.wait(_LOOK_S):
             for program in self._programs:
                 status = self._running[program.name].poll()
                 if status is None:
                     continue
-                deaths = self._deaths[program.name] = self._deaths.get(program.name, 0) + 1
-                log.error("%s: ended with status %d; see %s", program.name, status, program.log)
-                if self.stopped.wait(min(2.0 ** min(deaths, 6), 60.0)):
+                steady = time.monotonic() - self._started[program.name] >= _STEADY_S
+                deaths = self._deaths[program.name] = 1 if steady else self._deaths.get(program.name, 0) + 1
+                log.error("%s: ended with status %d; see %s%s", program.name, status, program.log, program.advice)
+                if self.stopped.wait(min(2.0 ** min(deaths, 6), _LONGEST_PAUSE_S)):
                     return
                 self._start(program)
 

@@ -25,7 +25,7 @@ from server.evaluation import Evaluation, evaluate
 from server.node_account import NodeAccount
 from server.node_rounds import NodeLevel
 from server.receipts import ReceiptBook
-from server.roster import Roster
+from server.roster import Roster, counted
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
 from server.strategy import ExpertStrategy
@@ -47,7 +47,12 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_scenario(
-    grid: Grid, scenario: Scenario, run: RunDirectory, run_id: str, on_round: Callable[[str], None] = lambda _: None
+    grid: Grid,
+    scenario: Scenario,
+    run: RunDirectory,
+    run_id: str,
+    on_round: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run the rounds that are left and leave metrics, checkpoint and model in the run directory.
 
@@ -57,6 +62,7 @@ def run_scenario(
     Args:
         run_id: names the run in every charge.
         on_round: told what each round came to, a line.
+        say: told, before the first round, how many nodes refused, and why.
 
     Raises:
         BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
@@ -86,6 +92,8 @@ def run_scenario(
     if done < scenario.federation.rounds:
         _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.meet(roster.admit())
+        if roster.refused:
+            say(f"nodes that do not take part: {counted(roster.refused)}")
         _check_coverage(scenario, strategy)  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(run.metrics() if done else ())

@@ -54,6 +54,8 @@ class Roster:
         self._asked: dict[str, set[int]] = {QUERY_DESCRIBE: set(), QUERY_ADMIT: set()}
         self._pending: dict[str, tuple[int, str]] = {}  # message id → the node that it went to, and the question
         self._settled = False
+        self.refused: Counter[str] = Counter()
+        """Code → how many nodes answered with it before the first round, and do not take part."""
 
     def describe(self) -> dict[int, Description]:
         """Ask every node what is public about it; return those that can take part, by Flower node id.
@@ -63,9 +65,10 @@ class Roster:
         """
         self._connected = set(_connected(self._grid, self._scenario.nodes))
         refused = self._ask(QUERY_DESCRIBE, self._connected)
+        self.refused = refused.copy()
         found = self._reachable()
         if not found:
-            why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
+            why = counted(refused) or "none answered"
             hint = ""
             if refused["schema-mismatch"]:
                 hint = f"; a simulation of this scenario needs {self._scenario.nodes} nodes"
@@ -79,8 +82,9 @@ class Roster:
             BadInputError: none did.
         """
         refused = self._ask(QUERY_ADMIT, self._reachable())
+        self.refused += refused
         if not self._admitted:
-            why = ", ".join(f"{count} × {code}" for code, count in refused.items()) or "none answered"
+            why = counted(refused) or "none answered"
             raise BadInputError(f"no node admits the plan ({why}), must be at least one; its owner's log says why")
         return self.members()
 
@@ -226,6 +230,11 @@ class Roster:
         if decode(content, Admission).plan_hash != self._plan.hash:
             raise ProtocolError("bad-request", "another plan than was asked for")
         self._admitted |= {found.fingerprint for at, found in self._reachable().items() if at == node}
+
+
+def counted(refused: Counter[str]) -> str:
+    """Say how often each code was the answer, e.g. ``2 × paused, 1 × not-allowed``."""
+    return ", ".join(f"{count} × {code}" for code, count in sorted(refused.items()))
 
 
 def _connected(grid: Grid, expected: int) -> list[int]:

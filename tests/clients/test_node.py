@@ -307,6 +307,39 @@ def test_what_the_policy_forbids_is_not_admitted_either(tmp_path):
     assert node.ledger.entries() == []
 
 
+def test_a_model_of_which_even_the_smallest_part_is_too_large_is_not_admitted(tmp_path):
+    """With as many experts as a token needs, two; a part that has more is refused when it comes."""
+    assert plan().model.experts.top_k == 2
+    two = dict.fromkeys(range(plan().model.layers), (0, 1))
+    network = build(make_config(), seed=1)
+    wire = parameters.split(network.state_dict(), network.held)
+    least = sum(wire[name].numel() for name in parameters.select(wire, two))
+    for name, most in (("enough", least), ("not", least - 1)):
+        (tmp_path / name).mkdir()
+        node = make_node(tmp_path / name, max_parameters=most)
+        if name == "enough":
+            admit(node)
+            assert (
+                code_of(node, request(held=plan().model.all_experts), body(plan().model.all_experts)) == "not-allowed"
+            )
+        else:
+            with pytest.raises(ProtocolError, match=f"{least} parameters with as few experts .* at most {most}"):
+                admit(node)
+            assert node.ledger.entries() == []
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_charged_twice(tmp_path):
+    node = make_node(tmp_path)
+    node.ledger._db.execute("PRAGMA max_page_count = 1")  # it grows no more, and says so as on a full disk
+    with pytest.raises(ProtocolError, match="the ledger cannot be written: database or disk is full") as caught:
+        train(node, request(held=HELD), body())
+    assert caught.value.code == "internal-error"
+    assert "COMMITTED" not in [entry.state for entry in node.ledger.entries()]
+    node.ledger._db.execute("PRAGMA max_page_count = 100000")
+    train(node, request(held=HELD), body())
+    assert [entry.state for entry in node.ledger.entries()] == ["ADMITTED", "RESERVED", "COMMITTED"]
+
+
 def test_allowed_scenarios_by_name_and_by_plan(tmp_path):
     for number, allowed in enumerate((("test",), (f"plan:{plan().hash}",), None)):
         (tmp_path / str(number)).mkdir()

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from deployment import supervision
 from deployment.supervision import Family, Program
 
 SLEEPER = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
@@ -54,6 +56,39 @@ def test_a_program_that_ends_is_started_again_and_all_end_together(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         assert family.stopped.wait(5)
     assert not any(map(alive, pids(log)))
+
+
+def test_work_that_waits_for_a_program_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    """Asked to stop, whoever is in the middle of something gets a while; then what it waits for is ended."""
+    monkeypatch.setattr(supervision, "_GRACE_S", 0.1)
+    log = tmp_path / "log"
+    with Family([Program("sleeper", SLEEPER, log, {})]) as family:
+        wait_for(lambda: len(pids(log)) == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for(lambda: not alive(pids(log)[0]))  # the work
+        assert family.running() == {"sleeper": False}
+    assert len(pids(log)) == 1
+
+
+def test_after_a_long_life_a_program_is_started_again_as_soon_as_the_first_time(tmp_path, monkeypatch):
+    """It may take 2, 4, 8, … s, and one that ends every month would come to the longest."""
+    waits = []
+    monkeypatch.setattr(supervision, "_STEADY_S", 0.0)
+    family = Family([Program("ends", [sys.executable, "-c", ""], tmp_path / "log", {})])
+    stop_after = 4
+
+    class Stopped(threading.Event):
+        def wait(self, timeout=None):
+            if timeout > supervision._LOOK_S:
+                waits.append(timeout)
+            if len(waits) == stop_after:
+                self.set()
+            return super().wait(0.01)
+
+    family.stopped = Stopped()
+    with family:
+        wait_for(family.stopped.is_set)
+    assert waits == [2.0] * stop_after
 
 
 def test_what_calls_out_is_switched_off(tmp_path):

@@ -6,230 +6,47 @@ three formats. Needs nginx.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from sklearn.datasets import load_breast_cancer
+from federation import NODES, Federation, free_port
 
-import conclave
 from clients.node_directory import NodeDirectory
 from deployment import flower_runtime
 from deployment.certificates import Authority
 from deployment.flower_runtime import Control
 from deployment.operator import find_operator
-from deployment.proxy import nginx_program
 from deployment.server_directory import ServerDirectory
 from model.errors import BadInputError
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.verification import audit_history
-
-try:
-    nginx_program()
-except BadInputError as missing:
-    pytest.skip(str(missing), allow_module_level=True)
-
-CONCLAVE = str(Path(sys.executable).with_name("conclave"))
-NODES = ("first", "second", "third")
-FORMATS = {"first": "csv", "second": "parquet", "third": "npz"}
-HOSPITALS = dict(zip(NODES, ("cleveland", "hungarian", "va"), strict=True))
-SCENARIO = """name = "patients"
-[model]
-preset = "moe"
-width = 16
-norm = "rms"
-encoder = {{ kind = "table", features = {features} }}
-head = {{ kind = "classification", classes = 2 }}
-[model.experts]
-routed = 4
-hidden = 16
-top_k = 1
-[data]
-source = "nodes"
-[partition]
-scheme = "iid"
-nodes = 3
-[privacy]
-epsilon = 8.0
-delta = 1e-4
-clip = 1.0
-sampling_rate = 0.5
-[training]
-steps = 2
-learning_rate = 0.5
-[federation]
-rounds = 3
-experts_per_node = 2
-reply_timeout_s = 120.0
-[evaluation]
-every = 3
-held_out = 0.2
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class Called(NamedTuple):
-    """How a command ended, and what it said."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-class Federation:
-    """A server and nodes in a folder, and the processes that run them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.environment = os.environ | {"XDG_STATE_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-        self.environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # this process's own, if it has compiled anything
-        self.watched = {name: folder / f"watched-{name.lower()}" for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME")}
-        for path in self.watched.values():
-            path.mkdir()
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-
-    def call(self, *arguments: object) -> Called:
-        """Run a command to its end, in this process: importing torch anew each time would take most of the time."""
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            mock.patch.object(sys, "argv", ["conclave", *map(str, arguments)]),
-            mock.patch.dict(os.environ, self.environment),
-            contextlib.chdir(self.folder),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            try:
-                conclave.main()
-                code = 0
-            except SystemExit as ended:
-                code = int(ended.code or 0)
-        return Called(code, out.getvalue(), err.getvalue())
-
-    def must(self, *arguments: object) -> str:
-        done = self.call(*arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def start(self, name: str, *arguments: object) -> None:
-        """Start a process that goes on."""
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.running[name] = subprocess.Popen(
-                [CONCLAVE, *map(str, arguments)], cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
-                env=self.environment | {name: str(path) for name, path in self.watched.items()},
-            )  # fmt: skip
-
-    def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text()
-
-    def end(self, name: str, by: int = signal.SIGTERM) -> int:
-        process = self.running.pop(name)
-        process.send_signal(by)
-        return process.wait(30)
-
-    def status(self) -> dict[str, object]:
-        return json.loads(self.must("status", "--superlink", "server/operator", "--json").splitlines()[-1])
-
-    def wait_for(self, what: str, condition, seconds: float = 90.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            logs = "\n".join(f"{name}: {self.log(name)[-2000:]}" for name in self.running)
-            assert time.monotonic() < deadline, f"{what} did not come about\n{logs}"
-            for name, process in self.running.items():
-                assert process.poll() is None, f"{name} ended: {self.log(name)[-2000:]}"
-            time.sleep(0.2)
-
-
-def rows_of(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A node's share of the fallback table: standardised by constants, not by the data."""
-    table = load_breast_cancer()
-    part = slice(NODES.index(name), None, 3)
-    return table.data[part, :13], table.target[part]
-
-
-def write_data(folder: Path, name: str) -> str:
-    """Write a node's data in its format; return the ``[format]`` that describes them."""
-    folder.mkdir(parents=True)
-    given = os.environ.get("CONCLAVE_DATA")
-    columns = [f"c{number}" for number in range(13)]
-    if given is None:
-        values, label = rows_of(name)
-    else:
-        text = (Path(given) / "heart-disease" / f"processed.{HOSPITALS[name]}.data").read_text().replace("?", "nan")
-        table = np.array([line.split(",") for line in text.split()], dtype=np.float64)
-        values, label = table[:, :13], (table[:, 13] > 0).astype(np.int64)
-    values = values.astype(np.float32)
-    if FORMATS[name] == "csv":
-        lines = [
-            ",".join([*(("" if v != v else f"{v:g}") for v in row), str(y)])
-            for row, y in zip(values, label, strict=True)
-        ]
-        (folder / "rows.csv").write_text("\n".join([",".join([*columns, "label"]), *lines, "not,a,row"]) + "\n")
-    elif FORMATS[name] == "parquet":
-        pq.write_table(
-            pa.table({c: values[:, i] for i, c in enumerate(columns)} | {"label": label}), folder / "rows.parquet"
-        )
-    else:
-        np.savez(folder / "rows.npz", values=values, label=label)
-    source = 'table = "values"\n' if FORMATS[name] == "npz" else ""
-    return f'[format]\nkind = "{FORMATS[name]}"\n{source}label = "label"\nclasses = 2\nmissing = 0.0\nscale = 100.0\n'
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
     """A server that serves, three nodes that are connected, and a scenario."""
     made = Federation(tmp_path_factory.mktemp("deployment"))
-    folder = made.folder
-    (folder / "patients.toml").write_text(SCENARIO.format(features=13))
-    made.must("server", "init", "server", "--host", "localhost", "--port", made.port)
-    config = folder / "server" / "server.toml"
-    config.write_text(config.read_text().replace("internal_port = 9091", f"internal_port = {free_port()}"))
-    made.start("server", "server", "start", "server")
-    for name in NODES:
-        described = write_data(folder / "data" / name, name)
-        data = "data/third/rows.npz" if name == "third" else f"data/{name}"
-        made.must(
-            "node", "init", name, "--dataset", name, "--data", data, "--declared-size", 190, "--epsilon", 8,
-            "--delta", 1e-4, "--witness", f"witness/{name}", "--held-out", 0.2, "--machine", "loopback",
-            "--superlink", f"localhost:{made.port}", "--ca", "server/operator/ca.pem",
-        )  # fmt: skip
-        path = folder / name / "node.toml"
-        text = path.read_text().replace("internal_port = 9094", f"internal_port = {free_port()}")
-        path.write_text(f"{text.replace('# metrics = 1.0', 'metrics = 1.0')}\n{described}")
-    made.wait_for("a server", lambda: made.call("status", "--superlink", "server/operator").returncode == 0)
-    for name in NODES:
-        made.must("server", "enrol", f"{name}/state/node.key.pub", "--superlink", "server/operator")
-        made.start(name, "node", "start", name)
-    made.wait_for("three nodes", lambda: list(made.status()["nodes"].values()) == ["online"] * 3)
     try:
+        made.serve()
+        for name in NODES:
+            made.create_node(name)
+        for name in NODES:
+            made.connect(name)
+        made.wait_for_nodes(NODES)
         yield made
     finally:
-        for name in list(made.running):
-            made.end(name)
+        made.end_all()
 
 
 def plan_of(federation: Federation) -> str:
@@ -275,6 +92,20 @@ def test_a_paused_node_refuses_until_it_is_resumed(federation):
     assert "3 × paused" in paused.stderr
     for name in NODES:
         federation.must("node", "resume", name)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [("privacy.epsilon=100", "noise is 0.208829, must be at least 0.3"), ("training.steps=10001", "steps is 10001")],
+)
+def test_what_no_policy_allows_is_refused_and_the_reason_stays_with_the_owner(federation, asked, reason):
+    refused = federation.call("train", "patients.toml", "--set", asked, "--superlink", "server/operator")
+    (sentence,) = refused.stderr.splitlines()
+    assert refused.returncode == 2
+    assert "no node admits the plan (3 × not-allowed)" in sentence
+    for name in NODES:
+        assert f"refused with not-allowed: {reason}" in federation.log(name)
+    assert reason not in federation.log("server")
 
 
 def test_a_bundle_of_another_release_is_refused_and_never_opened(federation, monkeypatch):
@@ -367,7 +198,7 @@ def test_a_server_with_another_certificate_is_not_spoken_to(federation, tmp_path
     real = find_operator(str(federation.folder / "server" / "operator"))
     with (
         Control.of(replace(real, ca=tmp_path / "ca.pem")) as control,
-        pytest.raises(BadInputError, match="not reachable"),
+        pytest.raises(BadInputError, match="certificate is not accepted"),
     ):
         control.nodes()
 

@@ -9,7 +9,7 @@ from server_samples import be_the_server, describe, make_plan, reply_with
 from clients.protocol import QUERY_ADMIT, QUERY_CLOSE, QUERY_DESCRIBE, Admission, Closed, Refusal, encode
 from data.shipped_scenarios import find
 from model import BadInputError
-from server.roster import Roster
+from server.roster import Roster, counted
 from server.scenario import read_scenario
 
 PLAN = make_plan()
@@ -99,6 +99,18 @@ def test_where_nothing_changed_one_look_is_all(net, naps):
     roster = started(net)
     assert [roster.refresh() for _ in range(5)] == [False] * 5
     assert (net.looks, net.asked, naps) == (5, [], [])
+
+
+def test_who_refuses_before_the_first_round_is_counted_by_code(net):
+    net.here |= {13: describe(3), 14: describe(4)}
+    net.answers = {
+        (12, QUERY_DESCRIBE): encode(Refusal(code="version-mismatch")),
+        (13, QUERY_ADMIT): encode(Refusal(code="paused")),
+        (14, QUERY_ADMIT): encode(Refusal(code="paused")),
+    }
+    roster = started(net)
+    assert roster.refused == {"version-mismatch": 1, "paused": 2}
+    assert counted(roster.refused) == "2 × paused, 1 × version-mismatch"
 
 
 def test_a_late_node_is_described_admitted_and_takes_part_at_once(net, naps):

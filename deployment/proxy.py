@@ -91,6 +91,8 @@ http {{
       proxy_pass {upstream};
     }}
     location / {{ return 404; }}
+    error_page 495 = @denied;  # a certificate that is not accepted
+    location @denied {{ return 403; }}
   }}
 }}
 """

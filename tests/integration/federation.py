@@ -74,6 +74,10 @@ held_out = 0.2
 """
 
 
+FAR = "fed.test"
+"""A name of the server that this machine cannot resolve."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -133,18 +137,20 @@ class Federation:
     def serve(self) -> None:
         """Make the server and a scenario, and start it."""
         (self.folder / "patients.toml").write_text(SCENARIO.format(features=13))
-        self.must("server", "init", "server", "--host", "localhost", "--port", self.port)
+        self.must("server", "init", "server", "--host", "localhost", "--host", FAR, "--port", self.port)
         config = self.folder / "server" / "server.toml"
-        config.write_text(config.read_text().replace("internal_port = 9091", f"internal_port = {free_port()}"))
+        text = config.read_text().replace("internal_port = 9091", f"internal_port = {free_port()}")
+        config.write_text(text.replace("# metrics_port = 9464", f"metrics_port = {free_port()}"))
         self.start("server", "server", "start", "server")
 
     def create_node(
-        self, name: str, *, like: str | None = None, epsilon: float = 8.0, port: int | None = None, columns: int = 13
-    ) -> None:
+        self, name: str, *, like: str | None = None, epsilon: float = 8.0, port: int | None = None, columns: int = 13,
+        host: str = "localhost",
+    ) -> None:  # fmt: skip
         """Make a node with data of its own.
 
         like: one of :data:`NODES`, whose share of the data it gets; itself if not given. port: that it dials, the
-        server's if not given. columns: so many of the 13 are there.
+        server's if not given. columns: so many of the 13 are there. host: the server's name.
         """
         share = like or name
         described = write_data(self.folder / "data" / name, share, columns)
@@ -152,7 +158,7 @@ class Federation:
         self.must(
             "node", "init", name, "--dataset", name, "--data", data, "--declared-size", 190, "--epsilon", epsilon,
             "--delta", 1e-4, "--witness", f"witness/{name}", "--held-out", 0.2, "--machine", "loopback",
-            "--superlink", f"localhost:{port or self.port}", "--ca", "server/operator/ca.pem",
+            "--superlink", f"{host}:{port or self.port}", "--ca", "server/operator/ca.pem",
         )  # fmt: skip
         self.edit_node(name, "internal_port = 9094", f"internal_port = {free_port()}")
         self.edit_node(name, "# metrics = 1.0", "metrics = 1.0")

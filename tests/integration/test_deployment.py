@@ -16,11 +16,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from federation import NODES, Federation, free_port
+from federation import FAR, NODES, Federation, free_port
+from tunnel import Tunnel
 
 from clients.node_directory import NodeDirectory
 from deployment import flower_runtime
@@ -34,15 +36,22 @@ from privacy.ledger.verification import audit_history
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory):
-    """A server that serves, three nodes that are connected, and a scenario."""
+def tunnel():
+    with closing(Tunnel()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, tunnel):
+    """A server that serves, three nodes that are connected, the third through a proxy, and a scenario."""
     made = Federation(tmp_path_factory.mktemp("deployment"))
     try:
         made.serve()
         for name in NODES:
-            made.create_node(name)
+            made.create_node(name, host=FAR if name == "third" else "localhost")
         for name in NODES:
-            made.connect(name)
+            proxies = {"third": dict.fromkeys(("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"), tunnel.address)}
+            made.connect(name, **proxies.get(name, {}))
         made.wait_for_nodes(NODES)
         yield made
     finally:
@@ -75,6 +84,34 @@ def test_a_whole_run_waits_for_its_owners_and_is_audited(federation):
         assert audit.epsilon == pytest.approx(8.0, abs=0.01)
     assert federation.must("report", run)
     assert not list(run.glob("ledgers/*"))  # they stay with their owners
+
+
+def test_a_proxy_on_the_way_out_sees_the_server_and_nothing_of_loopback(federation, tunnel, monkeypatch):
+    """The third node took part through it. What its processes tell each other, with a secret, did not go that way."""
+    assert set(tunnel.asked) == {f"{FAR}:{federation.port}"}
+    checked = federation.call("node", "check", "third")
+    assert "not reachable" in checked.stdout  # nobody but the proxy knows that name
+    monkeypatch.setitem(federation.environment, "HTTPS_PROXY", tunnel.address)
+    assert "NOT OK" not in federation.must("node", "check", "third")
+
+
+def test_the_server_tells_its_monitoring_how_the_run_went(federation):
+    assert federation.must("health", "server").split() == [
+        "superlink:",
+        "ok",
+        "proxy:",
+        "ok",
+        "superlink-answers:",
+        "ok",
+    ]
+    port = ServerDirectory(federation.folder / "server").config.monitoring.metrics_port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    for line in (
+        "conclave_server_rounds_total 3.0", 'conclave_server_replies_total{outcome="accepted"} 9.0',
+        'conclave_server_nodes{state="online"} 3.0', 'conclave_program_up{program="proxy"} 1.0',
+    ):  # fmt: skip
+        assert line in text.splitlines()
 
 
 def test_a_spent_budget_refuses_the_next_run(federation):
@@ -181,6 +218,24 @@ def test_the_fleet_needs_an_enrolled_key(federation):
     done = subprocess.run(command, env=federation.environment, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode != 0
     assert federation.status()["nodes"] == before
+
+
+def test_a_revoked_operator_and_a_renewed_certificate_count_at_once(federation):
+    federation.must("server", "operator", "server", "ann", "ann")
+    assert federation.call("status", "--superlink", "ann").returncode == 0
+    assert "refused, now" in federation.must("server", "revoke", "server", "ann")
+    federation.wait_for("revocation", lambda: federation.call("status", "--superlink", "ann").returncode == 2)
+    refused = federation.call("status", "--superlink", "ann").stderr
+    assert "the operator's certificate was not accepted" in refused
+    before = served(federation)
+    assert "in use" in federation.must("server", "renew", "server", "--days", 40)
+    federation.wait_for("another certificate", lambda: served(federation) != before)
+    federation.status()  # the other operator, and the nodes, go on
+    assert list(federation.status()["nodes"].values()) == ["online"] * 3
+
+
+def served(federation: Federation) -> str:
+    return ssl.get_server_certificate(("localhost", federation.port))
 
 
 def test_another_authoritys_operator_is_refused(federation, tmp_path):

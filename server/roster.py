@@ -35,6 +35,8 @@ from server.scenario import Scenario
 log = logging.getLogger("conclave.server")
 
 _NODES_APPEAR_WITHIN_S = 5.0
+_OWNER_DECIDES = ("awaiting-approval", "paused")
+"""Refusals of a plan that its owner may take back at any time: the node is asked again before each round."""
 _NEWCOMERS_ANSWER_WITHIN_S = 10.0
 """How long a round waits for nodes that have just appeared. Who takes longer joins a later round."""
 
@@ -54,6 +56,7 @@ class Roster:
         self._asked: dict[str, set[int]] = {QUERY_DESCRIBE: set(), QUERY_ADMIT: set()}
         self._pending: dict[str, tuple[int, str]] = {}  # message id → the node that it went to, and the question
         self._settled = False
+        self._undecided: set[int] = set()
         self.refused: Counter[str] = Counter()
         """Code → how many nodes answered with it before the first round, and do not take part."""
 
@@ -92,15 +95,17 @@ class Roster:
         """Look who came, left or returned; describe and admit newcomers; say whether anything may have changed.
 
         Nothing that a node does here ends the run. One look at the connected ids is all it costs where nothing changed.
-        Newcomers get a moment to answer, once; later answers are taken at a later look.
+        Newcomers get a moment to answer, once; later answers are taken at a later look, and so are those of nodes whose
+        owner had not decided yet.
         """
         connected = set(self._grid.get_node_ids())
-        if self._settled and connected == self._connected:
+        if self._settled and connected == self._connected and not self._undecided:
             return False
         for asked in self._asked.values():
             asked &= connected
         self._pending = {key: entry for key, entry in self._pending.items() if entry[0] in connected}
         self._connected = connected
+        self._undecided &= connected
         deadline, pushed = time.monotonic() + _NEWCOMERS_ANSWER_WITHIN_S, False
         while True:
             pushed |= self._push_questions()
@@ -109,6 +114,7 @@ class Roster:
             if not (self._pending and pushed) or time.monotonic() >= deadline:
                 break
             time.sleep(0.1)
+        self._push(QUERY_ADMIT, sorted(self._undecided - {node for node, _ in self._pending.values()}))
         self._settled = not self._pending
         return True
 
@@ -153,11 +159,14 @@ class Roster:
     def _push_questions(self) -> bool:
         due = self._due()
         for question, nodes in due.items():
-            messages = [self._message(question, node) for node in nodes]
-            if messages:
-                self._pending |= zip(self._grid.push_messages(messages), ((n, question) for n in nodes), strict=True)
-            self._asked[question].update(nodes)
+            self._push(question, nodes)
         return any(due.values())
+
+    def _push(self, question: str, nodes: list[int]) -> None:
+        messages = [self._message(question, node) for node in nodes]
+        if messages:
+            self._pending |= zip(self._grid.push_messages(messages), ((n, question) for n in nodes), strict=True)
+        self._asked[question].update(nodes)
 
     def _take_answers(self) -> bool:
         replies = list(self._grid.pull_messages(list(self._pending))) if self._pending else []
@@ -206,6 +215,10 @@ class Roster:
             doing = "cannot take part" if question == QUERY_DESCRIBE else "does not admit the plan"
             log.warning("node %d %s: %s", node, doing, error.code)
             refused[error.code] += 1
+            if error.code in _OWNER_DECIDES and question == QUERY_ADMIT:
+                self._undecided.add(node)
+                return
+        self._undecided.discard(node)
 
     def _take_description(self, node: int, content: RecordDict) -> None:
         """Note what a node is. It may be another than before under its id, or no longer fit to take part."""

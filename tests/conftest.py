@@ -14,6 +14,9 @@ from clients.protocol import TrainReply
 from model import Batch, ModelConfig
 from server.receipts import EMPTY_RECEIPT
 
+pytest_plugins = ["soak_fixtures"]
+"""A conftest.py of the soak's own would hide this file's helpers from the other tests."""
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_fixed_seed():

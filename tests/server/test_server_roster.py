@@ -143,6 +143,32 @@ def test_a_newcomer_that_refuses_or_lies_changes_nothing_until_it_comes_again(ne
     assert ids(roster) == {NAME[1]: 11, NAME[2]: 12, NAME[3]: 13}
 
 
+@pytest.mark.parametrize("code", ["awaiting-approval", "paused"])
+def test_a_node_whose_owner_decides_during_the_run_joins_it(net, naps, code):
+    """It is asked before each round, without waiting; once it admits the plan, nobody asks any more."""
+    net.answers = {(12, QUERY_ADMIT): encode(Refusal(code=code))}
+    roster = started(net)
+    for _ in range(3):
+        roster.refresh()
+        assert net.asked == [(12, QUERY_ADMIT)]
+        assert ids(roster) == {NAME[1]: 11}
+        net.asked.clear()
+    net.answers.clear()
+    roster.refresh()  # takes the last refusal, and asks once more
+    assert roster.refresh()
+    assert ids(roster) == {NAME[1]: 11, NAME[2]: 12}
+    net.asked.clear()
+    assert [roster.refresh() for _ in range(3)] == [False] * 3
+    assert (net.asked, naps) == ([], [])
+
+
+def test_other_refusals_are_final_while_the_node_stays(net, naps):
+    net.answers = {(12, QUERY_ADMIT): encode(Refusal(code="budget-exhausted"))}
+    roster = started(net)
+    assert [roster.refresh() for _ in range(3)] == [False] * 3
+    assert (net.asked, naps) == ([], [])
+
+
 @pytest.mark.parametrize("question", [QUERY_DESCRIBE, QUERY_ADMIT])
 def test_a_silent_newcomer_is_waited_for_once_and_may_answer_later(net, naps, question):
     roster = started(net)

@@ -6,13 +6,15 @@ import signal
 
 import pytest
 from federation import NODES
-from soaking import balanced, begin, connected, kill, run_of, said_round, start_again
+from soaking import balanced, begin, connected, kill, run_of, said_round, start_again, supernode_log
 
 pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 8.0
 RETURN_S = 150.0
 """A SuperNode that could not say good-bye is let in again when its server has missed it for a minute."""
+RECONNECTED = ("Connection successful", "SuperNode ID")
+"""What a SuperNode says that goes on with a connection, or begins one."""
 
 
 def test_a_slow_node_is_missing_for_a_round_and_its_late_reply_counts_for_nothing(federation):
@@ -66,15 +68,18 @@ def test_a_stopped_run_goes_on_and_no_round_is_charged_twice(federation):
 
 def test_a_killed_server_is_started_again_and_its_run_resumed(federation):
     train = begin(federation, "lost", 2)
+    before = {name: len(supernode_log(federation, name)) for name in NODES}
     kill(federation, "server")
     assert train.end() == 2
     assert train.said.splitlines()[-1].startswith("conclave: localhost:")  # one sentence
     assert "not reachable" in train.said
     federation.start("server", "server", "start", "server")
-    federation.wait_for(
-        "the server", lambda: federation.call("status", "--superlink", "server/operator").returncode == 0
-    )
-    federation.wait_for_nodes(NODES)
+    for name in NODES:  # each goes on, or ended with the server, and is let in again when it has been missed
+        federation.wait_for(
+            "the node",
+            lambda name=name: any(word in supernode_log(federation, name)[before[name] :] for word in RECONNECTED),
+            RETURN_S,
+        )
     resumed = federation.must("train", "--resume", "lost-1", "--superlink", "server/operator")
     assert "round 2 of 2: 3 of 3 replies" in resumed
     assert balanced(federation, "lost-1") == {node: {1: 1, 2: 1} for node in NODES}

@@ -42,10 +42,15 @@ def add_node(federation: Federation, name: str, **options: Any) -> None:
     federation.edit_node(name, "# unapproved_plans = true", "unapproved_plans = true")
 
 
+def supernode_log(federation: Federation, name: str) -> str:
+    """What a node's SuperNode has said, in all its lives."""
+    path = federation.folder / name / "state" / "supernode.log"
+    return path.read_text() if path.exists() else ""
+
+
 def connected(federation: Federation, name: str) -> bool:
     """Whether a node's SuperNode, in the life that it leads now, was let in by the server."""
-    log = federation.folder / name / "state" / "supernode.log"
-    return log.exists() and "SuperNode ID" in log.read_text().rpartition("Starting Flower SuperNode")[2]
+    return "SuperNode ID" in supernode_log(federation, name).rpartition("Starting Flower SuperNode")[2]
 
 
 def start_again(federation: Federation, name: str) -> None:

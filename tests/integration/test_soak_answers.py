@@ -51,8 +51,8 @@ def federation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def said(federation) -> str:
-    """What the operator sees of a run of two rounds."""
-    return federation.must(*asked("mixed", 2))
+    """What the operator sees of a run of two rounds; one node must do for all experts."""
+    return federation.must(*asked("mixed", 2), "--set", "federation.experts_per_node=4")
 
 
 def test_the_run_goes_on_with_whoever_takes_part_and_codes_are_all_that_is_told(federation, said):

@@ -27,7 +27,7 @@ def back_up(directory: NodeDirectory, out: Path) -> list[str]:
     for side in directory.sides:
         ledger = directory.files(side).path
         contents[f"{folder}/{ledger.name}"] = copy_without_secrets(ledger)
-    kept = [*directory.state.glob("*.key"), *directory.state.glob("*.key.*"), *directory.state.glob("*.format")]
+    kept = [*directory.state.glob("*.key"), *directory.state.glob("*.key.*"), *directory.state.glob("*.layout")]
     for path in [*kept, *directory.plans.glob("*")]:
         contents[f"{folder}/{path.relative_to(directory.state).as_posix()}"] = path.read_bytes()
     try:

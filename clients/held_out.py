@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data.held_out import split
+from data.held_out import by_content, by_group, split
 from data.sources import Records
 from privacy.ledger import Genesis, Ledger
 
@@ -17,6 +18,15 @@ class HeldOut:
     ledger: Ledger
 
 
-def sides_of(records: Records, genesis: Genesis) -> tuple[Records, Records]:
-    """Divide a node's records as its training ledger fixes it: those that train, and those that are held out."""
-    return split(records, unit=genesis.unit, key=bytes.fromhex(genesis.split_key), share=float(genesis.held_out))
+def sides_of(records: Records, genesis: Genesis, identities: Iterable[bytes] | None) -> tuple[Records, Records]:
+    """Divide a node's records as its training ledger fixes it: those that train, and those that are held out.
+
+    Args:
+        identities: what each record is known by, of no account where groups are the unit; None where records are known
+            by their content, as in a simulation.
+    """
+    if genesis.unit == "group":
+        identities = by_group(records)
+    elif identities is None:
+        identities = by_content(records)
+    return split(records, identities, key=bytes.fromhex(genesis.split_key), share=float(genesis.held_out))

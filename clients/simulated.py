@@ -93,7 +93,7 @@ def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> No
     size, held_out = declared_size(units), None
     if sections.evaluation is not None:
         path = held_out_ledger_path(Path(run_dir), number)
-        records, aside = sides_of(records, ledger.genesis)
+        records, aside = sides_of(records, ledger.genesis, None)
         held_out = HeldOut(aside, _open_ledger(sections, path, root, number, "held-out"))
         size = max(1, round(size * (1.0 - sections.evaluation.held_out)))
     return Node(

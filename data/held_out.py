@@ -4,47 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from data.sources import GROUP, Records
 
 
-def split(records: Records, *, unit: str, key: bytes, share: float) -> tuple[Records, Records]:
+def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: float) -> tuple[Records, Records]:
     """Return the records of units that train, and those of units that are held out; one of them may be empty.
 
     A unit's side is HMAC-SHA256(key, its identity), compared with ``share``. So it depends on no other unit: who joins
     or leaves moves nobody, and with the same key and share no unit is ever on both sides.
 
     Args:
-        unit: ``record``: what identifies one is its content, so equal records are on one side wherever they stand.
-            ``group``: its number in ``group``, which must be the group's for good.
+        identities: what the unit of each record is known by. It must be the unit's for good. Units with one identity,
+            such as equal records, are on one side.
         key: secret to whoever chooses records, or they could choose their side.
         share: of units to hold out, in [0, 1); 0 holds nothing out.
     """
-    held_out = _in_group(records, key, share) if unit == "group" else _by_content(records, key, share)
+    held_out = torch.tensor([_is_held_out(key, identity, share) for identity in identities], dtype=torch.bool)
     return (
         {name: tensor[~held_out] for name, tensor in records.items()},
         {name: tensor[held_out] for name, tensor in records.items()},
     )
 
 
-def _in_group(records: Records, key: bytes, share: float) -> Tensor:
-    numbers, member = records[GROUP].unique(return_inverse=True)
-    chosen = [_is_held_out(key, str(number).encode(), share) for number in numbers.tolist()]
-    return torch.tensor(chosen, dtype=torch.bool)[member]
+def by_group(records: Records) -> Iterator[bytes]:
+    """Yield the identity of each record's group: its number, which must be the group's for good."""
+    return (str(number).encode() for number in records[GROUP].tolist())
 
 
-def _by_content(records: Records, key: bytes, share: float) -> Tensor:
+def by_content(records: Records) -> Iterator[bytes]:
+    """Yield as the identity of each record what it holds, as simulations know theirs.
+
+    Not for a node's records: another version could read the same file otherwise. Theirs is
+    :mod:`data.formats.identity`.
+    """
     fields = [name for name in sorted(records) if name != GROUP]
     arrays = [records[name].numpy() for name in fields]
-    chosen = [
-        _is_held_out(key, b"".join(value.tobytes() for value in record), share) for record in zip(*arrays, strict=True)
-    ]
-    return torch.tensor(chosen, dtype=torch.bool)
+    return (b"".join(value.tobytes() for value in record) for record in zip(*arrays, strict=True))
 
 
 def _is_held_out(key: bytes, identity: bytes, share: float) -> bool:
-    word = int.from_bytes(hmac.new(key, identity, hashlib.sha256).digest()[:8], "big")
+    word = int.from_bytes(hmac.digest(key, identity, hashlib.sha256)[:8], "big")
     return word < int(share * 2.0**64)

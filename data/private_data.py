@@ -7,9 +7,10 @@ holds. Only reads: no copy, no cache, no connection.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from data.formats.config import FormatConfig
 from data.formats.csv_files import read_csv
 from data.formats.hugging_face import read_hugging_face
+from data.formats.identity import SCHEME, SIZE
 from data.formats.idx_files import read_idx_pair
 from data.formats.image_folder import read_image_folder
 from data.formats.npz_file import read_npz
@@ -51,16 +53,21 @@ _READERS: dict[str, Callable[[Path, Any], Reading]] = {
 
 @dataclass(frozen=True)
 class PrivateData:
-    """A node's data: the records by name, what they look like, and the rows that were left out.
+    """A node's data: the records by name, what they look like, what they are known by, and the rows left out.
 
     records: ``image`` float32 [N, C, H, W] in [0, 1], ``table`` float32 [N, features] or ``text`` uint8 [N, window];
         ``label`` int64 [N] but for text; ``group`` int64 [N] where records are grouped.
     bad: for the owner's eyes only.
+    identity_N: uint8 [N, 32], what each record is known by, however it is read; see :mod:`data.formats.identity`. It
+        must not leave the node, and is neither logged nor stored.
+    stored_as: what identities of units, records or groups, depend on beside what is stored of each. Public.
     """
 
     records: Records
     schema: Schema
     bad: tuple[BadRow, ...]
+    identity_N: np.ndarray = field(repr=False)
+    stored_as: tuple[str, ...]
 
 
 def read_private(path: Path, config: FormatConfig, unit: Literal["record", "group"]) -> PrivateData:
@@ -87,12 +94,24 @@ def read_private(path: Path, config: FormatConfig, unit: Literal["record", "grou
     _report(path, len(rows), bad)
     if not rows:
         raise BadInputError(f"{path}: none of its rows can be used, must have one; the node's log says why")
-    return PrivateData(_records(reading.schema, rows), reading.schema, tuple(bad))
+    return PrivateData(
+        records=_records(reading.schema, rows),
+        schema=reading.schema,
+        bad=tuple(bad),
+        identity_N=_identities(rows),
+        stored_as=(SCHEME, config.kind, unit, *(_groups_named_by(config) if unit == "group" else reading.stored_as)),
+    )
 
 
 def _grouped(config: FormatConfig) -> bool:
     by_file = getattr(config, "grouped", None)
     return bool(by_file) if by_file is not None else getattr(config, "group_by", None) is not None
+
+
+def _groups_named_by(config: FormatConfig) -> tuple[str, ...]:
+    """Return the parts of a format that say which name a group has."""
+    keys = {"group_by", "pattern", "columns", "delimiter"}
+    return (json.dumps(config.model_dump(mode="json", include=keys), sort_keys=True),)
 
 
 def _sort(reading: Reading) -> tuple[list[Row], list[BadRow]]:
@@ -131,3 +150,8 @@ def _records(schema: Schema, rows: list[Row]) -> dict[str, Tensor]:
         each = torch.tensor([len(row.records) for row in rows])
         records[GROUP] = torch.tensor(numbers, dtype=torch.int64).repeat_interleave(each)
     return records
+
+
+def _identities(rows: list[Row]) -> np.ndarray:
+    together = b"".join([row.identity * len(row.records) for row in rows])
+    return np.frombuffer(together, dtype=np.uint8).reshape(-1, SIZE)

@@ -8,7 +8,7 @@ from clients.node import Node
 from clients.node_directory import NodeDirectory
 from data.formats.config import FormatConfig
 from data.private_data import PrivateData, read_private
-from deployment.fixed_format import check_format
+from deployment.fixed_layout import check_layout
 from model.errors import BadInputError
 from privacy.randomness import fresh_secret
 
@@ -27,16 +27,16 @@ def open_node(directory: NodeDirectory) -> Node:
     """Open a node for work.
 
     Raises:
-        BadInputError: the data cannot be read, are laid out otherwise than in the first run, or a ledger may not be
+        BadInputError: the data cannot be read, are stored otherwise than in the first run, or a ledger may not be
             opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
     """
     config, data = directory.config, read_data(directory)
     ledger, held_out = directory.open_ledger(), None
     records, size = data.records, config.dataset.declared_size
     if directory.held_out is not None:
-        records, aside = sides_of(records, ledger.genesis)
+        records, aside = sides_of(records, ledger.genesis, map(bytes, data.identity_N))
         held_out = HeldOut(aside, directory.open_ledger("held-out"))
-        check_format(directory.state / "held-out.format", _format(directory), ledger, held_out.ledger)
+        check_layout(directory.state / "held-out.layout", data.stored_as, ledger, held_out.ledger)
         size = max(1, round(size * (1.0 - config.dataset.held_out)))  # both numbers are public
     return Node(
         records=records,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow as pa
 from data.formats.config import ColumnsConfig
 from data.formats.config_parts import PictureColumnConfig, TextColumnConfig
 from data.formats.features import Features
+from data.formats.identity import BYTES_OF_TEXT, cells_of, of_cells
 from data.formats.picture import picture_from
 from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
 from data.formats.text import windows
@@ -20,10 +22,19 @@ from data.schema import ImageSchema, Schema, TableSchema, TextSchema
 from model.errors import BadInputError
 
 Values = Mapping[str, object]
-Numbered = tuple[str, Values]
-"""Where a row is, and its values by column."""
 _UNREADABLE = object()
 """A value that is none of the kinds any column may hold."""
+
+
+class Stored(NamedTuple):
+    """A row as it is stored: what it is known by, of all columns, and the values of those that are read."""
+
+    identity: bytes
+    values: Values
+
+
+Numbered = tuple[str, Stored]
+"""Where a row is, and the row."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ def read_columns(
     names: Sequence[str],
     numbers: Collection[str],
     rows: Callable[[tuple[str, ...]], Iterable[Numbered | BadRow]],
+    stored_as: tuple[str, ...],
 ) -> Reading:
     """Return the rows of a data set with columns.
 
@@ -49,6 +61,7 @@ def read_columns(
         names: of all columns.
         numbers: the columns that hold numbers, as far as the file's own types tell and never its rows.
         rows: given the columns to read, yields rows, and those that cannot even be taken apart.
+        stored_as: what identities depend on beside what a row holds.
 
     Raises:
         BadInputError: a column is missing or there twice; there is no feature.
@@ -58,7 +71,8 @@ def read_columns(
     for name in (*columns.names, *extra):
         if names.count(name) != 1:
             raise BadInputError(f"{path}: has {names.count(name)} columns named {name!r}, must have one")
-    return Reading(columns.schema, _rows(config, columns, rows(tuple(dict.fromkeys((*columns.names, *extra))))))
+    wanted = tuple(dict.fromkeys((*columns.names, *extra)))
+    return Reading(columns.schema, _rows(config, columns, rows(wanted)), stored_as)
 
 
 def _columns(path: Path, config: ColumnsConfig, names: Sequence[str], numbers: Collection[str]) -> Columns:
@@ -98,17 +112,18 @@ def _pictures(config: PictureColumnConfig, classes: int) -> Columns:
 def _rows(config: ColumnsConfig, columns: Columns, rows: Iterable[Numbered | BadRow]) -> Iterator[Row | BadRow]:
     known = None if config.label is None else config.labelled.known()
 
-    def make(values: Values) -> Row:
+    def make(row: Stored) -> Row:
+        values = row.values
         label = None if known is None or config.label is None else class_of(values[config.label], known)
         group = None if config.group_by is None else group_of(values[config.group_by])
-        return Row(columns.record(values), label, group)
+        return Row(columns.record(values), row.identity, label, group)
 
     for row in rows:
         if isinstance(row, BadRow):
             yield row
         else:
-            where, values = row
-            yield attempt(where, lambda values=values: make(values))  # type: ignore[misc]  # bound at once
+            where, stored = row
+            yield attempt(where, lambda stored=stored: make(stored))  # type: ignore[misc]  # bound at once
 
 
 @dataclass(frozen=True)
@@ -127,26 +142,44 @@ class Layout:
         return cls(types, tuple(types.names), frozenset(numbers))
 
 
-def rows_of(batches: Iterable[pa.RecordBatch]) -> Iterator[Values]:
-    """Yield the rows of batches; text comes as bytes.
+def rows_of(batches: Iterable[pa.RecordBatch], wanted: Sequence[str]) -> Iterator[Stored]:
+    """Yield the rows of batches of all columns; text comes as bytes.
+
+    Args:
+        wanted: the columns whose values are read, each there once.
 
     Raises:
+        BadInputError: a column is of a type that no identity is defined for.
         pa.ArrowInvalid: a batch is damaged. Reading its values as they stand could end the process.
     """
     for batch in batches:
         columns = [_undecoded(column) for column in batch.columns]
         for column in columns:
             column.validate(full=True)
-        values_by_column = [_values(column) for column in columns]
-        for values in zip(*values_by_column, strict=True):
-            yield dict(zip(batch.schema.names, values, strict=True))
+        identities = map(of_cells, zip(*map(cells_of, columns, batch.schema.names), strict=True))
+        values_by_column = [_values(columns[batch.schema.names.index(name)]) for name in wanted]
+        for identity, values in zip(identities, zip(*values_by_column, strict=True), strict=True):
+            yield Stored(identity, dict(zip(wanted, values, strict=True)))
 
 
 def _undecoded(column: pa.Array) -> pa.Array:
-    """Return text as bytes: what is no UTF-8 must cost its own row only."""
-    if pa.types.is_string(column.type):
-        return column.view(pa.binary())
-    return column.view(pa.large_binary()) if pa.types.is_large_string(column.type) else column
+    """Return text as bytes, in lists and structs too: what is no UTF-8 must cost its own row only."""
+    kind = _without_text(column.type)
+    return column if kind.equals(column.type) else column.view(kind)
+
+
+def _without_text(kind: pa.DataType) -> pa.DataType:
+    if kind in BYTES_OF_TEXT:
+        return BYTES_OF_TEXT[kind]
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _without_text(kind.value_type), kind.ordered)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_text(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_text(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_without_text(kind.value_type)))
+    return kind
 
 
 def _values(column: pa.Array) -> list[object]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import csv
 
-from data.formats.arrow_rows import Numbered, read_columns, rows_of
+from data.formats.arrow_rows import Numbered, Stored, read_columns
 from data.formats.config import CsvConfig
 from data.formats.files import files_in
+from data.formats.identity import of_cells
 from data.formats.rows import BadRow, Reading
 from model.errors import BadInputError
 
@@ -42,17 +43,21 @@ def read_csv(path: Path, config: CsvConfig) -> Reading:
 
     def rows(columns: tuple[str, ...]) -> Iterator[Numbered | BadRow]:
         for file in files:
-            yield from _rows(file, config, columns, f"{file.relative_to(path)}, " if file != path else "")
+            where = f"{file.relative_to(path)}, " if file != path else ""
+            yield from _rows(file, config, names, columns, where)
 
-    return read_columns(path, config, names, set(names), rows)
+    # What an owner calls columns that have no header changes no row.
+    named = names if config.columns is None else [str(len(names))]
+    return read_columns(path, config, names, set(names), rows, (config.delimiter, *named))
 
 
 @contextmanager
 def _reader(
-    file: Path, config: CsvConfig, wanted: tuple[str, ...] | None, bad: dict[int, str]
+    file: Path, config: CsvConfig, names: Sequence[str], bad: dict[int, str]
 ) -> Iterator[csv.CSVStreamingReader]:
     """Open a file; ``bad`` collects, by number, the rows that have more or fewer columns.
 
+    Nothing is made of the cells of the columns ``names``: they come as bytes.
     pyarrow decodes such a row before it hands it over, and prints it where it is no UTF-8. So it never sees any such
     byte: every byte is given to it as the character of its number, names and cells are turned back by :func:`_bytes`.
     """
@@ -75,8 +80,7 @@ def _reader(
                 delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=skip
             ),
             convert_options=csv.ConvertOptions(
-                include_columns=None if wanted is None else [_spelled(name) for name in wanted],
-                column_types={_spelled(name): pa.binary() for name in wanted or ()},
+                column_types={_spelled(name): pa.binary() for name in names},
                 strings_can_be_null=False,
             ),
         )
@@ -96,11 +100,14 @@ def _bytes(spelled: str) -> bytes:
 def _header(file: Path, config: CsvConfig) -> list[str]:
     if config.columns is not None:
         return list(config.columns)
-    with _reader(file, config, None, {}) as reader:
+    with _reader(file, config, (), {}) as reader:
         return [_bytes(name).decode() for name in reader.schema.names]
 
 
-def _rows(file: Path, config: CsvConfig, wanted: tuple[str, ...], where: str) -> Iterator[Numbered | BadRow]:
+def _rows(
+    file: Path, config: CsvConfig, names: Sequence[str], wanted: tuple[str, ...], where: str
+) -> Iterator[Numbered | BadRow]:
+    places = [names.index(name) for name in wanted]
     bad: dict[int, str] = {}
     number = 0
 
@@ -111,9 +118,11 @@ def _rows(file: Path, config: CsvConfig, wanted: tuple[str, ...], where: str) ->
             yield BadRow(f"{where}row {number}", bad[number])
             number += 1
 
-    with _reader(file, config, wanted, bad) as reader:
-        for values in rows_of(reader):
-            yield from skipped()
-            cells = (_bytes(cell.decode()) for cell in values.values() if isinstance(cell, bytes))
-            yield f"{where}row {number}", dict(zip(wanted, cells, strict=True))
+    with _reader(file, config, names, bad) as reader:
+        for batch in reader:
+            columns = [[_bytes(cell.decode()) for cell in column.to_pylist()] for column in batch.columns]
+            for cells in zip(*columns, strict=True):
+                yield from skipped()
+                values = {name: cells[place] for name, place in zip(wanted, places, strict=True)}
+                yield f"{where}row {number}", Stored(of_cells(cells), values)
     yield from skipped()

@@ -11,6 +11,7 @@ import numpy as np
 
 from data.formats.config import FolderConfig
 from data.formats.files import files_in, folder_at
+from data.formats.identity import of_content
 from data.formats.rows import BadRow, BadValueError, Row, attempt
 from data.formats.values import class_of, group_of
 
@@ -25,14 +26,17 @@ def folder_rows(
     config: FolderConfig,
     suffixes: tuple[str, ...],
     known: Mapping[str, int] | None,
-    records: Callable[[Path], np.ndarray],
+    records: Callable[[bytes], np.ndarray],
 ) -> Iterator[Row | BadRow]:
     """Yield a row for each file of a folder and its sub-folders.
+
+    A file is known by its bytes alone, and each of its records by the file: to rename it, or to move it to another
+    label's folder, makes no other record of it.
 
     Args:
         suffixes: of the files that count, in lower case; others are left alone.
         known: the class of every label; None where there are none.
-        records: reads a file, [records, …]; raises :class:`BadValueError`.
+        records: of what a file holds, [records, …]; raises :class:`BadValueError`.
 
     Raises:
         BadInputError: there is no such folder, or no such file in it.
@@ -44,9 +48,10 @@ def folder_rows(
         label = None if known is None else class_of(place.label, known)
         group = None if place.group is None else group_of(place.group)
         try:
-            return Row(records(file), label, group)
+            content = file.read_bytes()
         except OSError:
             raise BadValueError("must be a file that can be read") from None
+        return Row(records(content), of_content(content), label, group)
 
     return (attempt(str(file.relative_to(path)), lambda file=file: make(file)) for file in files)  # type: ignore[misc]
 

@@ -37,11 +37,11 @@ def read_hugging_face(path: Path, config: HuggingFaceConfig) -> Reading:
             with _opened(file) as stream:
                 if not stream.schema.equals(layout.types):
                     raise BadInputError(f"{file}: has other columns than {files[0].name}, must have the same")
-                for values in rows_of(batch.select(list(columns)) for batch in stream):
+                for row in rows_of(stream, columns):
                     number += 1
-                    yield f"row {number}", values
+                    yield f"row {number}", row
 
-    return read_columns(folder, config, layout.names, layout.numbers, rows)
+    return read_columns(folder, config, layout.names, layout.numbers, rows, layout.names)
 
 
 def _folder_of_split(path: Path, split: str | None) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 
 from data.formats.config import IdxConfig
 from data.formats.files import folder_at
+from data.formats.identity import of_content
 from data.formats.rows import BadRow, Reading, Row, attempt
 from data.formats.values import class_of
 from data.idx import read_idx
@@ -17,7 +18,7 @@ from model.errors import BadInputError
 
 
 def read_idx_pair(path: Path, config: IdxConfig) -> Reading:
-    """Return the images of a folder.
+    """Return the images of a folder. An image is known by its bytes, whatever its label in the other file.
 
     Raises:
         BadInputError: a file is missing, damaged or of another shape; see :mod:`data.idx`.
@@ -42,7 +43,8 @@ def _rows(images: np.ndarray, labels: np.ndarray, config: IdxConfig) -> Iterator
     known = config.known()
 
     def make(number: int) -> Row:
-        return Row(images[number][np.newaxis, np.newaxis].astype(np.float32) / 255.0, class_of(labels[number], known))
+        image, label = images[number], class_of(labels[number], known)
+        return Row(image[np.newaxis, np.newaxis].astype(np.float32) / 255.0, of_content(image.tobytes()), label)
 
     for number in range(len(images)):
         yield attempt(f"row {number + 1}", lambda number=number: make(number))  # type: ignore[misc]  # bound at once

@@ -20,8 +20,8 @@ def read_image_folder(path: Path, config: ImageFolderConfig) -> Reading:
         BadInputError: there is no such folder, or no picture in it.
     """
 
-    def records(file: Path) -> np.ndarray:
-        return picture_from(file.read_bytes(), config)[np.newaxis]
+    def records(content: bytes) -> np.ndarray:
+        return picture_from(content, config)[np.newaxis]
 
     schema = ImageSchema(image=(config.channels, config.height, config.width), classes=config.class_count)
     return Reading(schema, folder_rows(path, config, (".png", ".jpg", ".jpeg", ".bmp"), config.known(), records))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.formats.config import NpzConfig
+from data.formats.identity import of_content
 from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
 from data.formats.values import class_of, group_of
 from data.schema import ImageSchema, Schema, TableSchema, TextSchema
@@ -39,6 +40,9 @@ _DAMAGED = (
 def read_npz(path: Path, config: NpzConfig) -> Reading:
     """Return the rows of the arrays of one file.
 
+    A row is known by its bytes in the array of the records. Other arrays take no part, labels included: which of them
+    belong to records would have to be told from how many records there are.
+
     Raises:
         BadInputError: the file cannot be read; an array is missing, holds objects, or has another shape or type.
     """
@@ -50,7 +54,8 @@ def read_npz(path: Path, config: NpzConfig) -> Reading:
         if arrays[name].shape != (count,):
             raise BadInputError(f"{path}: {name!r} has the shape {list(arrays[name].shape)}, must be [{count}]")
     schema, record = _records(path, config, wanted[0], values)
-    return Reading(schema, _rows(config, values, record, arrays))
+    stored_as = (wanted[0], values.dtype.str, *map(str, values.shape[1:]))
+    return Reading(schema, _rows(config, values, record, arrays), stored_as)
 
 
 def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -142,7 +147,7 @@ def _rows(
     def make(number: int) -> Row:
         label = None if config.label is None else class_of(arrays[config.label][number], known)
         group = None if config.group_by is None else group_of(arrays[config.group_by][number])
-        return Row(record(values[number])[np.newaxis], label, group)
+        return Row(record(values[number])[np.newaxis], of_content(values[number].tobytes()), label, group)
 
     for number in range(len(values)):
         yield attempt(f"row {number + 1}", lambda number=number: make(number))  # type: ignore[misc]  # bound at once

@@ -35,11 +35,11 @@ def read_parquet(path: Path, config: ParquetConfig) -> Reading:
         for file in files:
             where = f"{file.relative_to(path)}, " if file != path else ""
             with _opened(file) as opened:
-                batches = opened.iter_batches(_ROWS_AT_ONCE, columns=list(columns), use_threads=False)
-                for number, values in enumerate(rows_of(batches), start=1):
-                    yield f"{where}row {number}", values
+                batches = opened.iter_batches(_ROWS_AT_ONCE, use_threads=False)
+                for number, row in enumerate(rows_of(batches, columns), start=1):
+                    yield f"{where}row {number}", row
 
-    return read_columns(path, config, layout.names, layout.numbers, rows)
+    return read_columns(path, config, layout.names, layout.numbers, rows, layout.names)
 
 
 def _layout(file: Path) -> Layout:

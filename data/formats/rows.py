@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,11 +19,13 @@ class Row:
     """The records of one row, file or cell: one, or for text any number of windows.
 
     records: [records, …], of the schema's shape and type.
+    identity: what the row is known by, and each of its records; see :mod:`data.formats.identity`.
     label: its class, None for text.
     group: its group's name.
     """
 
     records: np.ndarray
+    identity: bytes = field(repr=False)
     label: int | None = None
     group: str | None = None
 
@@ -38,10 +40,14 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Reading:
-    """A data set that is about to be read: what its records look like, and its rows one after the other."""
+    """A data set that is about to be read: what its records look like, and its rows one after the other.
+
+    stored_as: what rows' identities depend on beside what they hold, such as the names of the columns. Public.
+    """
 
     schema: Schema
     rows: Iterable[Row | BadRow]
+    stored_as: tuple[str, ...] = ()
 
 
 def attempt(where: str, make: Callable[[], Row]) -> Row | BadRow:

@@ -20,7 +20,7 @@ def read_text_folder(path: Path, config: TextFolderConfig) -> Reading:
         BadInputError: there is no such folder, or no text in it.
     """
 
-    def records(file: Path) -> np.ndarray:
-        return windows(file.read_bytes(), config.window)
+    def records(content: bytes) -> np.ndarray:
+        return windows(content, config.window)
 
     return Reading(TextSchema(window=config.window), folder_rows(path, config, (".txt",), None, records))

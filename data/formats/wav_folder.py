@@ -27,17 +27,17 @@ def read_wav_folder(path: Path, config: WavFolderConfig) -> Reading:
         BadInputError: there is no such folder, or no sound in it.
     """
 
-    def records(file: Path) -> np.ndarray:
-        return log_mel(torch.from_numpy(_sound(file, config)), config).numpy()[np.newaxis]
+    def records(content: bytes) -> np.ndarray:
+        return log_mel(torch.from_numpy(_sound(content, config)), config).numpy()[np.newaxis]
 
     schema = ImageSchema(image=(1, config.mels, config.frames), classes=config.class_count)
     return Reading(schema, folder_rows(path, config, (".wav",), config.known(), records))
 
 
-def _sound(file: Path, config: WavFolderConfig) -> np.ndarray:
+def _sound(content: bytes, config: WavFolderConfig) -> np.ndarray:
     """Return a file's sound, float32 [samples] in [−1, 1]: mono, at the rate, cut or followed by silence."""
     try:
-        with wave.open(io.BytesIO(_plain(file.read_bytes()))) as sound:
+        with wave.open(io.BytesIO(_plain(content))) as sound:
             rate, channels, width = sound.getframerate(), sound.getnchannels(), sound.getsampwidth()
             if rate != config.rate and not (config.resample and 1000 <= rate <= 768_000):
                 raise BadValueError(f"must have {config.rate} samples a second")

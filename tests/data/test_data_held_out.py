@@ -8,7 +8,7 @@ import hmac
 import pytest
 import torch
 
-from data.held_out import split
+from data.held_out import by_content, by_group, split
 
 KEY = bytes(range(32))
 
@@ -21,8 +21,8 @@ def records(count=400, seed=0):
     }
 
 
-def sides(found, **options):
-    return split(found, **({"unit": "record", "key": KEY, "share": 0.3} | options))
+def sides(found, identities=by_content, **options):
+    return split(found, identities(found), **({"key": KEY, "share": 0.3} | options))
 
 
 def keys(found):
@@ -77,11 +77,11 @@ def test_equal_records_are_on_one_side():
 
 def test_groups_stay_whole_and_their_records_do_not_matter():
     given = records(300) | {"group": torch.arange(300) // 5 * 7}
-    train, held_out = sides(given, unit="group")
+    train, held_out = sides(given, by_group)
     assert 0 < len(held_out["group"]) < 300
     assert not set(train["group"].tolist()) & set(held_out["group"].tolist())
     changed = given | {"image": 1 - given["image"]}
-    assert sides(changed, unit="group")[1]["group"].tolist() == held_out["group"].tolist()
+    assert sides(changed, by_group)[1]["group"].tolist() == held_out["group"].tolist()
 
 
 def test_another_key_divides_otherwise():
@@ -92,6 +92,6 @@ def test_another_key_divides_otherwise():
 def test_no_share_holds_nothing_out_and_nothing_can_be_divided():
     train, held_out = sides(records(), share=0.0)
     assert (len(train["label"]), len(held_out["label"])) == (400, 0)
-    for unit in ("record", "group"):
+    for identities in (by_content, by_group):
         empty = {name: tensor[:0] for name, tensor in (records(3) | {"group": torch.arange(3)}).items()}
-        assert all(len(found["label"]) == 0 for found in sides(empty, unit=unit))
+        assert all(len(found["label"]) == 0 for found in sides(empty, identities))

@@ -12,7 +12,6 @@ import httpx
 import numpy as np
 import pytest
 
-from clients.charges import training_charge
 from clients.deployed import deployed, standing_for
 from clients.node_directory import NodeDirectory, create_node
 from deployment import flower_runtime, node_check
@@ -146,24 +145,6 @@ def test_an_opened_node_trains_on_one_side_and_measures_on_the_other(folder):
     first, second = node.new_secret("a"), node.new_secret("a")
     assert first != second  # from the operating system, not from the charge
     assert node.approvals is not None
-
-
-def test_a_record_cannot_change_sides_by_being_read_otherwise(folder):
-    """With another scale the same rows hash otherwise: one that trained would be held out, and bear both budgets."""
-    first = open_node(NodeDirectory(folder))
-    edit(folder, 'table = "x"', 'table = "x"\nscale = 2.0')
-    second = open_node(NodeDirectory(folder))  # nothing was charged yet
-    sides = [set(map(tuple, (scale * n.held_out.records["table"]).tolist())) for n, scale in ((first, 1), (second, 2))]
-    assert sides[0] != sides[1]
-    second.ledger.admit(training_charge(scenario().plan(), "1", seeded=False), 1)
-    open_node(NodeDirectory(folder))
-    edit(folder, "scale = 2.0", "scale = 4.0")
-    with pytest.raises(BadInputError, match="would change between training and held-out"):
-        open_node(NodeDirectory(folder))
-    edit(folder, "scale = 4.0", "scale = 2.0")
-    (folder / "state" / "held-out.format").unlink()
-    with pytest.raises(BadInputError, match="restore it"):
-        open_node(NodeDirectory(folder))
 
 
 def test_a_process_stands_for_one_node(folder):

@@ -10,8 +10,9 @@ from privacy.affinity_config import AffinityPlan
 from privacy.code_identity import code_hash
 from privacy.evaluation_config import EvaluationPlan
 from privacy.ledger import ChargeRequest
+from privacy.ledger.entry import Side
 from privacy.load_histogram import release_shares
-from privacy.mechanisms import SampledGaussian
+from privacy.mechanisms import Mechanism, SampledGaussian
 from privacy.private_metrics import SENSITIVITY
 
 
@@ -70,6 +71,20 @@ def charged_mechanism(plan: Plan) -> SampledGaussian | None:
         noise_multiplier=plan.noise_multiplier,
         steps=plan.training.steps,
     )
+
+
+def planned_charges(plan: Plan, side: Side) -> dict[Mechanism, int]:
+    """Return what a whole plan is charged as on one side's ledger: mechanism → how often. Nothing without privacy."""
+    if side == "held-out":
+        evaluation = plan.evaluation
+        if evaluation is None or evaluation.mechanism is None:
+            return {}
+        return {evaluation.mechanism: evaluation.count(plan.rounds)}
+    training = charged_mechanism(plan)
+    if training is None:
+        return {}
+    choices = () if plan.affinity is None else plan.affinity.planned(plan.rounds, plan.model.layers)
+    return {training: plan.rounds} | {item.mechanism: item.charges for item in choices}
 
 
 def _numeric_level(plan: Plan) -> Literal["strict", "fast", "uncertified"]:

@@ -12,13 +12,14 @@ from datetime import UTC, datetime
 
 import httpx
 
-from clients.charges import charged_mechanism
+from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
-from clients.protocol import ProtocolError
+from clients.protocol import Plan, ProtocolError
 from deployment.certificates import days_left
 from deployment.flower_runtime import check_flower
 from deployment.node_loading import read_data
 from model.errors import BadInputError
+from privacy.ledger.entry import Side
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of, forecast
 from server.scenario import Scenario
@@ -54,6 +55,8 @@ def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Chec
     ]
     if scenario is not None:
         checks.append(_try("budget", lambda: _budget(directory, scenario)))
+        if scenario.evaluation is not None:
+            checks.append(_try("evaluation", lambda: _evaluation(directory, scenario)))
     if directory.config.server is None:
         return [*checks, Check("server", "none", "node.toml has no [server]: add address and ca")]
     return [
@@ -101,18 +104,33 @@ def _disk(directory: NodeDirectory) -> str:
 
 def _budget(directory: NodeDirectory, scenario: Scenario) -> str:
     plan = scenario.plan()
-    mechanism = charged_mechanism(plan)
-    if mechanism is None:
-        raise BadInputError(f"scenario {scenario.name} trains without privacy: no node runs it")
     try:
         directory.config.policy.check(plan, scenario.name)
     except ProtocolError as error:
         raise BadInputError(f"the policy refuses scenario {scenario.name}: {error}") from error
-    ledger = LedgerFile(directory.training.path)
-    expected = forecast(budget_of(ledger), ledger.genesis, mechanism, plan.rounds)
+    return _share(directory, scenario.name, plan, "training")
+
+
+def _evaluation(directory: NodeDirectory, scenario: Scenario) -> str:
+    plan = scenario.plan()
+    if directory.held_out is None:
+        return "none here, for no units are held out; the node trains"
+    try:
+        directory.config.policy.check_evaluation(plan)
+    except ProtocolError as error:
+        return f"none here, for {error}; the node trains"
+    return _share(directory, scenario.name, plan, "held-out")
+
+
+def _share(directory: NodeDirectory, scenario: str, plan: Plan, side: Side) -> str:
+    charges = planned_charges(plan, side)
+    if not charges:
+        raise BadInputError(f"scenario {scenario} asks for a release without privacy: no node makes one")
+    ledger = LedgerFile(directory.files(side).path)
+    expected = forecast(budget_of(ledger), ledger.genesis, charges)
     if not expected.fits:
-        raise BadInputError(f"scenario {scenario.name} needs {expected.share:.1%} of the budget, more than is left")
-    return f"{scenario.name} takes {expected.share:.1%} of the budget, epsilon {expected.epsilon_after:.4f} after it"
+        raise BadInputError(f"scenario {scenario} needs {expected.share:.1%} of the budget, more than is left")
+    return f"{scenario} takes {expected.share:.1%} of the budget, epsilon {expected.epsilon_after:.4f} after it"
 
 
 def _key(directory: NodeDirectory) -> str:

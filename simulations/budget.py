@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clients.charges import charged_mechanism
+from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
 from clients.protocol import ProtocolError
 from model.errors import BadInputError
@@ -84,14 +84,12 @@ def _history(source: Path, side: Side) -> History:
 
 def _planned(source: Path, history: History, budget: Budget, scenario: Scenario) -> PlannedRun:
     plan = scenario.plan()
-    mechanism, charges = charged_mechanism(plan), plan.rounds
-    if history.genesis.side == "held-out":
-        if plan.evaluation is None:
-            raise BadInputError(f"--plan {scenario.name}: measures nothing on held-out units, must have [evaluation]")
-        mechanism, charges = plan.evaluation.mechanism, plan.evaluation.count(plan.rounds)
-    if mechanism is None:
+    if history.genesis.side == "held-out" and plan.evaluation is None:
+        raise BadInputError(f"--plan {scenario.name}: measures nothing on held-out units, must have [evaluation]")
+    charges = planned_charges(plan, history.genesis.side)
+    if not charges:
         raise BadInputError(f"--plan {scenario.name}: trains without privacy, so no budget allows it")
-    expected = forecast(budget, history.genesis, mechanism, charges)
+    expected = forecast(budget, history.genesis, charges)
     refused = None if expected.fits else "the budget does not suffice"
     if plan.privacy.unit != budget.unit:
         refused = f"the budget protects a {budget.unit}, the plan a {plan.privacy.unit}"

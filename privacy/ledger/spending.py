@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from model.errors import BadInputError
@@ -64,7 +65,8 @@ class Forecast:
     """What a plan would add to a budget.
 
     epsilon_after: ε once it and everything already set aside are spent. fits: whether the node would admit it.
-    accountants: ε of the plan alone by RDP (best order), PLD and PRV; right because it is fixed as a whole.
+    accountants: ε of the plan alone by RDP (best order), PLD and PRV (by RDP alone where experts are chosen); right
+        because it is fixed as a whole.
     """
 
     charges: int
@@ -91,18 +93,18 @@ def budget_of(history: History) -> Budget:
         raise BadInputError("the entries cannot be summed up, must be those of a ledger") from error
 
 
-def forecast(budget: Budget, genesis: Genesis, mechanism: Mechanism, charges: int) -> Forecast:
-    """Say what ``charges`` charges of a mechanism would add.
+def forecast(budget: Budget, genesis: Genesis, charges: Mapping[Mechanism, int]) -> Forecast:
+    """Say what charges (mechanism → how many) would add.
 
     Raises:
-        BadInputError: the mechanism costs more than any budget.
+        BadInputError: a mechanism costs more than any budget.
     """
     most = int(genesis.rdp_budget)
-    cost = charges * charge_units(mechanism, budget.order)
+    cost = sum(count * charge_units(mechanism, budget.order) for mechanism, count in charges.items())
     after = most - budget.free_units + cost
     epsilon = float("inf") if budget.spent == float("inf") else epsilon_of(after, budget.order, budget.delta)
-    accountants = epsilon_by_accountant({mechanism: charges}, budget.delta)
-    return Forecast(charges, cost / most, epsilon, cost <= budget.free_units, accountants)
+    accountants = epsilon_by_accountant(charges, budget.delta)
+    return Forecast(sum(charges.values()), cost / most, epsilon, cost <= budget.free_units, accountants)
 
 
 class _Tally:

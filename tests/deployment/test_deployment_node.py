@@ -113,6 +113,21 @@ def test_data_of_another_shape_are_named(folder):
     assert "features" in found["data"]
 
 
+def test_what_evaluation_would_cost_is_looked_at_on_its_own_side(folder):
+    asked = scenario(**{"evaluation": {"every": 1, "held_out": 0.25}})
+    found = {check.what: check for check in check_node(NodeDirectory(folder), asked)}["evaluation"]
+    assert (found.problem, found.found) == (
+        None,
+        "none here, for policy.releases does not name metrics; the node trains",
+    )
+    edit(folder, "# metrics = 1.0", "metrics = 1.0")
+    found = {check.what: check for check in check_node(NodeDirectory(folder), asked)}["evaluation"]
+    assert found.problem is None
+    assert "100.0% of the budget" in found.found
+    costly = scenario(**{"evaluation": {"every": 1, "held_out": 0.25, "epsilon": 6.0}})
+    assert "more than is left" in problems(folder, costly)["evaluation"]
+
+
 def test_a_spent_budget_is_named(folder):
     asked = scenario(**{"privacy.epsilon": 5.0})
     assert "more than is left" in problems(folder, asked)["budget"]

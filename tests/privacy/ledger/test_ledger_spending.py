@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from ledger_samples import KEY, MACHINE, new_ledger, open_ledger, request, spend
@@ -14,7 +15,7 @@ from privacy.ledger.reading import LedgerFile
 from privacy.ledger.recovery import recover
 from privacy.ledger.spending import budget_of, forecast
 from privacy.ledger.witness import Witness
-from privacy.mechanisms import SampledGaussian
+from privacy.mechanisms import ExponentialChoice, SampledGaussian
 
 ORDER, DELTA = 3.4, 1e-5
 CONVERSION = math.log(1 - 1 / ORDER) - (math.log(DELTA) + math.log(ORDER)) / (ORDER - 1)
@@ -116,8 +117,8 @@ def test_without_privacy_everything_is_spent(tmp_path):
     assert (budget.spent, budget.committed_to) == (math.inf, math.inf)
     assert (budget.left, budget.free_units) == (0.0, 0)
     assert budget.spent == ledger.epsilon_spent
-    assert forecast(budget, ledger.genesis, PLAIN, 1).epsilon_after == math.inf
-    assert not forecast(budget, ledger.genesis, PLAIN, 1).fits
+    assert forecast(budget, ledger.genesis, {PLAIN: 1}).epsilon_after == math.inf
+    assert not forecast(budget, ledger.genesis, {PLAIN: 1}).fits
 
 
 def test_after_an_unproven_restore_nothing_is_left_and_after_a_proven_one_all_that_was(tmp_path):
@@ -147,7 +148,7 @@ def test_a_forecast_fits_exactly_where_the_ledger_admits(tmp_path):
     charge(ledger, plain(1, run_id="8"))
     budget = of(tmp_path)
     most = (UNITS - 101 * price) // price
-    fits, too_many = (forecast(budget, ledger.genesis, PLAIN, n) for n in (most, most + 1))
+    fits, too_many = (forecast(budget, ledger.genesis, {PLAIN: n}) for n in (most, most + 1))
     assert (fits.fits, too_many.fits) == (True, False)
     assert fits.charges == most
     assert fits.share == pytest.approx(most * PRICE / UNITS, rel=1e-9)
@@ -161,3 +162,21 @@ def test_a_forecast_fits_exactly_where_the_ledger_admits(tmp_path):
 def test_entries_about_the_ledger_cost_nothing():
     forger = Forger().charge(plain()).add("MIGRATED", "0" * 64, "{}").add("ROTATED", "1" * 64, "{}")
     assert budget_of(forger.history()).free_units == UNITS - charge_units(PLAIN, ORDER)
+
+
+@pytest.mark.parametrize("charges", [1, 40])
+def test_a_forecast_counts_choices_as_the_ledger_does(tmp_path, charges):
+    """A plan whose nodes choose experts: what is forecast to fit is admitted, and one charge more is neither."""
+    choice = ExponentialChoice(epsilon=0.05, choices=4)
+    ledger = new_ledger(tmp_path)
+    budget = of(tmp_path)
+    price = charge_units(PLAIN, ORDER)
+    most = (UNITS - charges * charge_units(choice, ORDER)) // price
+    chosen = replace(plain(), kind="choose", mechanism=choice, releases=("choice",))
+    assert not forecast(budget, ledger.genesis, {PLAIN: most + 1, choice: charges}).fits
+    with pytest.raises(BudgetExhaustedError):
+        ledger.admit(plain(), most + 1, [(chosen, charges)])
+    expected = forecast(budget, ledger.genesis, {PLAIN: most, choice: charges})
+    assert (expected.fits, expected.charges) == (True, most + charges)
+    ledger.admit(plain(), most, [(chosen, charges)])
+    assert of(tmp_path).committed_to == pytest.approx(expected.epsilon_after, abs=1e-9)

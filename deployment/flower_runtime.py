@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
-from flwr.common.constant import SubStatus
+from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -195,13 +195,16 @@ class QuickGrid(HttpGrid):
         self._retry_invoker = RetryInvoker(exponential, httpx.TransportError, max_tries=None, max_time=_PATIENCE_S)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send messages and wait for the replies, or until the time is over."""
+        """Send messages and wait for the replies, or until the time is over.
+
+        Where a node is gone, Flower answers itself, and is not waited for: nothing came from the node.
+        """
         waiting = {found for found in self.push_messages(list(messages)) if found}
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while waiting and (deadline is None or time.monotonic() < deadline):
             found = list(self.pull_messages(waiting))
-            replies += found
+            replies += [message for message in found if message.metadata.src_node_id != SUPERLINK_NODE_ID]
             waiting -= {message.metadata.reply_to_message_id for message in found}
             if waiting:
                 time.sleep(_REPLY_POLL_S)

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from flwr.common.constant import SUPERLINK_NODE_ID
 
 from clients.deployed import deployed, standing_for
 from clients.node_directory import NodeDirectory, create_node
 from deployment import flower_runtime, node_check
-from deployment.flower_runtime import bundle, check_flower, heartbeat_of
+from deployment.flower_runtime import QuickGrid, RuntimeApi, bundle, check_flower, heartbeat_of
 from deployment.node_check import check_node
 from deployment.node_loading import open_node
 from deployment.node_process import _refusal
@@ -196,6 +197,19 @@ def test_a_task_that_is_over_ends_no_server_and_no_node(answer, arrived):
         return answer
 
     assert heartbeat_of(SimpleNamespace(SendTaskHeartbeat=send))() is arrived
+
+
+def test_what_flower_answers_for_a_node_that_is_gone_is_no_reply_and_is_not_waited_for(monkeypatch):
+    grid = QuickGrid(RuntimeApi("localhost:1", b""), "token")
+    answers = {"a": 7, "b": SUPERLINK_NODE_ID}  # message → who answered
+    monkeypatch.setattr(grid, "push_messages", lambda messages: list(answers))
+    made = [
+        SimpleNamespace(metadata=SimpleNamespace(src_node_id=node, reply_to_message_id=asked))
+        for asked, node in answers.items()
+    ]
+    monkeypatch.setattr(grid, "pull_messages", lambda waiting: made)
+    assert grid.send_and_receive([], timeout=None) == made[:1]
+    grid.close()
 
 
 def test_a_bundle_holds_no_code():

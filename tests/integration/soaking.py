@@ -53,10 +53,18 @@ def connected(federation: Federation, name: str) -> bool:
     return "SuperNode ID" in supernode_log(federation, name).rpartition("Starting Flower SuperNode")[2]
 
 
-def start_again(federation: Federation, name: str) -> None:
-    """Start a node that ran before; what its SuperNode said then is forgotten."""
-    (federation.folder / name / "state" / "supernode.log").unlink()
-    federation.start(name, "node", "start", name)
+def start_again(federation: Federation, name: str, **environment: str) -> None:
+    """Start a node; what its SuperNode said before is forgotten."""
+    (federation.folder / name / "state" / "supernode.log").unlink(missing_ok=True)
+    federation.start(name, "node", "start", name, **environment)
+
+
+def start_in_vain(federation: Federation, name: str, **environment: str) -> None:
+    """Start a node that the server does not let in."""
+    before = federation.log(name) if (federation.folder / f"{name}.log").exists() else ""
+    start_again(federation, name, **environment)
+    federation.wait_for("a refusal", lambda: "supernode: ended" in federation.log(name)[len(before) :])
+    assert not connected(federation, name)
 
 
 def kill(federation: Federation, name: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from federation import NODES, Federation
-from soaking import add_node, balanced, begin, connected, start_again
+from soaking import add_node, balanced, begin, connected, start_again, start_in_vain
 
 from privacy.ledger.reading import LedgerFile
 
@@ -23,14 +23,6 @@ def fourth(wired) -> str:
 
 def entries(federation: Federation, name: str) -> int:
     return LedgerFile(federation.folder / name / "state" / "ledger.db").head.seq
-
-
-def start_in_vain(federation: Federation, name: str) -> None:
-    """Start a node that the server does not let in."""
-    ended = federation.log(name).count("supernode: ended") if (federation.folder / f"{name}.log").exists() else 0
-    federation.start(name, "node", "start", name)
-    federation.wait_for("a refusal", lambda: federation.log(name).count("supernode: ended") > ended)
-    assert not connected(federation, name)
 
 
 def copy_of(federation: Federation, name: str, to: str) -> Path:

@@ -1,4 +1,4 @@
-"""Everything that a deployment uses of Flower's inside: handing tasks out, and the control API. One version only.
+"""What a deployment uses of Flower's inside: handing tasks out, and the control API. One version only.
 
 Flower starts a process for every message and runs, on a node too, whatever code the server sends. Here the SuperNode
 and the SuperLink run with ``--isolation process``: they wait for somebody to take their tasks. :func:`serve` does that,

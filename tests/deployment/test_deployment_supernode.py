@@ -1,14 +1,45 @@
-"""Flower's SuperNode as a node starts it: it does not outlive its connection."""
+"""Flower's SuperNode as a node starts it: it does not outlive its connection, and keeps pace."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from flwr.supernode import start_client_internal
+
+from deployment import supernode
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_flowers_loop_sleeps_by_the_module_that_is_replaced():
+    """The two sleeps that :class:`deployment.supernode.Pace` tells apart, as they stand in Flower's source."""
+    assert start_client_internal.__name__ == supernode.LOOP
+    assert start_client_internal.time is time
+    sleeps = [
+        line.strip() for line in Path(start_client_internal.__file__).read_text().splitlines() if "sleep(" in line
+    ]
+    assert sorted(sleeps) == ["time.sleep(0.5)", "time.sleep(0.5)", "time.sleep(3)"]
+
+
+def test_it_looks_often_while_there_are_messages_and_seldom_otherwise(monkeypatch):
+    now, slept = [100.0], []
+    monkeypatch.setattr("deployment.supernode.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("deployment.supernode.time.sleep", slept.append)
+    pace = supernode.Pace()
+    pace.sleep(3)
+    pace.sleep(0.5)  # an answer is waited for
+    pace.sleep(3)
+    now[0] += 59.0
+    pace.sleep(3)
+    now[0] += 2.0
+    pace.sleep(3)
+    assert slept == [3, 0.05, 0.3, 0.3, 3]
+    assert pace.time is time.time
 
 
 def test_flower_still_has_the_command():

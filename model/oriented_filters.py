@@ -29,4 +29,5 @@ def oriented_filters(count: int, side: int) -> Tensor:
         bell = torch.exp(-(at.square() + at[:, None].square()) / (2 * squared_width))
         filters[number] = bell * (along if number % 2 == 0 else along.square() / squared_width - 1.0)
     filters -= filters.mean(dim=(1, 2), keepdim=True)
-    return filters / torch.linalg.vector_norm(filters, dim=(1, 2), keepdim=True)
+    filters /= torch.linalg.vector_norm(filters, dim=(1, 2), keepdim=True)
+    return filters

@@ -75,7 +75,13 @@ class ImageConvConfig(Frozen):
     ``patch`` must divide both sides of the last map; one patch as large as the map gives a single token. A patch is
     mapped linearly to the model's width, or, with ``project = false``, is the token: fewer shared weights. Values enter
     as ``(value − center)/scale``: public constants, never statistics of private records.
+
+    ``filters``: where the first convolution starts, at random filters or at those of
+    :func:`model.oriented_filters.oriented_filters`, of the norm that random ones have on average. It is trained either
+    way.
     """
+
+    younger = frozenset({"filters"})
 
     modality: ClassVar[str] = "image"
     kind: Literal["image-conv"] = "image-conv"
@@ -85,11 +91,14 @@ class ImageConvConfig(Frozen):
     layers: Annotated[tuple[ConvolutionConfig, ...], Field(strict=False, min_length=1, max_length=8)]
     patch: int = Field(ge=1, le=4096)
     project: bool = True
+    filters: Literal["random", "oriented"] = "random"
     center: float = Field(default=0.0, ge=-1e6, le=1e6)
     scale: float = Field(default=1.0, gt=0.0, le=1e6)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ImageConvConfig:
+        if self.filters == "oriented" and self.layers[0].kernel < 3:
+            raise ValueError(f"layers.0.kernel is {self.layers[0].kernel}, must be at least 3 with filters 'oriented'")
         height, width = self.height, self.width
         for number, layer in enumerate(self.layers):
             most = min(height, width) + 2 * layer.padding

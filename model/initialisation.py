@@ -14,6 +14,7 @@ from model.encoders import ByteEncoder, FeatureEncoder, ImageConvEncoder, ImageP
 from model.experts import RoutedExperts, SharedExpert
 from model.heads import ClassificationHead, NextByteHead
 from model.latent_attention import LatentAttention
+from model.oriented_filters import oriented_filters
 from model.routers import Router
 
 if TYPE_CHECKING:
@@ -60,10 +61,19 @@ def initialise(network: Network, generator: torch.Generator) -> None:
             _draw(module.score.weight, module.score.in_features, init.head, generator)
         elif isinstance(module, nn.RMSNorm):
             module.weight.fill_(1.0)
+    # After all draws, so that every other layer starts as it would beside random filters.
+    if isinstance(network.encoder, ImageConvEncoder) and network.encoder.config.filters == "oriented":
+        _orient(network.encoder.convolutions[0].get_parameter("weight"), init.conv)
 
 
 def _draw(weight: Tensor, fan_in: int, gain: float, generator: torch.Generator) -> None:
     weight.normal_(0.0, 1.0, generator=generator).mul_(gain / math.sqrt(fan_in))
+
+
+def _orient(weight_OCKK: Tensor, gain: float) -> None:
+    """Give every input channel the same filter; over all of them, a filter has the norm ``gain``."""
+    filters, channels, side, _ = weight_OCKK.shape
+    weight_OCKK.copy_((oriented_filters(filters, side) * (gain / math.sqrt(channels))).unsqueeze(1))
 
 
 def _draw_router(router: Router, gain: float, generator: torch.Generator) -> None:

@@ -95,6 +95,72 @@ def test_fresh_filters_have_the_configured_scale():
     assert float(weight.detach().std()) == pytest.approx(3.0 / math.sqrt(25), rel=0.05)
 
 
+def oriented(*, channels: int = 16, side: int = 8, gain: float = 1.0, filters: str = "oriented") -> ModelConfig:
+    config = make_conv_config(patch=4).model_dump()
+    config["encoder"] |= {"height": side + 3, "width": side + 3, "channels": 3, "filters": filters}
+    config["encoder"]["layers"] = [{"channels": channels, "kernel": side}]
+    config["init"]["conv"] = gain
+    return ModelConfig.model_validate(config)
+
+
+def gaussian_derivative(order, angle, row, column, width):
+    """By finite differences of the Gaussian itself, along a direction, in float64."""
+
+    def bell(step):
+        x, y = column + step * math.cos(angle), row + step * math.sin(angle)
+        return math.exp(-(x * x + y * y) / (2 * width * width))
+
+    h = 1e-3
+    return bell(h) - bell(-h) if order == 1 else bell(h) - 2 * bell(0.0) + bell(-h)
+
+
+@pytest.mark.parametrize("side", [3, 8])
+def test_oriented_filters_are_derivatives_of_a_gaussian_in_all_directions(side):
+    weight_OCKK = build(oriented(side=side), seed=1).encoder.convolutions[0].weight.detach().double()
+    for number in range(16):
+        order, angle = 1 + number % 2, math.pi * (number // 2) / 8
+        places = [i - (side - 1) / 2 for i in range(side)]
+        expected = torch.tensor(
+            [[gaussian_derivative(order, angle, row, column, 3 * side / 16) for column in places] for row in places],
+            dtype=torch.float64,
+        )
+        expected -= expected.mean()
+        for channel in range(3):
+            found = weight_OCKK[number, channel]
+            cosine = float((found * expected).sum() / (found.norm() * expected.norm()))
+            # A first derivative's sign is a convention of differences: falling to the right of a bell.
+            assert cosine == pytest.approx(-1.0 if order == 1 else 1.0, abs=1e-5)
+
+
+def test_oriented_filters_are_blind_to_brightness_and_as_long_as_random_ones_on_average():
+    weight = build(oriented(gain=2.5), seed=1).encoder.convolutions[0].weight.detach()
+    torch.testing.assert_close(weight.sum((2, 3)), torch.zeros(16, 3), rtol=0.0, atol=1e-5)
+    torch.testing.assert_close(weight.flatten(1).norm(dim=1), torch.full((16,), 2.5))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_any_number_of_filters_differ_from_each_other(channels):
+    weight = build(oriented(channels=channels), seed=1).encoder.convolutions[0].weight.detach()[:, 0].flatten(1)
+    # Unit filters over three channels: a pair that were one, or one the other's negative, would have a cosine of ±1.
+    cosine = 3.0 * weight @ weight.T
+    torch.testing.assert_close(cosine.diagonal(), torch.ones(channels))
+    assert float((cosine - torch.diag(cosine.diagonal())).abs().max()) < 0.95
+
+
+def test_oriented_filters_are_the_same_for_every_seed_and_move_no_other_weight():
+    first, second = build(oriented(), seed=1), build(oriented(), seed=2)
+    random = build(oriented(filters="random"), seed=1)
+    name = "encoder.convolutions.0.weight"
+    assert torch.equal(first.state_dict()[name], second.state_dict()[name])
+    differ = [key for key, value in random.state_dict().items() if not torch.equal(value, first.state_dict()[key])]
+    assert differ == [name]
+
+
+def test_filters_are_left_out_of_hashes_at_their_default():
+    assert '"filters"' not in make_conv_config(patch=4).json_for_hash()
+    assert '"filters":"oriented"' in oriented().json_for_hash()
+
+
 def test_the_gain_of_convolutions_is_left_out_of_hashes_at_its_default():
     assert '"conv"' not in make_conv_config(patch=4).json_for_hash()
     document = make_conv_config(patch=4).model_dump()
@@ -134,6 +200,11 @@ def test_padding_is_refused_since_a_convolution_would_mix_it_in():
         ({"layers": [{"channels": 2, "kernel": "3"}]}, "valid integer"),
         ({"layers": [{"channels": 2, "kernel": 3, "bias": True}]}, "Extra inputs are not permitted"),
         ({"scale": 0.0}, "greater than 0"),
+        ({"filters": "gabor"}, "'random' or 'oriented'"),
+        (
+            {"filters": "oriented", "layers": [{"channels": 2, "kernel": 2, "pool": 2}]},
+            "layers.0.kernel is 2, must be at least 3 with filters 'oriented'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_is_allowed(changes, sentence):

@@ -16,7 +16,7 @@ from clients.protocol import Plan, TrainRequest, norms
 from clients.trainer import train
 from privacy.gradient_modes import Records
 from server.config import NoiseTestConfig
-from server.noise_test import NoiseTest
+from server.noise_likeness import NoiseTest
 from server.public_noise import PublicNoise
 from server.validation import norm_bound
 

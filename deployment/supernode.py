@@ -12,11 +12,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from importlib import import_module
 from importlib.metadata import entry_points
 
-LOOP = "flwr.supernode.start_client_internal"
-"""Where Flower's loop over messages is, which sleeps by its module's ``time``."""
+from flwr.supernode import start_client_internal
 
 _IDLE_S = 3.0
 _BUSY_S = 0.3
@@ -51,7 +49,7 @@ def main() -> None:
     sys.argv[0] = "flower-supernode"
     (script,) = entry_points(group="console_scripts", name=sys.argv[0])
     run = script.load()
-    import_module(LOOP).time = Pace()  # type: ignore[attr-defined]
+    start_client_internal.time = Pace()  # type: ignore[attr-defined]
     run()
     sys.stderr.write("the connection to the server is lost\n")
     sys.stderr.flush()

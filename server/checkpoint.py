@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.errors import BadInputError
 from model.store import write_atomically
-from server.noise_test import History
+from server.noise_likeness import History
 from server.optimizer import OptimizerState
 
 

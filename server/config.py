@@ -36,7 +36,7 @@ CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discrimin
 
 
 class NoiseTestConfig(Frozen):
-    """Drop a reply that does not look like its noise, see :mod:`server.noise_test`.
+    """Drop a reply that does not look like its noise, see :mod:`server.noise_likeness`.
 
     signal: what is assumed of honest nodes: that the sum of a batch's clipped gradients is at most so long, as a share
         of its units × the clip bound. 1 assumes nothing. Less finds smaller lies, and may drop who is over it.

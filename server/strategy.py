@@ -40,7 +40,7 @@ from server.balancing import BIAS, Balancer, BalancingConfig
 from server.cohort import choose_cohort
 from server.config import FederationConfig
 from server.node_rounds import NodeLevel
-from server.noise_test import NoiseTest
+from server.noise_likeness import NoiseTest
 from server.optimizer import ServerOptimizer
 from server.private_evaluation import PrivateEvaluation, collect
 from server.receipts import EMPTY_RECEIPT, ReceiptBook

@@ -32,7 +32,7 @@ from privacy.ledger.entry import charge_id_of
 from privacy.load_histogram import DELTA
 from privacy.local_optimizers import AdamConfig
 from server.balancing import load_bound, plausible, split_loads
-from server.noise_test import NoiseTest
+from server.noise_likeness import NoiseTest
 from server.receipts import KeptReceipt, Kind, ReceiptBook
 
 Reason = (
@@ -47,8 +47,8 @@ no-answer: Flower reports an error in its place. not-asked: of a node that the r
 first of its node. bad-receipt: does not continue the node's ledger, or is not signed with its key. replay: of a charge
 that was answered before, or with its receipt. wrong-charge: for other weights, another round, run or plan than was
 asked. over-norm: its delta, or its loads, are larger than an honest node's. not-noise-like: its delta is not the noise
-that the plan asks for and a signal, see :mod:`server.noise_test`. The others (:data:`clients.protocol.Flaw`) are about
-its document and its tensors.
+that the plan asks for and a signal, see :mod:`server.noise_likeness`. The others (:data:`clients.protocol.Flaw`) are
+about its document and its tensors.
 """
 
 

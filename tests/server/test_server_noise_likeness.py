@@ -14,7 +14,7 @@ from clients.protocol import encodings_of, wire_form
 from clients.trainer import train
 from model import build, parameters
 from server.config import NoiseTestConfig
-from server.noise_test import NoiseTest, distance_from_normal
+from server.noise_likeness import NoiseTest, distance_from_normal
 from server.public_noise import PublicNoise
 
 HELD = {0: (0, 2, 5)}

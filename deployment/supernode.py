@@ -49,7 +49,7 @@ def main() -> None:
     sys.argv[0] = "flower-supernode"
     (script,) = entry_points(group="console_scripts", name=sys.argv[0])
     run = script.load()
-    start_client_internal.time = Pace()  # type: ignore[attr-defined]
+    start_client_internal.time = Pace()  # type: ignore[assignment, attr-defined]
     run()
     sys.stderr.write("the connection to the server is lost\n")
     sys.stderr.flush()

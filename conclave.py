@@ -286,7 +286,10 @@ def node_init(
 ) -> None:
     """Create a node's folder: node.toml, keys and ledger. The budget cannot be changed afterwards."""
     from clients.node_directory import create_node
+    from model.errors import BadInputError
 
+    if not data.exists():
+        raise BadInputError(f"--data {data}: no such file or folder, must be where the data lie")
     created = create_node(
         node,
         dataset={"id": dataset, "data": str(data.absolute()), "unit": unit, "declared_size": declared_size}
@@ -458,7 +461,7 @@ def node_approve(
     as_json: Json = False,
 ) -> None:
     """Approve a plan that a server asked for; it may run from then on, within policy and budget."""
-    from clients.approvals import Approvals
+    from clients.approvals import Approvals, released
     from clients.node_directory import NodeDirectory
 
     approvals = Approvals(NodeDirectory(node).plans)
@@ -468,7 +471,7 @@ def node_approve(
         plan = item.plan
         typer.echo(
             f"{item.hash} {state}: scenario {item.scenario!r}, {plan.rounds} rounds of {plan.training.steps} steps, "
-            f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}, releases {', '.join(plan.releases)}"
+            f"epsilon {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}, releases {', '.join(released(plan))}"
         )
     if not found:
         typer.echo("no plan waits")
@@ -617,7 +620,7 @@ def health(
     folder: Annotated[Path, typer.Argument(help="The folder of a node or a server that runs on this machine.")],
     as_json: Json = False,
 ) -> None:
-    """Ask a running node or server whether all is well; exit 1 if not."""
+    """Ask a running node or server whether all is well; exit 1 if not, 2 if nobody answers."""
     from deployment.health import ask_health
 
     found = ask_health(folder)
@@ -653,7 +656,11 @@ def train(
         else {"scenario": _scenario(scenario or "", overrides or [], None).to_toml()}
     )
     with Control.of(find_operator(superlink)) as control:
+        for run in control.runs():
+            if not run.finished:
+                typer.echo(f"run {run.run_id} is going on; this one waits for it")
         run_id = control.start(asked)
+        typer.echo(f"run {run_id}; conclave stop {run_id} ends it, ending this command does not")
         outcome = follow(control, run_id, typer.echo)
     if as_json:
         _print_json({"run_id": str(run_id), "status": outcome.sub_status, "details": outcome.details})

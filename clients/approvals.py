@@ -26,6 +26,16 @@ class WaitingPlan:
     plan: Plan
 
 
+def released(plan: Plan) -> list[str]:
+    """Say everything that a plan asks a node to let out, what other ledgers pay for too."""
+    said = list(plan.releases)
+    if plan.affinity is not None:
+        said.append(f"choices of experts (epsilon {plan.affinity.epsilon:g} each)")
+    if plan.evaluation is not None:
+        said.append(f"metrics of held-out units ({plan.evaluation.count(plan.rounds)} times, from their own budget)")
+    return said
+
+
 class Approvals:
     """The folder ``plans`` in a node's state: ``HASH.waiting`` and ``HASH.approved``, and ``paused``.
 

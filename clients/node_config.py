@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from clients.operations_config import LimitsConfig, MonitoringConfig
 from clients.policy import Policy
@@ -54,6 +55,12 @@ class StorageConfig(Frozen):
     machine: str | None = Field(default=None, min_length=1, max_length=200)
 
 
+def _address(text: str) -> str:
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", text):
+        raise ValueError("must be host:port, like fed.example.org:9443")
+    return text
+
+
 class ConnectionConfig(Frozen):
     """The server that the node dials; paths are relative to the folder of ``node.toml``.
 
@@ -62,7 +69,7 @@ class ConnectionConfig(Frozen):
     internal_port: of Flower's SuperNode, on loopback only.
     """
 
-    address: str = Field(pattern=r"^(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")
+    address: Annotated[str, AfterValidator(_address)]
     ca: Path
     key: Path = Path("state/node.key")
     internal_port: int = Field(default=9094, ge=1, le=65_535)

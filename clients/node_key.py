@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
+from model.errors import BadInputError
+
+
+def check_node_key(path: Path) -> None:
+    """Check that a node can prove itself with a key.
+
+    Raises:
+        BadInputError: it is missing, no such key, for others to read, or not that of the ``.pub`` beside it.
+    """
+    again = f"ssh-keygen -t ecdsa -b 384 -N '' -f {path} makes another, which an operator enrols"
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
+        public = path.with_name(f"{path.name}.pub")
+        stated = serialization.load_ssh_public_key(public.read_bytes()) if public.exists() else None
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise BadInputError(f"{path}: missing or no key; copy it back, or {again}") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise BadInputError(f"{path}: another kind of key; {again}")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise BadInputError(f"{path}: others can read it; chmod 600 {path}")
+    if stated is not None and stated != key.public_key():
+        raise BadInputError(f"{path}: is not the private half of {public}, which an operator enrolled; copy it back")
 
 
 def create_node_key(path: Path) -> Path:

@@ -19,9 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import httpx
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
@@ -48,6 +50,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -74,6 +77,7 @@ BUNDLE = "conclave/conclave"
 _TASK_POLL_S = 0.1
 _REPLY_POLL_S = 0.2
 _RETRY_S = 2.0
+_MISSED_UNTIL_A_WARNING = 8
 _PATIENCE_S = 60.0
 
 log = logging.getLogger("conclave.flower")
@@ -137,17 +141,17 @@ def serve(
     signed = SuperExecAuthHttpInterceptor(
         master_secret=api.secret, protected_methods=["/flwr.proto.Runtime/AcquireTask"]
     )
-    quiet = False
+    missed = 0
     with api.client(signed, component="SuperExec") as client:
         while not stopped.is_set():
             try:
                 found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
-                quiet = False
+                missed = 0
                 reached(True)
             except httpx.HTTPError as error:
-                if not quiet:
+                missed += 1
+                if missed == _MISSED_UNTIL_A_WARNING:  # at first it is starting
                     log.warning("no tasks from %s: %s; trying again", api.address, type(error).__name__)
-                quiet = True
                 reached(False)
                 stopped.wait(_RETRY_S)
                 continue
@@ -180,7 +184,11 @@ def answer_message(
         except Exception:  # the SuperNode waits for a reply before it takes another message
             log.exception("the app failed; the server is told internal-error and nothing else")
             reply = Message(encode(Refusal(code="internal-error")), reply_to=message)
-        push_message(client, reply, context)
+        try:
+            push_message(client, reply, context)
+        except (ObjectPushError, httpx.HTTPError) as error:  # what was paid for is kept, and sent when it is asked for
+            log.warning("a reply was not taken (%s); was the run stopped?", type(error).__name__)
+            return
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
 
 
@@ -236,7 +244,6 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
                 status, details = SubStatus.COMPLETED, ""
             except BadInputError as error:
                 details = str(error)
-                say(details)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.UNAUTHORIZED:
                     raise
@@ -340,12 +347,12 @@ class Control:
         """
         try:
             key = serialization.load_ssh_public_key(public_key.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UnsupportedAlgorithm) as error:
             raise BadInputError(f"{public_key}: cannot be read, must be a node's public key (.pub)") from error
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise BadInputError(f"{public_key}: another kind of key, must be an elliptic curve's")
         request = RegisterNodeRequest(public_key=public_key_to_bytes(key))
-        with self._asking("register the node"):
+        with self._asking("register the node", {412: "its key is enrolled already"}):
             return int(self._client.RegisterNode(request).node_id)
 
     def unregister(self, node_id: int) -> None:
@@ -354,7 +361,7 @@ class Control:
         Raises:
             BadInputError: there is no such node, or the server refuses or cannot be reached.
         """
-        with self._asking(f"remove node {node_id}"):
+        with self._asking(f"remove node {node_id}", {404: "no such node is enrolled; conclave status lists them"}):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
     def start(self, run_config: Mapping[str, str]) -> int:
@@ -370,7 +377,8 @@ class Control:
 
     def stop(self, run_id: int) -> bool:
         """Stop a run; return whether it was running."""
-        with self._asking("stop the run"):
+        over = {404: "no such run; conclave status lists them", 412: "it is over already"}
+        with self._asking(f"stop run {run_id}", over):
             return bool(self._client.StopRun(StopRunRequest(run_id=run_id)).success)
 
     def runs(self, run_id: int | None = None) -> list[ListedRun]:
@@ -396,12 +404,13 @@ class Control:
         return [(int(node.node_id), str(node.status)) for node in found]
 
     @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
+    def _asking(self, what: str, reasons: Mapping[int, str] = MappingProxyType({})) -> Iterator[None]:
         try:
             yield
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
-            why = "the operator's certificate was not accepted" if code == httpx.codes.FORBIDDEN else f"HTTP {code}"
+            known = {403: "the operator's certificate was not accepted", **reasons}
+            why = known.get(code, f"HTTP {code}")
             raise BadInputError(f"{self._address}: cannot {what}: {why}") from error
         except httpx.HTTPError as error:
             raise BadInputError(f"{self._address}: cannot {what}: {_why(error)}") from error

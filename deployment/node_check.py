@@ -5,7 +5,6 @@ from __future__ import annotations
 import email.utils
 import shutil
 import ssl
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ import httpx
 
 from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
+from clients.node_key import check_node_key
 from clients.protocol import Plan, ProtocolError
 from deployment.certificates import days_left
 from deployment.flower_runtime import check_flower
@@ -63,7 +63,7 @@ def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Chec
         *checks,
         _try("node key", lambda: _key(directory)),
         _try("certificate", lambda: _certificate(directory)),
-        _try("server", lambda: _server(directory)),
+        _try("server", lambda: look_at_server(directory)),
     ]
 
 
@@ -135,10 +135,7 @@ def _share(directory: NodeDirectory, scenario: str, plan: Plan, side: Side) -> s
 
 def _key(directory: NodeDirectory) -> str:
     key, _ = directory.connection_files()
-    if not key.is_file():
-        raise BadInputError(f"{key}: missing; conclave node init makes one, or copy it back")
-    if stat.S_IMODE(key.stat().st_mode) & 0o077:
-        raise BadInputError(f"{key}: others can read it; chmod 600 {key}")
+    check_node_key(key)
     return f"its public half is {key}.pub"
 
 
@@ -150,7 +147,12 @@ def _certificate(directory: NodeDirectory) -> str:
     return f"good for {left:.0f} days"
 
 
-def _server(directory: NodeDirectory) -> str:
+def look_at_server(directory: NodeDirectory) -> str:
+    """Reach for the server; return what was found.
+
+    Raises:
+        BadInputError: it cannot be reached, has another certificate, or the clocks differ.
+    """
     server = directory.config.server
     if server is None:
         raise BadInputError("node.toml has no [server]")

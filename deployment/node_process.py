@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
+from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 
 from clients import app
 from clients.deployed import standing_for
+from clients.node_config import ConnectionConfig
 from clients.node_directory import NodeDirectory
+from clients.node_key import check_node_key
 from clients.protocol import Refusal, encode
+from deployment.alone import alone
 from deployment.certificates import write_secret
 from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
 from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
 from deployment.limits import keep_to
-from deployment.monitoring import monitoring
+from deployment.monitoring import HOST, monitoring
+from deployment.node_check import look_at_server
 from deployment.node_loading import open_node
 from deployment.node_metrics import NodeMetrics
 from deployment.supervision import Family, Program
+from model.errors import BadInputError
 
 log = logging.getLogger("conclave.node")
 
@@ -39,6 +45,20 @@ def start_node(directory: NodeDirectory) -> None:
     reach_loopback_directly()
     keep_caches_in(directory.state)
     keep_to(directory.config.limits)
+    check_node_key(key)
+    ports = {
+        "server.internal_port": (HOST, server.internal_port),
+        "monitoring.metrics_port": (HOST, directory.config.monitoring.metrics_port),
+    }
+    with alone(directory.state, ports):
+        _serve(directory, server, key, ca)
+
+
+def _serve(directory: NodeDirectory, server: ConnectionConfig, key: Path, ca: Path) -> None:
+    try:
+        look_at_server(directory)
+    except BadInputError as error:  # it may come back; the SuperNode goes on trying
+        log.warning("%s", error)
     node = open_node(directory)
     secret = directory.state / "executor.secret"
     secret.unlink(missing_ok=True)

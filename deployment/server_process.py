@@ -13,9 +13,10 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid
 
+from deployment.alone import alone
 from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
 from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
-from deployment.monitoring import monitoring
+from deployment.monitoring import HOST, monitoring
 from deployment.proxy import nginx_config, nginx_program
 from deployment.server_directory import ServerDirectory
 from deployment.server_metrics import ServerMetrics
@@ -42,6 +43,17 @@ def start_server(server: ServerDirectory) -> None:
     private_umask()
     reach_loopback_directly()
     keep_caches_in(server.state)
+    config = server.config
+    ports = {
+        "port": (config.bind, config.port),
+        "internal_port": (HOST, config.internal_port),
+        "monitoring.metrics_port": (HOST, config.monitoring.metrics_port),
+    }
+    with alone(server.state, ports):
+        _serve(server)
+
+
+def _serve(server: ServerDirectory) -> None:
     (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
     with Family([_superlink(server), _proxy(server)]) as family:
         address, ca = f"127.0.0.1:{server.config.internal_port}", server.tls / "ca.pem"

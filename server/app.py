@@ -62,7 +62,7 @@ def run_scenario(
     Args:
         run_id: names the run in every charge.
         on_round: told what each round came to, a line.
-        say: told, before the first round, how many nodes refused, and why.
+        say: told, before the first round, how many nodes refused, and why; or that nothing is left to do.
 
     Raises:
         BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
@@ -89,7 +89,9 @@ def run_scenario(
     full_bytes = strategy.full_model_bytes()
     average = ModelAverage(scenario.federation.average, scenario.federation.rounds)
     done = _restore(strategy, average, run, plan.hash)
-    if done < scenario.federation.rounds:
+    if done == scenario.federation.rounds:
+        say(f"all {done} rounds were done before; nothing is left to do")
+    else:
         _check_coverage(scenario, strategy)  # before any budget is set aside
         strategy.meet(roster.admit())
         if roster.refused:

@@ -88,7 +88,8 @@ class Roster:
         self.refused += refused
         if not self._admitted:
             why = counted(refused) or "none answered"
-            raise BadInputError(f"no node admits the plan ({why}), must be at least one; its owner's log says why")
+            then = "; start the run again once owners have approved it" if refused["awaiting-approval"] else ""
+            raise BadInputError(f"no node admits the plan ({why}), must be at least one; nodes' logs say why{then}")
         return self.members()
 
     def refresh(self) -> bool:

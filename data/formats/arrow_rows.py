@@ -70,7 +70,9 @@ def read_columns(
     extra = tuple(name for name in (config.label, config.group_by) if name is not None)
     for name in (*columns.names, *extra):
         if names.count(name) != 1:
-            raise BadInputError(f"{path}: has {names.count(name)} columns named {name!r}, must have one")
+            raise BadInputError(
+                f"{path}: has {names.count(name)} columns named {name!r}, must have one; it has {', '.join(names)}"
+            )
     wanted = tuple(dict.fromkeys((*columns.names, *extra)))
     return Reading(columns.schema, _rows(config, columns, rows(wanted)), stored_as)
 

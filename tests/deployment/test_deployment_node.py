@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 
 from clients.deployed import deployed, standing_for
 from clients.node_directory import NodeDirectory, create_node
+from clients.node_key import create_node_key
 from deployment import flower_runtime, node_check
-from deployment.flower_runtime import QuickGrid, RuntimeApi, bundle, check_flower, heartbeat_of
+from deployment.certificates import Authority
+from deployment.flower_runtime import Control, QuickGrid, RuntimeApi, bundle, check_flower, heartbeat_of
 from deployment.node_check import check_node
 from deployment.node_loading import open_node
 from deployment.node_process import _refusal
@@ -247,3 +250,19 @@ def test_a_node_loads_nothing_that_it_does_not_need():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("wrong", ["private", "certificate", "missing"])
+def test_only_a_nodes_public_key_is_enrolled(tmp_path, wrong):
+    """The private half lies beside it, and a certificate looks like it; nothing of either is sent."""
+    path = tmp_path / "node.key"
+    if wrong == "private":
+        create_node_key(path)
+    elif wrong == "certificate":
+        Authority.create(tmp_path, days=3)
+        (tmp_path / "ca.pem").rename(path)
+    with (
+        Control("localhost:1", ssl.create_default_context()) as control,
+        pytest.raises(BadInputError, match=r"must be a node's public key"),
+    ):
+        control.register(path)

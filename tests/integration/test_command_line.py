@@ -339,6 +339,7 @@ def test_the_budget_of_a_ledger(run, capsys, tmp_path):
 def test_a_node_that_holds_units_out(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
     decisions = (
         "--dataset", "ward-7", "--data", "data", "--declared-size", 1400, "--epsilon", 8, "--delta", 1e-5,
         "--witness", "elsewhere/head", "--machine", "here", "--held-out", 0.2,
@@ -366,9 +367,20 @@ def test_a_node_that_holds_units_out(capsys, tmp_path, monkeypatch):
     assert (status, "held_out" in err) == (2, True)
 
 
+def test_a_node_whose_data_are_nowhere_is_not_made(capsys, tmp_path):
+    """Its budget would be fixed for good."""
+    decisions = ("--declared-size", 1, "--epsilon", 8, "--delta", 1e-5, "--witness", tmp_path / "head")
+    status, _, err = call(
+        capsys, "node", "init", tmp_path / "n", "--dataset", "d", "--data", tmp_path / "no", *decisions
+    )
+    assert (status, "no such file or folder" in err) == (2, True)
+    assert not (tmp_path / "n").exists()
+
+
 def test_a_node_from_its_beginning(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
     decisions = (
         "--dataset", "ward-7", "--data", "data", "--declared-size", 1400, "--epsilon", 8, "--delta", 1e-5,
         "--witness", "elsewhere/head", "--machine", "here",

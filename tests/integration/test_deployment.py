@@ -69,7 +69,8 @@ def test_a_whole_run_waits_for_its_owners_and_is_audited(federation):
     refused = federation.call("train", "patients.toml", "--superlink", "server/operator")
     assert (refused.returncode, "3 × awaiting-approval" in refused.stderr) == (2, True)
     for name in NODES:
-        federation.must("node", "approve", name, plan_of(federation)[:12])
+        approved = federation.must("node", "approve", name, plan_of(federation)[:12])
+        assert "releases delta, metrics of held-out units (1 times, from their own budget)" in approved
     done = federation.must("train", "patients.toml", "--superlink", "server/operator", "--json")
     assert "round 3 of 3: 3 of 3 replies, accuracy on held-out units" in done
     assert json.loads(done.splitlines()[-1])["status"] == "completed"
@@ -160,8 +161,9 @@ def test_a_bundle_of_another_release_is_refused_and_never_opened(federation, mon
     monkeypatch.setattr(flower_runtime, "build_fab_from_files", poisoned)
     with Control.of(find_operator(str(federation.folder / "server" / "operator"))) as control:
         run_id = control.start({"scenario": (federation.folder / "patients.toml").read_text()})
-        said = list(control.said(run_id))
-    assert any("3 × version-mismatch" in line for line in said)
+        list(control.said(run_id))
+        federation.wait_for("its end", lambda: control.runs(run_id)[0].finished)
+        assert "3 × version-mismatch" in control.runs(run_id)[0].details
     assert not mark.exists()
     assert "refused with version-mismatch" in federation.log("first")
 

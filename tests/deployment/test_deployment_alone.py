@@ -1,0 +1,76 @@
+"""A second start of the same folder, or a port in use, ends with one sentence before anything is started."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from clients.node_key import check_node_key, create_node_key
+from deployment.alone import alone
+from model.errors import BadInputError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_folder_is_held_by_one_process_and_free_after_it(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\nfrom deployment.alone import alone\n"
+        f"with alone(Path({str(tmp_path)!r}), {{}}):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(BadInputError, match="is running already"), alone(tmp_path, {}):
+        pass
+    other.communicate("")
+    with alone(tmp_path, {}):
+        assert (tmp_path / "running.lock").stat().st_mode & 0o077 == 0
+
+
+def test_a_port_in_use_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(BadInputError, match=rf"server\.internal_port {port}: cannot be used"),
+            alone(
+                tmp_path, {"monitoring.metrics_port": ("127.0.0.1", None), "server.internal_port": ("127.0.0.1", port)}
+            ),
+        ):
+            pass
+    with alone(tmp_path, {"server.internal_port": ("127.0.0.1", port)}):
+        pass
+
+
+@pytest.mark.parametrize("flaw", ["missing", "garbage", "another", "readable", "ed25519"])
+def test_a_key_that_a_node_cannot_use_is_named(tmp_path, flaw):
+    path = tmp_path / "node.key"
+    create_node_key(path)
+    check_node_key(path)
+    (tmp_path / "node.key.pub").rename(tmp_path / "kept")
+    check_node_key(path)  # the public half may be gone
+    (tmp_path / "kept").rename(tmp_path / "node.key.pub")
+    said = "missing or no key"
+    if flaw == "missing":
+        path.unlink()
+    elif flaw == "garbage":
+        path.write_text("garbage")
+    elif flaw == "another":
+        create_node_key(tmp_path / "other.key")
+        (tmp_path / "other.key").rename(path)
+        said = "is not the private half"
+    elif flaw == "readable":
+        path.chmod(0o640)
+        said = "chmod 600"
+    else:
+        path.unlink()
+        (tmp_path / "node.key.pub").unlink()
+        formats = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+        path.write_bytes(Ed25519PrivateKey.generate().private_bytes(*formats))
+        said = "another kind of key"
+    with pytest.raises(BadInputError, match=said):
+        check_node_key(path)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -50,7 +51,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    pull_and_inflate_object_from_tree,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -62,11 +67,13 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
+from flwr.supernode.runtime import run_clientapp
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from clients.protocol import Refusal, encode
 from deployment.certificates import days_left
 from deployment.operator import Operator
+from deployment.supernode import PATIENCE_S
 from model.errors import BadInputError
 
 TESTED = "1.41.0"
@@ -81,6 +88,11 @@ _MISSED_UNTIL_A_WARNING = 8
 _PATIENCE_S = 60.0
 
 log = logging.getLogger("conclave.flower")
+
+# Flower's own waits for two hours where a server was killed in the middle of a message; the SuperNode gives up before.
+run_clientapp.pull_and_inflate_object_from_tree = partial(  # type: ignore[attr-defined]
+    pull_and_inflate_object_from_tree, max_time=1.5 * PATIENCE_S
+)
 
 
 def check_flower() -> None:
@@ -177,7 +189,11 @@ def answer_message(
         refuse: (name, version) of the bundle → the content of a refusal, or None.
     """
     with api.client(RuntimeTokenHttpInterceptor(token), component=CLIENT_APP) as client, _beating(client):
-        message, context, run, _ = pull_task_input(client)
+        try:
+            message, context, run, _ = pull_task_input(client)
+        except (ObjectPullError, httpx.HTTPError) as error:
+            log.warning("a message did not come whole (%s); was its run stopped?", type(error).__name__)
+            return
         refusal = refuse(run.fab_id, run.fab_version)
         try:
             reply = app(message, context) if refusal is None else Message(refusal, reply_to=message)

@@ -1,8 +1,10 @@
 """Flower's SuperNode as a node runs it: ``python -P -m deployment.supernode ARGUMENTS``, in a process of its own.
 
-It differs in two things. It ends with its connection: where that breaks during a TLS handshake, Flower's own gives up
+It differs in three things. It ends with its connection: where that breaks during a TLS handshake, Flower's own gives up
 but lives on, for the thread that hands tasks out keeps the process, and nobody starts it again. And it keeps pace:
-Flower's own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round.
+Flower's own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round. And it waits
+a minute for the rest of a message: where the server was killed in the middle, the rest never comes, and Flower's own
+waits for two hours, without looking for others.
 
 Beside :mod:`deployment.flower_runtime` this is the only use of Flower's inside; ``node start`` has checked the version.
 """
@@ -12,9 +14,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from importlib.metadata import entry_points
 
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supernode import start_client_internal
+
+PATIENCE_S = 60.0
+"""How long a part of a message may be missing."""
 
 _IDLE_S = 3.0
 _BUSY_S = 0.3
@@ -49,6 +56,7 @@ def main() -> None:
     sys.argv[0] = "flower-supernode"
     (script,) = entry_points(group="console_scripts", name=sys.argv[0])
     run = script.load()
+    start_client_internal.pull_objects = partial(pull_objects, max_time=PATIENCE_S)  # type: ignore[attr-defined]
     start_client_internal.time = Pace()  # type: ignore[assignment, attr-defined]
     run()
     sys.stderr.write("the connection to the server is lost\n")

@@ -9,9 +9,12 @@ import time
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
 from flwr.supernode import start_client_internal
+from flwr.supernode.runtime import run_clientapp
 
-from deployment import supernode
+from deployment import flower_runtime, supernode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +52,7 @@ def test_it_ends_where_flower_gives_up_but_leaves_a_thread_that_keeps_the_proces
     code = """
 import sys, threading
 from types import SimpleNamespace
-from deployment import supernode
+from deployment import flower_runtime, supernode
 
 def gives_up():
     print(sys.argv)
@@ -75,3 +78,34 @@ def test_it_brings_no_torch_along():
         timeout=60, check=True,
     )  # fmt: skip
     assert done.stdout == "False\n"
+
+
+def test_the_rest_of_a_message_is_not_waited_for_without_end(monkeypatch):
+    """Where it never comes; Flower's own bound is 7,200 s, checked where a part is not there yet."""
+    assert start_client_internal.pull_objects is pull_objects  # what main() replaces, by a name that the loop reads
+    bound = run_clientapp.pull_and_inflate_object_from_tree.keywords["max_time"]
+    assert supernode.PATIENCE_S < bound < 120.0  # the SuperNode first: it then takes the task back
+    assert flower_runtime.PATIENCE_S == supernode.PATIENCE_S
+
+    def never(object_id):
+        raise ObjectUnavailableError(object_id)
+
+    with pytest.raises(ObjectPullError):
+        pull_objects(["a"], never, max_time=0.0, initial_backoff=0.001)
+
+
+def test_the_process_uses_the_bound_and_the_pace():
+    code = """
+from flwr.supernode import start_client_internal as loop
+from types import SimpleNamespace
+from deployment import supernode
+
+supernode.entry_points = lambda group, name: [SimpleNamespace(load=lambda: lambda: print(
+    loop.pull_objects.keywords, type(loop.time).__name__))]
+supernode.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "{'max_time': 60.0} Pace\n", done.stderr

@@ -1,10 +1,10 @@
 """Flower's SuperNode as a node runs it: ``python -P -m deployment.supernode ARGUMENTS``, in a process of its own.
 
 It differs in three things. It ends with its connection: where that breaks during a TLS handshake, Flower's own gives up
-but lives on, for the thread that hands tasks out keeps the process, and nobody starts it again. And it keeps pace:
-Flower's own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round. And it waits
-a minute for the rest of a message: where the server was killed in the middle, the rest never comes, and Flower's own
-waits for two hours, without looking for others.
+but lives on, for the thread that hands tasks out keeps the process, and nobody starts it again. It keeps pace: Flower's
+own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round. And it waits a minute
+for the rest of a message, and not at all once its run is over: Flower's own waits for two hours where a server was
+killed in the middle, and does not take back the task of a message whose run was stopped in the middle.
 
 Beside :mod:`deployment.flower_runtime` this is the only use of Flower's inside; ``node start`` has checked the version.
 """
@@ -14,10 +14,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 
 PATIENCE_S = 60.0
@@ -51,12 +52,25 @@ class Pace:
         return getattr(time, name)
 
 
+def pull_whole(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """Fetch the parts of a message as Flower does, id → content.
+
+    Raises:
+        ObjectPullError: a part did not come within :data:`PATIENCE_S`, or the run is over. Flower's loop then takes the
+            message and its task back, which it does for no other error.
+    """
+    try:
+        return pull_objects(object_ids, pull_object_fn, max_time=PATIENCE_S)
+    except RunNotRunningException as error:
+        raise ObjectPullError(object_ids[0], "its run is over") from error
+
+
 def main() -> None:
     """Run it with this process's arguments, and do not outlive it."""
     sys.argv[0] = "flower-supernode"
     (script,) = entry_points(group="console_scripts", name=sys.argv[0])
     run = script.load()
-    start_client_internal.pull_objects = partial(pull_objects, max_time=PATIENCE_S)  # type: ignore[attr-defined]
+    start_client_internal.pull_objects = pull_whole  # type: ignore[assignment, attr-defined]
     start_client_internal.time = Pace()  # type: ignore[assignment, attr-defined]
     run()
     sys.stderr.write("the connection to the server is lost\n")

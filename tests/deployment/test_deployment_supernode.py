@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError, pull_objects
+from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 from flwr.supernode.runtime import run_clientapp
 
@@ -90,8 +91,21 @@ def test_the_rest_of_a_message_is_not_waited_for_without_end(monkeypatch):
     def never(object_id):
         raise ObjectUnavailableError(object_id)
 
+    monkeypatch.setattr(supernode, "PATIENCE_S", 0.0)
     with pytest.raises(ObjectPullError):
-        pull_objects(["a"], never, max_time=0.0, initial_backoff=0.001)
+        supernode.pull_whole(["a"], never)
+
+
+def test_a_message_of_a_run_that_was_stopped_is_an_error_that_flower_cleans_up_after():
+    """It catches Exception there, and its own RunNotRunningException is none."""
+    assert not issubclass(RunNotRunningException, Exception)
+
+    def over(object_id):
+        raise RunNotRunningException
+
+    with pytest.raises(ObjectPullError, match="its run is over"):
+        supernode.pull_whole(["a"], over)
+    assert supernode.pull_whole(["a", "b"], str.encode) == {"a": b"a", "b": b"b"}
 
 
 def test_the_process_uses_the_bound_and_the_pace():
@@ -101,11 +115,11 @@ from types import SimpleNamespace
 from deployment import supernode
 
 supernode.entry_points = lambda group, name: [SimpleNamespace(load=lambda: lambda: print(
-    loop.pull_objects.keywords, type(loop.time).__name__))]
+    loop.pull_objects is supernode.pull_whole, type(loop.time).__name__))]
 supernode.main()
 """
     done = subprocess.run(
         [sys.executable, "-u", "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         timeout=60, check=False,
     )  # fmt: skip
-    assert done.stdout == "{'max_time': 60.0} Pace\n", done.stderr
+    assert done.stdout == "True Pace\n", done.stderr

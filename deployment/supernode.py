@@ -2,9 +2,9 @@
 
 It differs in three things. It ends with its connection: where that breaks during a TLS handshake, Flower's own gives up
 but lives on, for the thread that hands tasks out keeps the process, and nobody starts it again. It keeps pace: Flower's
-own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round. And it waits a minute
-for the rest of a message, and not at all once its run is over: Flower's own waits for two hours where a server was
-killed in the middle, and does not take back the task of a message whose run was stopped in the middle.
+own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round. And it waits for a
+minute for the rest of a message, and not at all once its run is over: Flower's own waits for two hours where a server
+was killed in the middle, and does not take back the task of a message whose run was stopped in the middle.
 
 Beside :mod:`deployment.flower_runtime` this is the only use of Flower's inside; ``node start`` has checked the version.
 """

@@ -5,11 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from model.errors import BadInputError
+
+PATIENCE_S = 15.0
+_LOOK_S = 0.1
 
 
 @contextmanager
@@ -38,12 +42,19 @@ def alone(state: Path, ports: Mapping[str, tuple[str, int | None]]) -> Iterator[
 
 
 def _check_free(key: str, host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as servers do: the remains of a dead one are no one
+    """Wait for a port: where the folder's process was killed, its children are just ending."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (reason := _why_not(host, port)) is not None:
+        if time.monotonic() >= deadline:
+            raise BadInputError(f"{key} {port}: cannot be used ({reason}), must be a free port")
+        time.sleep(_LOOK_S)
+
+
+def _why_not(host: str, port: int) -> str | None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: closed connections are no one
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise BadInputError(f"{key} {port}: cannot be used ({error.strerror}), must be a free port") from error
+            return error.strerror
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,8 @@ def test_a_folder_is_held_by_one_process_and_free_after_it(tmp_path):
         assert (tmp_path / "running.lock").stat().st_mode & 0o077 == 0
 
 
-def test_a_port_in_use_is_named(tmp_path):
+def test_a_port_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("deployment.alone.PATIENCE_S", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
@@ -44,6 +46,16 @@ def test_a_port_in_use_is_named(tmp_path):
             pass
     with alone(tmp_path, {"server.internal_port": ("127.0.0.1", port)}):
         pass
+
+
+def test_a_port_that_a_killed_process_is_leaving_is_waited_for(tmp_path):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    leaving = threading.Timer(0.3, taken.close)
+    leaving.start()
+    with alone(tmp_path, {"server.internal_port": ("127.0.0.1", port)}):
+        assert taken.fileno() == -1
+    leaving.join()
 
 
 @pytest.mark.parametrize("flaw", ["missing", "garbage", "another", "readable", "ed25519"])

@@ -55,7 +55,8 @@ def test_a_copied_folder_does_not_open_elsewhere_nor_once_the_original_went_on(f
 
 def test_of_two_nodes_with_one_key_the_first_that_came_is_there_and_each_ledger_pays_for_its_own(federation, fourth):
     """The key says who may connect; the ledger's key says who it is."""
-    shutil.copy2(federation.folder / "first" / "state" / "node.key", federation.folder / "fourth" / "state")
+    for name in ("node.key", "node.key.pub"):
+        shutil.copy2(federation.folder / "first" / "state" / name, federation.folder / "fourth" / "state")
     start_in_vain(federation, fourth)
     assert begin(federation, "both", 1).end() == 0
     assert balanced(federation, "both-1") == {name: {1: 1} for name in NODES}

@@ -20,7 +20,8 @@ class Policy(Frozen):
     simulation: this node holds no private data. Only then are training without privacy and seeded randomness
         allowed. The owner's side decides it, never a message.
     max_steps: local steps of one round. max_rounds: rounds of one plan.
-    max_parameters: of the part of a model that comes here. A plan is refused where even the smallest part has more.
+    max_parameters: of the part of a model that comes here. A plan is refused where even the smallest part has more; one
+        with a model of the user's own, when that comes.
     expert_capacity: experts of one layer that this node can hold.
     memory_mb: MiB that training may take, beside program and records; it too bounds the experts, see
         :mod:`clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is allowed.
@@ -82,6 +83,16 @@ class Policy(Frozen):
         ):
             if value > most:
                 raise ProtocolError("not-allowed", f"{name} is {value}, must be at most {most}")
+        if plan.model.source is None:  # else its code would run, before the owner has approved the plan
+            self._check_size(plan)
+        for name, share in plan.releases.items():
+            allowed = self.releases.get(name, 0.0)
+            if share > allowed:
+                raise ProtocolError(
+                    "not-allowed", f"{name} takes {share:g} of the budget, policy.releases allows {allowed:g}"
+                )
+
+    def _check_size(self, plan: Plan) -> None:
         least = {layer: tuple(range(plan.model.experts.top_k)) for layer in range(plan.model.layers)}
         smallest = sum(shape.numel() for shape in shapes(plan.model, least).values())
         if smallest > self.max_parameters:  # whatever part the server would send
@@ -89,12 +100,6 @@ class Policy(Frozen):
                 "not-allowed",
                 f"{smallest} parameters with as few experts as a token needs, must be at most {self.max_parameters}",
             )
-        for name, share in plan.releases.items():
-            allowed = self.releases.get(name, 0.0)
-            if share > allowed:
-                raise ProtocolError(
-                    "not-allowed", f"{name} takes {share:g} of the budget, policy.releases allows {allowed:g}"
-                )
 
     @property
     def evaluates(self) -> bool:

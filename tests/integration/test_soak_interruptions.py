@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 TIMEOUT_S = 8.0
 RETURN_S = 150.0
 """A SuperNode that could not say good-bye is let in again when its server has missed it for a minute."""
-RECONNECTED = ("Connection successful", "SuperNode ID", "is not in `RUNNING` status")
-"""What a SuperNode says that goes on with a connection, begins one, or is told by the server that a run is over."""
+RECONNECTED = ("Connection successful", "SuperNode ID", "is not in `RUNNING` status", "Failed to receive message")
+"""What a SuperNode says that goes on with a connection, begins one, or is told that the run of what it does is over."""
 
 
 def test_a_slow_node_is_missing_for_a_round_and_its_late_reply_counts_for_nothing(federation):

@@ -17,15 +17,14 @@ _LOOK_S = 0.1
 
 
 @contextmanager
-def alone(state: Path, ports: Mapping[str, tuple[str, int | None]]) -> Iterator[None]:
+def alone(state: Path) -> Iterator[None]:
     """Hold a folder for this process within.
 
     Args:
         state: where a lock is kept.
-        ports: configuration key → address and port that will be listened on; None: not at all.
 
     Raises:
-        BadInputError: another process holds it, or a port is in use.
+        BadInputError: another process holds it.
     """
     lock = os.open(state / "running.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -33,12 +32,23 @@ def alone(state: Path, ports: Mapping[str, tuple[str, int | None]]) -> Iterator[
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise BadInputError(f"{state.parent}: is running already, must be stopped first") from error
-        for key, (host, port) in ports.items():
-            if port is not None:
-                _check_free(key, host, port)
         yield
     finally:
         os.close(lock)
+
+
+def check_ports(ports: Mapping[str, tuple[str, int | None]]) -> None:
+    """Check that ports can be listened on.
+
+    Args:
+        ports: configuration key → address and port; None: not at all.
+
+    Raises:
+        BadInputError: one is in use.
+    """
+    for key, (host, port) in ports.items():
+        if port is not None:
+            _check_free(key, host, port)
 
 
 def _check_free(key: str, host: str, port: int) -> None:

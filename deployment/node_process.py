@@ -15,7 +15,7 @@ from clients.node_config import ConnectionConfig
 from clients.node_directory import NodeDirectory
 from clients.node_key import check_node_key
 from clients.protocol import Refusal, encode
-from deployment.alone import alone
+from deployment.alone import alone, check_ports
 from deployment.certificates import write_secret
 from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
 from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
@@ -46,20 +46,22 @@ def start_node(directory: NodeDirectory) -> None:
     keep_caches_in(directory.state)
     keep_to(directory.config.limits)
     check_node_key(key)
-    ports = {
-        "server.internal_port": (HOST, server.internal_port),
-        "monitoring.metrics_port": (HOST, directory.config.monitoring.metrics_port),
-    }
-    with alone(directory.state, ports):
+    with alone(directory.state):
         _serve(directory, server, key, ca)
 
 
 def _serve(directory: NodeDirectory, server: ConnectionConfig, key: Path, ca: Path) -> None:
+    node = open_node(directory)
+    check_ports(
+        {
+            "server.internal_port": (HOST, server.internal_port),
+            "monitoring.metrics_port": (HOST, directory.config.monitoring.metrics_port),
+        }
+    )
     try:
         look_at_server(directory)
     except BadInputError as error:  # it may come back; the SuperNode goes on trying
         log.warning("%s", error)
-    node = open_node(directory)
     secret = directory.state / "executor.secret"
     secret.unlink(missing_ok=True)
     write_secret(secret, secrets.token_bytes(32))

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from deployment.alone import alone
+from deployment.alone import alone, check_ports
 from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
 from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
 from deployment.monitoring import HOST, monitoring
@@ -49,7 +49,8 @@ def start_server(server: ServerDirectory) -> None:
         "internal_port": (HOST, config.internal_port),
         "monitoring.metrics_port": (HOST, config.monitoring.metrics_port),
     }
-    with alone(server.state, ports):
+    with alone(server.state):
+        check_ports(ports)
         _serve(server)
 
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from clients.node_key import check_node_key, create_node_key
-from deployment.alone import alone
+from deployment.alone import alone, check_ports
 from model.errors import BadInputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,39 +22,33 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_folder_is_held_by_one_process_and_free_after_it(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\nfrom deployment.alone import alone\n"
-        f"with alone(Path({str(tmp_path)!r}), {{}}):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        f"with alone(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(BadInputError, match="is running already"), alone(tmp_path, {}):
+    with pytest.raises(BadInputError, match="is running already"), alone(tmp_path):
         pass
     other.communicate("")
-    with alone(tmp_path, {}):
+    with alone(tmp_path):
         assert (tmp_path / "running.lock").stat().st_mode & 0o077 == 0
 
 
-def test_a_port_in_use_is_named(tmp_path, monkeypatch):
+def test_a_port_in_use_is_named(monkeypatch):
     monkeypatch.setattr("deployment.alone.PATIENCE_S", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with (
-            pytest.raises(BadInputError, match=rf"server\.internal_port {port}: cannot be used"),
-            alone(
-                tmp_path, {"monitoring.metrics_port": ("127.0.0.1", None), "server.internal_port": ("127.0.0.1", port)}
-            ),
-        ):
-            pass
-    with alone(tmp_path, {"server.internal_port": ("127.0.0.1", port)}):
-        pass
+        ports = {"monitoring.metrics_port": ("127.0.0.1", None), "server.internal_port": ("127.0.0.1", port)}
+        with pytest.raises(BadInputError, match=rf"server\.internal_port {port}: cannot be used"):
+            check_ports(ports)
+    check_ports(ports)
 
 
-def test_a_port_that_a_killed_process_is_leaving_is_waited_for(tmp_path):
+def test_a_port_that_a_killed_process_is_leaving_is_waited_for():
     taken = socket.create_server(("127.0.0.1", 0))
-    port = taken.getsockname()[1]
     leaving = threading.Timer(0.3, taken.close)
     leaving.start()
-    with alone(tmp_path, {"server.internal_port": ("127.0.0.1", port)}):
-        assert taken.fileno() == -1
+    check_ports({"server.internal_port": ("127.0.0.1", taken.getsockname()[1])})
+    assert taken.fileno() == -1
     leaving.join()
 
 

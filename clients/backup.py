@@ -15,15 +15,16 @@ from privacy.ledger.copying import copy_without_secrets
 def back_up(directory: NodeDirectory, out: Path) -> list[str]:
     """Write a tar file that its owner alone can read; return what is in it.
 
-    ``node.toml``, ledgers, keys, and what the owner approved; paths are relative to the node's folder. A running node
-    may go on meanwhile. What it spends later is not in the backup: see :mod:`privacy.ledger.recovery`.
+    ``node.toml``, ledgers, keys, and what the owner approved; paths are relative to the node's folder, and a state that
+    lies outside of it is under ``state``. A running node may go on meanwhile. What it spends later is not in the
+    backup: see :mod:`privacy.ledger.recovery`.
 
     Raises:
         BadInputError: the file exists or cannot be written, or a ledger cannot be read.
     """
     contents = {"node.toml": (directory.path / "node.toml").read_bytes()}
     state = directory.config.storage.state
-    folder = "state" if state.is_absolute() else state.as_posix()
+    folder = "state" if state.is_absolute() or ".." in state.parts else state.as_posix()
     for side in directory.sides:
         ledger = directory.files(side).path
         contents[f"{folder}/{ledger.name}"] = copy_without_secrets(ledger)

@@ -14,8 +14,8 @@ class LimitsConfig(Frozen):
     """What a node may use of its machine.
 
     threads: of training; as many as there are cores where it is not given.
-    memory_mb: MiB that each of the node's two processes may allocate. What does not fit is no answer in that round;
-        ``policy.memory_mb`` keeps a server from asking for as much.
+    memory_mb: MiB that each of the node's two processes may allocate. A round that does not fit is refused, and stays
+        spent; ``policy.memory_mb`` keeps a server from asking for as much.
     hours: local times between which the node works; outside of them it refuses with ``paused``.
     """
 

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
+from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
@@ -177,16 +178,17 @@ def serve(
 
 
 def answer_message(
-    app: Callable[[Message, Context], Message],
+    app: ClientApp,
     api: RuntimeApi,
     token: str,
     refuse: Callable[[str, str], RecordDict | None],
+    count: Callable[[Message, Message], None],
 ) -> None:
     """Answer the message of one task with an installed ClientApp.
 
     Args:
-        app: the ClientApp, or what stands before it.
         refuse: (name, version) of the bundle → the content of a refusal, or None.
+        count: told each message with its answer, a refusal or not.
     """
     with api.client(RuntimeTokenHttpInterceptor(token), component=CLIENT_APP) as client, _beating(client):
         try:
@@ -200,6 +202,7 @@ def answer_message(
         except Exception:  # the SuperNode waits for a reply before it takes another message
             log.exception("the app failed; the server is told internal-error and nothing else")
             reply = Message(encode(Refusal(code="internal-error")), reply_to=message)
+        count(message, reply)
         try:
             push_message(client, reply, context)
         except (ObjectPushError, httpx.HTTPError) as error:  # what was paid for is kept, and sent when it is asked for

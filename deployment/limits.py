@@ -13,7 +13,7 @@ def keep_to(limits: LimitsConfig) -> None:
     """Keep this process, and those that it starts from now on, to the limits.
 
     More memory than allowed is a failed allocation: in the middle of a round that is ``internal-error`` to the server,
-    and the charge is repeated once, exactly, or abandoned; as after any crash.
+    and what the round was charged stays spent.
     """
     if limits.threads is not None:
         torch.set_num_threads(limits.threads)

@@ -7,7 +7,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import RecordDict
 
 from clients import app
 from clients.deployed import standing_for
@@ -80,19 +80,13 @@ def _serve(directory: NodeDirectory, server: ConnectionConfig, key: Path, ca: Pa
     reached = {"supernode-answers": False}
     with standing_for(node), Family([supernode]) as family:
         metrics = NodeMetrics(node, family.running, ca, directory.state)
-
-        def answer(message: Message, context: Context) -> Message:
-            reply = app.app(message, context)
-            metrics.count(message, reply)
-            return reply
-
         with monitoring(directory.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
             log.info("node %s: dials %s", node.describe().fingerprint, server.address)
             api = RuntimeApi(f"127.0.0.1:{server.internal_port}", secret.read_bytes())
             serve(
                 api,
                 CLIENT_APP,
-                lambda api, token: answer_message(answer, api, token, _refusal),
+                lambda api, token: answer_message(app.app, api, token, _refusal, metrics.count),
                 family.stopped,
                 lambda found: reached.update({"supernode-answers": found}),
             )

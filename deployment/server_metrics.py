@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,11 +27,8 @@ class ServerMetrics(Collector):
         self._rounds = 0
         self.running: RunDirectory | None = None
 
-    def count_round(self) -> None:
-        """Count what the running run's last round came to."""
-        if self.running is None:
-            return
-        line = self.running.metrics()[-1]
+    def count_round(self, line: Mapping[str, Any]) -> None:
+        """Count what a round came to: a line of a run's metrics."""
         self._rounds += 1
         self._replies.update({"accepted": line["accepted"], "missing": line["missing"]})
         self._replies.update({f"refused:{code}": count for code, count in line["refused"].items()})

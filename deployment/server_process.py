@@ -116,14 +116,9 @@ def _work(server: ServerDirectory, metrics: ServerMetrics) -> Callable[[Grid, Co
         asked = {key: str(value) for key, value in context.run_config.items()}
         run, run_id = _directory(server, asked, str(context.run_id))
         say(f"run directory on the server: {run.path}")
-
-        def on_round(line: str) -> None:
-            metrics.count_round()
-            say(line)
-
         metrics.running = run
         try:
-            run_scenario(grid, run.scenario, run, run_id, on_round=on_round, say=say)
+            run_scenario(grid, run.scenario, run, run_id, on_round=metrics.count_round, say=say)
         finally:
             metrics.running = None
         say(f"finished: {run.path}")

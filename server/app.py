@@ -51,7 +51,7 @@ def run_scenario(
     scenario: Scenario,
     run: RunDirectory,
     run_id: str,
-    on_round: Callable[[str], None] = lambda _: None,
+    on_round: Callable[[Mapping[str, Any]], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Run the rounds that are left and leave metrics, checkpoint and model in the run directory.
@@ -61,8 +61,8 @@ def run_scenario(
 
     Args:
         run_id: names the run in every charge.
-        on_round: told what each round came to, a line.
-        say: told, before the first round, how many nodes refused, and why; or that nothing is left to do.
+        on_round: told each round's metrics.
+        say: told in words how many nodes refused, and why, what each round came to, or that nothing is left to do.
 
     Raises:
         BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
@@ -120,7 +120,8 @@ def run_scenario(
         # Metrics first: a round that has a checkpoint has its metrics, and resuming drops those without one.
         coverage.add(strategy.tally.trained)
         line = _metrics(round_number, strategy, evaluation, full_bytes, seconds)
-        run.append_metrics({**line, **coverage.metrics()})
+        line |= coverage.metrics()
+        run.append_metrics(line)
         checkpoint = Checkpoint(
             round=round_number,
             run_id=run_id,
@@ -134,7 +135,8 @@ def run_scenario(
         write_checkpoint(run.checkpoint, checkpoint)
         said = _said(round_number, scenario.federation.rounds, strategy, evaluation, seconds)
         log.info(said)
-        on_round(said)
+        on_round(line)
+        say(said)
     run.save_model(scenario.model, average.of(strategy.optimizer.snapshot()))
     roster.close()
     if strategy.node_level is not None:

@@ -499,6 +499,19 @@ def node_resume(node: NodeFolder) -> None:
     typer.echo("answering")
 
 
+@node_app.command("close")
+def node_close(
+    node: NodeFolder, run_id: Annotated[str, typer.Argument(help="The run, as in node budget.")], as_json: Json = False
+) -> None:
+    """Give back what is set aside for a run that will not go on; it is not admitted again."""
+    from clients.node_directory import NodeDirectory
+
+    closed = NodeDirectory(node).close_plans(run_id)
+    typer.echo(f"run {run_id}: {closed} open plan(s) closed")
+    if as_json:
+        _print_json({"run_id": run_id, "closed": closed})
+
+
 ServerFolder = Annotated[Path, typer.Argument(metavar="SERVER", help="The server's folder, which holds server.toml.")]
 Days = Annotated[int, typer.Option(min=1, max=7300, help="For how long the certificates are good.")]
 SuperLink = Annotated[str, typer.Option("--superlink", help="An operator's folder, or its name in ~/.config/conclave.")]
@@ -693,19 +706,6 @@ def stop(run_id: Annotated[int, typer.Argument(help="The run, as in status.")], 
     with Control.of(find_operator(superlink)) as control:
         stopped = control.stop(run_id)
     typer.echo(f"run {run_id}: {'stopped' if stopped else 'was not running'}")
-
-
-@node_app.command("close")
-def node_close(
-    node: NodeFolder, run_id: Annotated[str, typer.Argument(help="The run, as in node budget.")], as_json: Json = False
-) -> None:
-    """Give back what is set aside for a run that will not go on; it is not admitted again."""
-    from clients.node_directory import NodeDirectory
-
-    closed = NodeDirectory(node).close_plans(run_id)
-    typer.echo(f"run {run_id}: {closed} open plan(s) closed")
-    if as_json:
-        _print_json({"run_id": run_id, "closed": closed})
 
 
 @app.command()

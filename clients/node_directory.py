@@ -168,6 +168,11 @@ class NodeDirectory:
         """The folder of plans that wait for the owner or were approved."""
         return self.state / "plans"
 
+    @property
+    def layout(self) -> Path:
+        """What the records' sides depend on beside the records, where units are held out."""
+        return self.state / "held-out.layout"
+
     def connection_files(self) -> tuple[Path, Path]:
         """Return the node's key for the server, and the certificates that may have signed the server's.
 

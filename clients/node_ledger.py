@@ -23,6 +23,7 @@ from privacy.ledger import (
     Reservation,
     SignedHead,
     StoredReply,
+    WitnessUnavailableError,
 )
 from privacy.repeatability import repeat_key
 
@@ -96,6 +97,8 @@ def as_codes() -> Iterator[None]:
         raise ProtocolError("not-allowed", "the plan was closed") from error
     except LedgerMismatchError as error:
         raise ProtocolError("ledger-mismatch", str(error)) from error
+    except WitnessUnavailableError as error:  # of its disk, which may be there again
+        raise ProtocolError("internal-error", f"the ledger's witness {error}") from error
     except BadInputError as error:
         raise ProtocolError("not-allowed", str(error)) from error
     except sqlite3.OperationalError as error:  # of the disk; the transaction was undone

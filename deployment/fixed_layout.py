@@ -16,28 +16,41 @@ from pathlib import Path
 from model.errors import BadInputError
 from model.store import write_atomically
 from privacy.canonical import sha256
-from privacy.ledger import Ledger
 
 
-def check_layout(path: Path, stored_as: Sequence[str], training: Ledger, held_out: Ledger) -> None:
-    """Keep what identities depend on in the file ``path`` while neither side has an entry; then it must be the same.
+def keep_layout(path: Path, stored_as: Sequence[str], entries: int) -> None:
+    """Keep what identities depend on in the file ``path`` while there are no entries; then it must be the same.
 
     Args:
         stored_as: :attr:`data.private_data.PrivateData.stored_as`. Public.
+        entries: of the ledgers of both sides.
 
     Raises:
         BadInputError: it is another, or the file is lost.
     """
-    now = sha256(json.dumps(list(stored_as)).encode())
-    if training.head.seq == held_out.head.seq == 0:
-        write_atomically(path, now.encode(), mode=0o600)
+    if entries == 0:
+        write_atomically(path, _digest(stored_as).encode(), mode=0o600)
+    check_layout(path, stored_as, entries)
+
+
+def check_layout(path: Path, stored_as: Sequence[str], entries: int) -> None:
+    """As :func:`keep_layout`, and writes nothing.
+
+    Raises:
+        BadInputError: it is another, or the file is lost.
+    """
+    if entries == 0:
         return
     try:
         kept = path.read_text()
     except OSError as error:
         raise BadInputError(f"{path}: cannot be read, must be what the node's first run left; restore it") from error
-    if kept != now:
+    if kept != _digest(stored_as):
         raise BadInputError(
             "the data are stored or grouped otherwise than in the node's first run, must have the same format, "
             "columns, delimiter, array and groups: records would change between training and held-out"
         )
+
+
+def _digest(stored_as: Sequence[str]) -> str:
+    return sha256(json.dumps(list(stored_as)).encode())

@@ -11,11 +11,13 @@ from datetime import UTC, datetime
 
 import httpx
 
+from clients.approvals import Approvals
 from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
 from clients.node_key import check_node_key
 from clients.protocol import Plan, ProtocolError
 from deployment.certificates import days_left
+from deployment.fixed_layout import check_layout
 from deployment.flower_runtime import check_flower
 from deployment.node_loading import read_data
 from model.errors import BadInputError
@@ -52,6 +54,7 @@ def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Chec
         _try("data", lambda: _data(directory, scenario)),
         _try("ledger", lambda: _ledger(directory)),
         _try("disk", lambda: _disk(directory)),
+        _try("owner", lambda: _owner(directory)),
     ]
     if scenario is not None:
         checks.append(_try("budget", lambda: _budget(directory, scenario)))
@@ -85,6 +88,9 @@ def _data(directory: NodeDirectory, scenario: Scenario | None) -> str:
         mismatch = data.schema.mismatch(scenario.model)
         if mismatch is not None:
             raise BadInputError(f"the data do not suit scenario {scenario.name}: {mismatch}")
+    if directory.held_out is not None:
+        entries = sum(LedgerFile(directory.files(side).path).head.seq for side in directory.sides)
+        check_layout(directory.layout, data.stored_as, entries)
     bad = f", {len(data.bad)} bad rows are left out (the log names them)" if data.bad else ""
     return f"{len(next(iter(data.records.values())))} records{bad}"
 
@@ -100,6 +106,18 @@ def _disk(directory: NodeDirectory) -> str:
     if free < _ENOUGH_DISK_MB:
         raise BadInputError(f"{free} MiB free at {directory.training.path.parent}, should be {_ENOUGH_DISK_MB}")
     return f"{free} MiB free"
+
+
+def _owner(directory: NodeDirectory) -> str:
+    """Look at what lets the node work at all, whatever is asked of it."""
+    approvals = Approvals(directory.plans, hours=directory.config.limits.hours)
+    if approvals.paused:
+        raise BadInputError(f"paused, so that every request is refused; conclave node resume {directory.path} goes on")
+    hours = "at any time"
+    if directory.config.limits.hours is not None:
+        hours = f"{directory.config.limits.hours}, {'which is now' if approvals.open else 'which is not now'}"
+    waiting = approvals.count_waiting()
+    return f"works {hours}" + (f"; plans that wait for conclave node approve: {waiting}" if waiting else "")
 
 
 def _budget(directory: NodeDirectory, scenario: Scenario) -> str:

@@ -8,7 +8,7 @@ from clients.node import Node
 from clients.node_directory import NodeDirectory
 from data.formats.config import FormatConfig
 from data.private_data import PrivateData, read_private
-from deployment.fixed_layout import check_layout
+from deployment.fixed_layout import keep_layout
 from model.errors import BadInputError
 from privacy.randomness import fresh_secret
 
@@ -36,7 +36,7 @@ def open_node(directory: NodeDirectory) -> Node:
     if directory.held_out is not None:
         records, aside = sides_of(records, ledger.genesis, map(bytes, data.identity_N))
         held_out = HeldOut(aside, directory.open_ledger("held-out"))
-        check_layout(directory.state / "held-out.layout", data.stored_as, ledger, held_out.ledger)
+        keep_layout(directory.layout, data.stored_as, ledger.head.seq + held_out.ledger.head.seq)
         size = max(1, round(size * (1.0 - config.dataset.held_out)))  # both numbers are public
     return Node(
         records=records,

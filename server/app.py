@@ -92,11 +92,11 @@ def run_scenario(
     if done == scenario.federation.rounds:
         say(f"all {done} rounds were done before; nothing is left to do")
     else:
-        _check_coverage(scenario, strategy)  # before any budget is set aside
+        _check_coverage(scenario, strategy, roster)  # before any budget is set aside
         strategy.meet(roster.admit())
         if roster.refused:
             say(f"nodes that do not take part: {counted(roster.refused)}")
-        _check_coverage(scenario, strategy)  # what is set aside stays: with more nodes the run can still go on
+        _check_coverage(scenario, strategy, roster)  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(run.metrics() if done else ())
     for round_number in range(done + 1, scenario.federation.rounds + 1):
@@ -164,7 +164,7 @@ def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) 
     )
 
 
-def _check_coverage(scenario: Scenario, strategy: ExpertStrategy) -> None:
+def _check_coverage(scenario: Scenario, strategy: ExpertStrategy, roster: Roster) -> None:
     """Refuse to start where the nodes that are there cannot give every expert its holders.
 
     Not where the node is the unit: there, whether a run starts may not depend on who is there.
@@ -174,7 +174,8 @@ def _check_coverage(scenario: Scenario, strategy: ExpertStrategy) -> None:
     capacities = [description.expert_capacity for _, description in strategy.nodes.values()]
     short = shortage(scenario.federation, scenario.model.experts.routed, capacities)
     if short is not None:
-        raise BadInputError(short)
+        absent = f"; nodes that do not take part: {counted(roster.refused)}" if roster.refused else ""
+        raise BadInputError(f"{short}{absent}")
 
 
 def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory, plan_hash: str) -> int:

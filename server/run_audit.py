@@ -130,11 +130,14 @@ class _RunAudit:
                     self.unreceived += 1
                 else:
                     self._compare(name, entry, receipt)
-        for item in (wanted[charge_id] for charge_id in wanted.keys() - committed):
-            if unproven:
-                self.lost += 1
-                continue
-            self.findings.append(f"{name}: round {item.round} was received, but no committed charge paid for it")
+        unpaid = sorted(wanted[charge_id].round for charge_id in wanted.keys() - committed)
+        if unproven:
+            self.lost += len(unpaid)
+        elif len(unpaid) == 1:
+            self.findings.append(f"{name}: round {unpaid[0]} was received, but no committed charge paid for it")
+        elif unpaid:
+            rounds = f"{len(unpaid)} rounds from {unpaid[0]} to {unpaid[-1]}"
+            self.findings.append(f"{name}: {rounds} were received, but no committed charges paid for them")
 
     def _compare(self, name: str, entry: Entry, kept: KeptReceipt) -> None:
         where = f"{name}: round {kept.round}"

@@ -13,9 +13,10 @@ from privacy.ledger.ledger import (
     StoredReply,
 )
 from privacy.ledger.store import LedgerMismatchError
+from privacy.ledger.witness import WitnessUnavailableError
 
 __all__ = [
     "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest", "Entry", "Genesis",
     "KeyRotation", "Ledger", "LedgerMismatchError", "PlanClosedError", "ReplyExpiredError", "Reservation", "SignedHead",
-    "StoredReply",
+    "StoredReply", "WitnessUnavailableError",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -127,6 +127,7 @@ class _Audit:
         self.parsed: dict[str, tuple[int, Mechanism | None]] = {}
         self.keys = [(0, genesis.public_key)]
         self.restored_at: list[int] = []
+        self.beyond: dict[str, list[int]] = defaultdict(list)
         self.seen = [("receipt", head) for head in receipts]
         self.found.receipts = len(self.seen)
         if witness is not None:
@@ -331,6 +332,8 @@ class _Audit:
         self._check_head(head)
         for what, seen in self.seen:
             self._check_seen(what, seen)
+        for what, beyond in self.beyond.items():
+            self._say_missing(what, beyond)
         if self.unsaid:
             found.findings.append(f"and {self.unsaid} more")
         if self.without_privacy:
@@ -379,9 +382,16 @@ class _Audit:
         elif any(position <= seen.seq for position in self.restored_at):
             return  # of the history that a restore lost; the rest of the budget was charged for it
         elif seen.seq > self.found.entries:
-            self.say(f"ends at entry {self.found.entries}, but a {what} proves entry {seen.seq}: entries are missing")
+            self.beyond[what].append(seen.seq)
         else:
             self.say(f"entry {seen.seq} is not the one that a {what} proves: this is another history")
+
+    def _say_missing(self, what: str, beyond: list[int]) -> None:
+        """Say at once what has one cause: the ledger was cut, or it is an export from before these entries."""
+        proof = f"a {what} proves entry {beyond[0]}"
+        if len(beyond) > 1:
+            proof = f"{len(beyond)} {what}s prove entries up to {max(beyond)}"
+        self.say(f"ends at entry {self.found.entries}, but {proof}: entries are missing, or an export is too old")
 
     def _key_at(self, seq: int) -> str:
         return next(key for since, key in reversed(self.keys) if since <= seq)

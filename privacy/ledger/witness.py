@@ -18,6 +18,10 @@ from model.store import write_atomically
 from privacy.ledger.heads import SignedHead
 
 
+class WitnessUnavailableError(BadInputError):
+    """The witness's disk is full, or its place cannot be reached. The ledger itself is whole."""
+
+
 class Witness:
     """A file that holds one signed head, replaced atomically and durably, readable by its owner only."""
 
@@ -28,14 +32,15 @@ class Witness:
         """Return the head it holds; None if there is no file.
 
         Raises:
-            BadInputError: the file cannot be read or holds something else.
+            WitnessUnavailableError: the file cannot be read.
+            BadInputError: it holds something else.
         """
         try:
             line = self.path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise BadInputError(
+            raise WitnessUnavailableError(
                 f"{self.path}: cannot be read ({error.strerror}), must be a ledger's witness"
             ) from error
         try:
@@ -50,7 +55,7 @@ class Witness:
         ``latest`` is asked under a lock, so of two processes the later one never writes the older head.
 
         Raises:
-            BadInputError: the file cannot be written.
+            WitnessUnavailableError: the file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +66,6 @@ class Witness:
             finally:
                 os.close(lock)
         except OSError as error:
-            raise BadInputError(
+            raise WitnessUnavailableError(
                 f"{self.path}: cannot be written ({error.strerror}), must be a writable place"
             ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ from clients.protocol import (
 )
 from data.schema import ImageSchema
 from model import build, parameters
+from model.store import write_atomically
 from privacy.accounting import charge_units
 from privacy.canonical import sha256
 from privacy.ledger import SignedHead
@@ -338,6 +341,33 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_charged_twice(tmp_path):
     node.ledger._db.execute("PRAGMA max_page_count = 100000")
     train(node, request(held=HELD), body())
     assert [entry.state for entry in node.ledger.entries()] == ["ADMITTED", "RESERVED", "COMMITTED"]
+
+
+@pytest.mark.parametrize("failing", ["read", "write"])
+@pytest.mark.parametrize("state", ["RESERVED", "COMMITTED"])
+def test_a_witness_on_a_full_or_lost_disk_is_no_decision_of_the_owner_and_nothing_is_charged_twice(
+    tmp_path, monkeypatch, state, failing
+):
+    witness = Witness(tmp_path / "witness")
+    (tmp_path / "disk").mkdir()
+    node = make_node(tmp_path / "disk", witness=witness)
+    admit(node)
+
+    def broken(*args, **options):
+        if node.ledger.entries()[-1].state == state:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(*args, **options)
+
+    where = ("pathlib.Path.read_bytes", "privacy.ledger.witness.write_atomically")[failing == "write"]
+    whole = Path.read_bytes if failing == "read" else write_atomically
+    with monkeypatch.context() as patch:
+        patch.setattr(where, broken)
+        with pytest.raises(ProtocolError, match=r"the ledger's witness .*No space left on device") as caught:
+            train(node, request(held=HELD), body())
+    assert caught.value.code == "internal-error"
+    reply, _ = train(node, request(held=HELD), body())
+    assert [entry.state for entry in node.ledger.entries()] == ["ADMITTED", "RESERVED", "COMMITTED"]
+    assert witness.read() == node.ledger.head == reply.receipt
 
 
 def test_allowed_scenarios_by_name_and_by_plan(tmp_path):

@@ -6,6 +6,7 @@ import json
 import ssl
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from flwr.common.constant import SUPERLINK_NODE_ID
 
+from clients.approvals import Approvals
 from clients.deployed import deployed, standing_for
 from clients.node_directory import NodeDirectory, create_node
 from clients.node_key import create_node_key
+from clients.protocol import ProtocolError
 from deployment import flower_runtime, node_check
 from deployment.certificates import Authority
 from deployment.flower_runtime import Control, QuickGrid, RuntimeApi, bundle, check_flower, heartbeat_of
@@ -135,6 +138,25 @@ def test_what_evaluation_would_cost_is_looked_at_on_its_own_side(folder):
 def test_a_spent_budget_is_named(folder):
     asked = scenario(**{"privacy.epsilon": 5.0})
     assert "more than is left" in problems(folder, asked)["budget"]
+
+
+def test_what_its_owner_lets_it_do_is_looked_at(folder):
+    def owner():
+        return {check.what: check for check in check_node(NodeDirectory(folder), None)}["owner"]
+
+    assert owner().found == "works at any time"
+    now = datetime.now()
+    hours = [f"{(now + timedelta(hours=h)):%H:%M}-{(now + timedelta(hours=h + 2)):%H:%M}" for h in (-1, 5)]
+    edit(folder, "# hours", f'hours = "{hours[0]}"\n# hours')
+    assert owner().found == f"works {hours[0]}, which is now"
+    edit(folder, hours[0], hours[1])
+    assert owner().found == f"works {hours[1]}, which is not now"
+    approvals = Approvals(NodeDirectory(folder).plans)
+    with pytest.raises(ProtocolError, match="not approved"):
+        approvals.check(scenario().plan(), "rows", needed=True)
+    assert owner().found.endswith("; plans that wait for conclave node approve: 1")
+    approvals.pause()
+    assert "conclave node resume" in owner().problem
 
 
 def test_a_full_disk_is_named(folder, monkeypatch):

@@ -12,7 +12,7 @@ import tarfile
 import numpy as np
 import pytest
 from format_samples import png
-from test_deployment_node import edit, scenario
+from test_deployment_node import edit, problems, scenario
 
 from clients.backup import back_up
 from clients.charges import training_charge
@@ -127,7 +127,9 @@ def test_what_would_store_every_record_otherwise_is_refused_once_the_node_has_ru
     assert sides(table) != before  # nothing was charged yet
     rows(tmp_path / "rows.csv")
     work(table)
+    assert "data" not in problems(table)
     rows(tmp_path / "rows.csv", more=",0")
+    assert refused in problems(table)["data"]
     with pytest.raises(BadInputError, match=refused):
         open_node(NodeDirectory(table))
     rows(tmp_path / "rows.csv", delimiter=";")

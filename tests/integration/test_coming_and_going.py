@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from ledger_samples import entries_of
 from safetensors.torch import load
 
 import clients.app
-from clients.protocol import TRAIN, Refusal, encode
+from clients.protocol import QUERY_ADMIT, TRAIN, Refusal, encode
 from data.shipped_scenarios import find
+from model.errors import BadInputError
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.verification import audit_history
 from server.app import run_scenario
@@ -91,6 +92,17 @@ def test_who_comes_late_joins_and_who_leaves_is_not_asked(tmp_path):
         assert audit.findings == []
         assert audit.epsilon <= 8.0
     assert audit_run(directory).findings == []
+
+
+def test_too_few_holders_names_the_nodes_that_do_not_take_part(tmp_path):
+    def client(message, context):
+        if message.metadata.message_type == QUERY_ADMIT and context.node_config["partition-id"] > 0:
+            return Message(encode(Refusal(code="awaiting-approval")), reply_to=message)
+        return clients.app.app(message, context)
+
+    told = r"1 node × 4 experts hold 4 places, .* need 16; nodes that do not take part: 3 × awaiting-approval$"
+    with pytest.raises(BadInputError, match=told):
+        run(tmp_path / "run", client=client, **{"federation.min_holders": 2})
 
 
 def test_rounds_with_too_few_replies_change_nothing_and_are_paid_for(tmp_path):

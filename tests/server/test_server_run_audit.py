@@ -114,6 +114,16 @@ def test_an_older_copy_of_a_ledger_is_a_rollback(run):
     assert any("round 3 was received, but no committed charge paid for it" in f for f in result.findings)
 
 
+def test_an_export_from_before_many_rounds_is_said_in_two_sentences(run):
+    forge(run, 0, lambda entries: entries[:1])
+    path = exports(run)[0]
+    assert audit(run).findings == [
+        f"{path}: ends at entry 1, but {ROUNDS} receipts prove entries up to 7: "
+        "entries are missing, or an export is too old",
+        f"{path}: {ROUNDS} rounds from 1 to {ROUNDS} were received, but no committed charges paid for them",
+    ]
+
+
 def test_a_charge_taken_out_of_a_ledger_is_found(run):
     """The chain is whole and signed, the price and the total hold: only the receipts know."""
     forge(run, 0, lambda entries: [*entries[:1], *entries[3:]])  # without round one

@@ -259,6 +259,7 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
                 client.PushLogs(PushLogsRequest(run_id=run.run_id, logs=[f"{line}\n"]))
 
             try:
+                _check_release(run.fab_id, run.fab_version)
                 work(grid, context, say)
                 status, details = SubStatus.COMPLETED, ""
             except BadInputError as error:
@@ -272,6 +273,14 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
             with contextlib.suppress(httpx.HTTPError):
                 client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=details))
             grid.close()
+
+
+def _check_release(name: str, version: str) -> None:
+    """Nodes compare the operator's release with theirs, so the server's must be that one too."""
+    if (name, version) != (BUNDLE, release()):
+        raise BadInputError(
+            f"the run was started with {name} {version}, must be {BUNDLE} {release()}, as the server is"
+        )
 
 
 @contextmanager

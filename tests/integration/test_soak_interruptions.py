@@ -6,7 +6,7 @@ import signal
 
 import pytest
 from federation import NODES
-from soaking import balanced, begin, connected, kill, run_of, said_round, start_again, supernode_log
+from soaking import balanced, begin, connected, kill, run_of, start_again, supernode_log
 
 pytestmark = pytest.mark.slow
 
@@ -18,16 +18,16 @@ RECONNECTED = ("Connection successful", "SuperNode ID", "is not in `RUNNING` sta
 
 
 def test_a_slow_node_is_missing_for_a_round_and_its_late_reply_counts_for_nothing(federation):
-    train = begin(federation, "slow", 3, TIMEOUT_S)
+    train = begin(federation, "slow", 4, TIMEOUT_S)
     federation.running["second"].send_signal(signal.SIGSTOP)
-    federation.wait_for("round 2", lambda: said_round(train, 2))
+    federation.wait_for("a round without it", lambda: "2 of 3 replies" in train.said)
     federation.running["second"].send_signal(signal.SIGCONT)
     assert train.end() == 0
-    assert "round 2 of 3: 2 of 3 replies" in train.said
-    assert "round 3 of 3: 3 of 3 replies" in train.said  # and not four: the late one is not among them
-    assert [line["accepted"] for line in run_of(federation, "slow-1").metrics()] == [3, 2, 3]
+    accepted = [line["accepted"] for line in run_of(federation, "slow-1").metrics()]
+    assert sorted(accepted) == [2, 3, 3, 3]
+    assert accepted[-1] == 3  # and not four: the late one is not among them
     charged = balanced(federation, "slow-1")
-    assert charged == {node: {1: 1, 2: 1, 3: 1} for node in NODES}  # what came too late is paid for
+    assert charged == {node: {1: 1, 2: 1, 3: 1, 4: 1} for node in NODES}  # what came too late is paid for
 
 
 def test_a_killed_node_is_missing_until_it_is_started_again(federation):
@@ -55,19 +55,19 @@ def test_a_node_whose_connection_is_cut_comes_back_by_itself(federation, wire):
 
 
 def test_a_stopped_run_goes_on_and_no_round_is_charged_twice(federation):
-    train = begin(federation, "stopped", 2)
+    train = begin(federation, "stopped", 4)
     (run_id,) = [run["run_id"] for run in federation.status()["runs"] if run["status"] != "finished"]
     assert "stopped" in federation.must("stop", run_id, "--superlink", "server/operator")
     assert train.end() == 2
     assert f"conclave: run {run_id}: stopped" in train.said
     resumed = federation.must("train", "--resume", "stopped-1", "--superlink", "server/operator")
     assert "round 1 of" not in resumed
-    assert "round 2 of 2: 3 of 3 replies" in resumed
-    assert balanced(federation, "stopped-1") == {node: {1: 1, 2: 1} for node in NODES}
+    assert "round 4 of 4: 3 of 3 replies" in resumed
+    assert balanced(federation, "stopped-1") == {node: {1: 1, 2: 1, 3: 1, 4: 1} for node in NODES}
 
 
 def test_a_killed_server_is_started_again_and_its_run_resumed(federation):
-    train = begin(federation, "lost", 2)
+    train = begin(federation, "lost", 4)
     before = {name: len(supernode_log(federation, name)) for name in NODES}
     kill(federation, "server")
     assert train.end() == 2
@@ -81,8 +81,8 @@ def test_a_killed_server_is_started_again_and_its_run_resumed(federation):
             RETURN_S,
         )
     resumed = federation.must("train", "--resume", "lost-1", "--superlink", "server/operator")
-    assert "round 2 of 2: 3 of 3 replies" in resumed
-    assert balanced(federation, "lost-1") == {node: {1: 1, 2: 1} for node in NODES}
+    assert "round 4 of 4: 3 of 3 replies" in resumed
+    assert balanced(federation, "lost-1") == {node: {1: 1, 2: 1, 3: 1, 4: 1} for node in NODES}
     assert all(run["status"] == "finished" for run in federation.status()["runs"])
 
 

@@ -12,6 +12,7 @@ from clients.hours import within
 from clients.protocol import Plan, ProtocolError
 from model.errors import BadInputError
 from model.store import write_atomically
+from privacy.load_histogram import release_shares
 
 _MOST_WAITING = 100
 """A server that asks for ever new plans fills no disk."""
@@ -28,7 +29,7 @@ class WaitingPlan:
 
 def released(plan: Plan) -> list[str]:
     """Say everything that a plan asks a node to let out, what other ledgers pay for too."""
-    said = list(plan.releases)
+    said = list(release_shares(plan.load_share))
     if plan.affinity is not None:
         said.append(f"choices of experts (epsilon {plan.affinity.epsilon:g} each)")
     if plan.evaluation is not None:

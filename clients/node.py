@@ -41,7 +41,7 @@ from data.schema import Schema
 from data.sources import GROUP, Records
 from model import HeldExperts, ModelConfig, parameters
 from privacy.canonical import sha256
-from privacy.ledger import Ledger, StoredReply
+from privacy.ledger import Ledger, StoredReply, state_of
 from privacy.ledger.sides import check_pair
 from privacy.randomness import derive
 from privacy.release import release
@@ -133,7 +133,7 @@ class Node:
         tensors = tensors_of(content, expected, encodings_of(plan.traffic.model, expected))
         charge = training_charge(plan, request.run_id, seeded=self.policy.simulation)
         charge = for_message(charge, request, body_of(content))
-        clip_name, experts_name = f"{request.run_id}/{plan.hash}/clip", state_name(request.run_id, plan)
+        clip_name, experts_name = f"{state_of(request.run_id)}{plan.hash}/clip", state_name(request.run_id, plan)
 
         set_aside = partial(self._set_aside, plan, request.run_id)
 
@@ -243,7 +243,7 @@ class Node:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
-        self.policy.check(plan, scenario)
+        self.policy.check(plan, scenario, float(self.ledger.genesis.order))
         if self.approvals is not None:
             self.approvals.check(plan, scenario, needed=not self.policy.unapproved_plans)
         if plan.privacy.unit != self.ledger.genesis.unit:

@@ -10,14 +10,14 @@ from torch import Size
 from clients.encodings import TrafficConfig
 from model.config import Frozen, HeldExperts, ModelConfig
 from model.parameters import owner, shapes
-from privacy.accounting import charge_units, fixed_order
+from privacy.accounting import charge_units
 from privacy.affinity_config import AffinityPlan
 from privacy.canonical import sha256
 from privacy.config import PrivacyConfig
 from privacy.evaluation_config import EvaluationPlan
 from privacy.load_histogram import load_shapes, noise_parts, release_shares
 from privacy.local_optimizers import OptimizerConfig, SgdConfig
-from privacy.mechanisms import SampledGaussian
+from privacy.mechanisms import LARGEST_NOISE, SampledGaussian
 
 
 class TrainingConfig(Frozen):
@@ -50,7 +50,7 @@ class Plan(Frozen):
     privacy: PrivacyConfig
     training: TrainingConfig
     rounds: int = Field(ge=1, le=1_000_000)
-    noise_multiplier: float | None = Field(gt=0.0)
+    noise_multiplier: float | None = Field(gt=0.0, le=LARGEST_NOISE)
     load_share: float = Field(default=0.0, ge=0.0, le=0.5)
     local_experts: int = Field(default=0, ge=0)
     affinity: AffinityPlan | None = None
@@ -115,10 +115,14 @@ class Plan(Frozen):
         """SHA-256 of the plan's JSON, which names every field in a fixed order."""
         return sha256(self.json_for_hash().encode())
 
-    @property
-    def releases(self) -> dict[str, float]:
-        """What leaves a node under this plan, and each one's share of the plan's budget."""
-        return release_shares(self.load_share) | ({} if self.affinity is None else {"choice": self.choice_share})
+    def releases(self, order: float) -> dict[str, float]:
+        """Return what leaves a node under this plan, and each one's share of what the plan costs at an RDP order.
+
+        Args:
+            order: of the ledger that pays. The plan's own (ε, δ) say nothing: at another order, choices look cheaper.
+        """
+        choice = {} if self.affinity is None else {"choice": self.choice_share(order)}
+        return release_shares(self.load_share) | choice
 
     @property
     def noise_parts(self) -> dict[str, float]:
@@ -131,12 +135,10 @@ class Plan(Frozen):
             raise ValueError("there is no noise without privacy")
         return noise_parts(self.noise_multiplier, self.load_share)
 
-    @property
-    def choice_share(self) -> float:
-        """What share of the plan's RDP, at the order of its (ε, δ), its choices of experts take; 0 with none."""
+    def choice_share(self, order: float) -> float:
+        """Return what share of the plan's RDP at ``order`` its choices of experts take; 0 with none."""
         if self.affinity is None or self.noise_multiplier is None:
             return 0.0
-        order = fixed_order(self.privacy.epsilon, self.privacy.delta)
         choices = self.affinity.count(self.rounds) * charge_units(self.affinity.mechanism(self.model.layers), order)
         step = SampledGaussian(
             sampling_rate=self.privacy.sampling_rate,

@@ -56,8 +56,11 @@ class Policy(Frozen):
             return self.expert_capacity
         return min(self.expert_capacity, experts_that_fit(model, self.memory_mb))
 
-    def check(self, plan: Plan, scenario: str) -> None:
+    def check(self, plan: Plan, scenario: str, order: float) -> None:
         """Check a plan against the policy, before anything is charged.
+
+        Args:
+            order: the RDP order of the ledger that pays for training.
 
         Raises:
             ProtocolError: ``not-allowed``; the detail says why, for the node's log only.
@@ -85,7 +88,7 @@ class Policy(Frozen):
                 raise ProtocolError("not-allowed", f"{name} is {value}, must be at most {most}")
         if plan.model.source is None:  # else its code would run, before the owner has approved the plan
             self._check_size(plan)
-        for name, share in plan.releases.items():
+        for name, share in plan.releases(order).items():
             allowed = self.releases.get(name, 0.0)
             if share > allowed:
                 raise ProtocolError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -41,6 +41,9 @@ QUERY_CLOSE = "query.close"
 QUERY_CHOOSE = "query.choose"
 TRAIN = "train"
 EVALUATE = "evaluate"
+
+RunId = Annotated[str, Field(max_length=128, pattern=r"^[0-9A-Za-z_.-]+$")]
+"""A run's name in every charge, and before a slash in the names of what a node keeps for it."""
 
 Code = Literal[
     "bad-request",
@@ -86,7 +89,7 @@ class AdmitRequest(Frozen):
     """
 
     version: Literal[2] = PROTOCOL_VERSION
-    run_id: str = Field(max_length=128)
+    run_id: RunId
     scenario: str = Field(max_length=64)
     plan: Plan
 
@@ -102,14 +105,14 @@ class CloseRequest(Frozen):
     """The run is over: what is still set aside for it is free again."""
 
     version: Literal[2] = PROTOCOL_VERSION
-    run_id: str = Field(max_length=128)
+    run_id: RunId
 
 
 class Closed(Frozen):
     """Nothing is set aside for the run any more."""
 
     version: Literal[2] = PROTOCOL_VERSION
-    run_id: str = Field(max_length=128)
+    run_id: RunId
 
 
 class _WithModel(Frozen):
@@ -119,7 +122,7 @@ class _WithModel(Frozen):
     """
 
     version: Literal[2] = PROTOCOL_VERSION
-    run_id: str = Field(max_length=128)
+    run_id: RunId
     scenario: str = Field(max_length=64)
     round: int = Field(ge=1)
     plan: Plan
@@ -146,7 +149,7 @@ class ChooseRequest(Frozen):
     """
 
     version: Literal[2] = PROTOCOL_VERSION
-    run_id: str = Field(max_length=128)
+    run_id: RunId
     scenario: str = Field(max_length=64)
     round: int = Field(ge=1)
     plan: Plan

@@ -123,7 +123,8 @@ def _owner(directory: NodeDirectory) -> str:
 def _budget(directory: NodeDirectory, scenario: Scenario) -> str:
     plan = scenario.plan()
     try:
-        directory.config.policy.check(plan, scenario.name)
+        order = float(LedgerFile(directory.training.path).genesis.order)
+        directory.config.policy.check(plan, scenario.name, order)
     except ProtocolError as error:
         raise BadInputError(f"the policy refuses scenario {scenario.name}: {error}") from error
     return _share(directory, scenario.name, plan, "training")

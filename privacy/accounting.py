@@ -23,6 +23,8 @@ from privacy.mechanisms import NEIGHBORS, SMALLEST_NOISE, ExponentialChoice, Mec
 
 UNITS_PER_NAT = 10**12
 _RELATIVE_SLACK = 1e-9  # covers the floating-point error of one RDP evaluation, on the private side
+_SLACK_OF_A_STEP = 1e-15
+"""In nats: the sums and logarithms of an RDP near 0 are off by this much, and even come out below 0."""
 
 
 def conversion(order: float, delta: float) -> float:
@@ -63,17 +65,20 @@ def epsilon_of(units: int, order: float, delta: float) -> float:
 
 
 def charge_units(mechanism: Mechanism, order: float) -> int:
-    """Return what a charge costs at ``order``: its RDP plus a margin for rounding, rounded up.
+    """Return what a charge costs at ``order``: its RDP plus a margin for rounding, rounded up; at least 1.
 
     Raises:
         BadInputError: the RDP is not finite (σ so small that no budget could pay for it).
     """
-    return math.ceil(rdp_at(mechanism, order) * (1.0 + _RELATIVE_SLACK) * UNITS_PER_NAT)
+    nats = rdp_at(mechanism, order)
+    steps = 1 if isinstance(mechanism, ExponentialChoice) else mechanism.steps
+    upper = max(nats * (1.0 + _RELATIVE_SLACK), nats + steps * _SLACK_OF_A_STEP)
+    return max(1, math.ceil(upper * UNITS_PER_NAT))
 
 
 @lru_cache(maxsize=65_536)
 def rdp_at(mechanism: Mechanism, order: float) -> float:
-    """Return the RDP of a charge at ``order`` in nats, for Gaussians as dp-accounting computes it.
+    """Return the RDP of a charge at ``order`` in nats, at least 0; for Gaussians as dp-accounting computes it.
 
     Raises:
         BadInputError: see :func:`charge_units`.
@@ -86,7 +91,7 @@ def rdp_at(mechanism: Mechanism, order: float) -> float:
         value = _rdp(mechanism.event, math.ceil(order))
     if not math.isfinite(value):
         raise BadInputError(f"a noise multiplier of {mechanism.noise_multiplier} costs more than any budget")
-    return value
+    return max(value, 0.0)
 
 
 def _rdp(event: dpa.DpEvent, order: float) -> float:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 LARGEST_NORM = 2.0**60
+SMALLEST_CLIP = 1e-12
+"""Far enough above it that no factor is a subnormal float32, which would be rounded by more than the slack."""
 SHRINK = 1.0 - 2.0**-10
 STABILISER = 0.01
 

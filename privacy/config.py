@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from model.config import Frozen
-from privacy.clipping import Kind
+from privacy.clipping import SMALLEST_CLIP, Kind
+from privacy.mechanisms import SMALLEST_RATE
 
 
 class PrivacyConfig(Frozen):
@@ -36,9 +37,9 @@ class PrivacyConfig(Frozen):
     delta: float = Field(gt=0.0, lt=1.0)
     unit: Literal["record", "group"] = "record"
     records_per_unit: int | None = Field(default=None, ge=1, le=1_000_000)
-    clip: float = Field(gt=0.0, le=1e6)
+    clip: float = Field(ge=SMALLEST_CLIP, le=1e6)
     clipping: Kind = "flat"
-    sampling_rate: float = Field(gt=0.0, le=1.0)
+    sampling_rate: float = Field(ge=SMALLEST_RATE, le=1.0)
     gradients: Literal["bookkeeping", "hooks", "ghost"] = "bookkeeping"
     numeric: Literal["fast", "strict"] = "fast"
 

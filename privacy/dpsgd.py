@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -50,6 +50,7 @@ from privacy.sampling import poisson_sample
 from privacy.unit_index import UnitIndex
 
 _EXAMPLE = "example number"
+_COUNT_GRID = 2.0**20
 _SMALL = 32
 """So many examples always fit: how many more would is looked up only for larger batches."""
 
@@ -168,8 +169,12 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             torch.zeros_like(p, dtype=torch.float64) if total is None else total.double() * unit
             for p, total in zip(self.params, self._sums, strict=True)
         ]
-        self._sums = [None] * len(self.params)
+        self.forget_sums()
         return sums
+
+    def forget_sums(self) -> None:
+        """Start anew."""
+        self._sums = [None] * len(self.params)
 
     def add_noise(self) -> None:
         """Set ``p.grad`` to the sum plus noise, for every parameter, whether or not a unit reached it."""
@@ -185,7 +190,7 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
                 noise = noise.round_()
             noisy = noise if total is None else noise.add_(total)
             parameter.grad = noisy.mul_(unit / self.expected_batch_size).to(parameter.dtype)
-        self._sums = [None] * len(self.params)
+        self.forget_sums()
         self.noise_secret = None  # noise is used once
 
     def noisy_step(self, noise_secret: bytes) -> None:
@@ -258,15 +263,23 @@ class PrivateTraining:
             index: which examples belong to which unit; by default each is its own.
         """
         index = index or UnitIndex(len(next(iter(records.values()))))
-        chosen = self.sample(index.count)
-        self._module.train()
-        inside = self.accumulate(records, index, chosen)
-        self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
-        if self._loads is not None:
-            self._loads.add_noise(derive(self._secret, "loads", self.step_number))
-        if self.mechanism.clipping == "adaptive":
-            self._adapt(inside)
-        self.step_number += 1
+        with self._one_step():
+            chosen = self.sample(index.count)
+            self._module.train()
+            inside = self.accumulate(records, index, chosen)
+            self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
+            if self._loads is not None:
+                self._loads.add_noise(derive(self._secret, "loads", self.step_number))
+            if self.mechanism.clipping == "adaptive":
+                self._adapt(inside)
+
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """Count a step, also one that was interrupted: nobody can tell what it showed, so its noise is used up."""
+        try:
+            yield
+        finally:
+            self.step_number += 1
 
     def sample(self, units: int) -> Tensor:
         """Return the units of this step, int64, ascending: each enters independently with the public rate."""
@@ -292,11 +305,12 @@ class PrivateTraining:
         return self._loads.take_sums()
 
     def noised_gradients(self, records: Records, index: UnitIndex) -> list[Tensor]:
-        """Return what the optimizer would see in this step, one tensor per parameter, without taking the step."""
-        self._module.train()
-        self.accumulate(records, index, self.sample(index.count))
-        self._optimizer.noise_secret = derive(self._secret, "noise", self.step_number)
-        self._optimizer.add_noise()
+        """Return what the optimizer would see, one tensor per parameter, in place of a step: it counts as one."""
+        with self._one_step():
+            self._module.train()
+            self.accumulate(records, index, self.sample(index.count))
+            self._optimizer.noise_secret = derive(self._secret, "noise", self.step_number)
+            self._optimizer.add_noise()
         gradients = [p.grad for p in self._trained if p.grad is not None]
         self._optimizer.original_optimizer.zero_grad()
         return gradients
@@ -308,6 +322,7 @@ class PrivateTraining:
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
         """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
         inside = 0.0
+        self._optimizer.forget_sums()  # of a step that was interrupted
         if self._loads is not None:
             self._loads.begin_step()
         for batch, part, units in _parts(records, index, chosen, self._physical_batch(records, len(chosen))):
@@ -325,8 +340,10 @@ class PrivateTraining:
     def _adapt(self, inside: float) -> None:
         rule, divisor = self.mechanism.adaptive, self.mechanism.divisor
         std = rule.count_noise(self.mechanism.noise_parts[DELTA], divisor)
-        noise = float(standard_normal(derive(self._secret, "count", self.step_number), 1))
-        self.clip = rule.next(self.clip, inside + std * noise, divisor)
+        noise = std * float(standard_normal(derive(self._secret, "count", self.step_number), 1))
+        if self.mechanism.numeric == "strict":  # on a grid that the count lies on, as the sums' noise
+            noise = round(noise * _COUNT_GRID) / _COUNT_GRID
+        self.clip = rule.next(self.clip, inside + noise, divisor)
         self._optimizer.max_grad_norm = self.clip
 
     def _physical_batch(self, records: Records, examples: int) -> int:
@@ -334,9 +351,10 @@ class PrivateTraining:
             if examples <= _SMALL:
                 return _SMALL
             hooks = self.mechanism.gradients == "hooks"
-            self._most = fitting(
-                self._loss, records, self._module, self.mechanism.memory_bytes, per_sample_gradients=hooks
-            )
+            with self._mode.unwatched():
+                self._most = fitting(
+                    self._loss, records, self._module, self.mechanism.memory_bytes, per_sample_gradients=hooks
+                )
         return self._most
 
     def _loss_with_draws(self, batch: Records) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from model.config import Frozen
-from privacy.mechanisms import SampledGaussian
+from privacy.mechanisms import LARGEST_NOISE, SampledGaussian
 
 
 class _Schedule(Frozen):
@@ -44,7 +44,7 @@ class EvaluationConfig(_Schedule):
 class EvaluationPlan(_Schedule):
     """What a plan says of evaluation. noise_multiplier: σ of each; None only without privacy."""
 
-    noise_multiplier: float | None = Field(gt=0.0)
+    noise_multiplier: float | None = Field(gt=0.0, le=LARGEST_NOISE)
 
     @property
     def mechanism(self) -> SampledGaussian | None:

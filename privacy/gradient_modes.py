@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,9 @@ class GradientMode(Protocol):
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """Return the sum of a physical batch that has at least one unit."""
+
+    def unwatched(self) -> AbstractContextManager[None]:
+        """Within it, a forward pass of the module is none of the mode's business."""
 
     def close(self) -> None:
         """Leave the module as it was."""
@@ -122,6 +126,10 @@ class Bookkeeping:
             total_B = total_B + (factor_U if units.unit_B is None else factor_U[units.unit_B]) * loss_BK[:, task]
         return total_B
 
+    def unwatched(self) -> AbstractContextManager[None]:
+        """It looks at its own passes only."""
+        return nullcontext()
+
     def close(self) -> None:
         """Detach."""
         self._bookkeeper.close()
@@ -136,15 +144,56 @@ def unit_mean(loss_B: Tensor, units: Units) -> Tensor:
     return loss_B * (weight_B if loss_B.dim() == 1 else weight_B[:, None])
 
 
-class Hooks:
-    """Opacus's per-sample hooks: any layer Opacus knows, memory for every unit's gradient."""
+class _OpacusMode(ABC):
+    """What both modes of Opacus do with its hooks, which remember on module and parameters what they have seen."""
 
     def __init__(self, module: nn.Module) -> None:
         check(module)
+        self._module = module
         self._trained = trained(module)
-        self._hooks = GradSampleHooks(module, loss_reduction="sum")
+        self._hooks = self._attached()
+
+    @abstractmethod
+    def _attached(self) -> GradSampleHooks:
+        """Attach Opacus's hooks."""
+
+    @abstractmethod
+    def _sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """Return the clipped sum."""
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+        """Return the clipped sum. A pass that does not end leaves nothing that a later one would add to its own."""
+        try:
+            return self._sum(loss, batch, units, clipping)
+        except BaseException:
+            self.close()
+            self._hooks = self._attached()
+            raise
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Opacus counts every forward pass it sees, and waits for its backward pass."""
+        self._hooks.disable_hooks()
+        try:
+            yield
+        finally:
+            self._hooks.enable_hooks()
+
+    def close(self) -> None:
+        """Detach."""
+        self._hooks.cleanup()
+        for layer in self._module.modules():  # what cleanup leaves
+            for name in ("activations", "max_batch_len"):
+                vars(layer).pop(name, None)
+
+
+class Hooks(_OpacusMode):
+    """Opacus's per-sample hooks: any layer Opacus knows, memory for every unit's gradient."""
+
+    def _attached(self) -> GradSampleHooks:
+        return GradSampleHooks(self._module, loss_reduction="sum")
+
+    def _sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """Materialise, take norms of what was materialised, sum in float64."""
         with _quiet():
             _one_loss(unit_mean(loss(batch), units)).sum().backward()
@@ -159,10 +208,6 @@ class Hooks:
         factor_PU = unit_factors(squared_PU, clipping.kind, clipping.clip, len(self._trained))
         sums = [clipped_sum(g, factor_U) for g, factor_U in zip(gradients, factor_PU, strict=True)]
         return ClippedSum(sums, _inside(squared_PU, clipping.clip))
-
-    def close(self) -> None:
-        """Detach."""
-        self._hooks.cleanup()
 
 
 def _joined(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
@@ -184,15 +229,13 @@ class SelectingGhostHooks(GradSampleHooksFastGradientClipping):  # type: ignore[
         return squared_1U
 
 
-class Ghost:
+class Ghost(_OpacusMode):
     """Opacus's ghost clipping: two backward passes; records as units, one bound for the whole gradient."""
 
-    def __init__(self, module: nn.Module) -> None:
-        check(module)
-        self._trained = trained(module)
-        self._hooks = SelectingGhostHooks(module, loss_reduction="sum", max_grad_norm=1.0)
+    def _attached(self) -> SelectingGhostHooks:
+        return SelectingGhostHooks(self._module, loss_reduction="sum", max_grad_norm=1.0)
 
-    def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
+    def _sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """Take norms in one backward pass and the weighted sum in another."""
         if units.unit_B is not None or clipping.kind == "per-layer":
             raise BadInputError("gradients 'ghost' knows records as units and clips them as a whole")
@@ -214,9 +257,8 @@ class Ghost:
         self._clear()
         keep_U = factor_U > 0.0
         if bool(keep_U.all()):
-            self._hooks.disable_hooks()
-            (factor_U.to(loss_B.dtype) * loss_B).sum().backward()
-            self._hooks.enable_hooks()
+            with self.unwatched():
+                (factor_U.to(loss_B.dtype) * loss_B).sum().backward()
             sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
             self._clear()
             return ClippedSum(sums, inside)
@@ -229,10 +271,6 @@ class Ghost:
     def _clear(self) -> None:
         for parameter in self._trained:
             parameter.grad = None
-
-    def close(self) -> None:
-        """Detach."""
-        self._hooks.cleanup()
 
 
 class Strict:
@@ -270,6 +308,10 @@ class Strict:
             return [torch.zeros_like(p) for p in self._trained]
         found = torch.autograd.grad(mean, self._trained, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)]
+
+    def unwatched(self) -> AbstractContextManager[None]:
+        """It looks at its own passes only."""
+        return nullcontext()
 
     def close(self) -> None:
         """Nothing was attached."""

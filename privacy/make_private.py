@@ -10,6 +10,7 @@ from torch import nn
 
 from model.errors import BadInputError
 from privacy.accountants import epsilon_by_accountant
+from privacy.clipping import SMALLEST_CLIP
 from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.gradient_modes import ExampleLoss
 from privacy.mechanisms import SampledGaussian
@@ -53,7 +54,7 @@ def make_private(
         example_loss: maps a batch, named tensors, to one loss per example, [B].
         noise_multiplier: σ, > 0.
         sampling_rate: Poisson rate in (0, 1], public.
-        clip: L2 bound of a unit's gradient, > 0.
+        clip: L2 bound of a unit's gradient, at least 1e-12.
         declared_size: public number of units; do not compute it from the data without saying so.
         simulation_secret: 32 bytes that fix all randomness. For experiments only: whoever knows them can subtract
             the noise. By default they come from the operating system.
@@ -69,7 +70,7 @@ def make_private(
     for name, value, fine, allowed in (
         ("noise_multiplier", noise_multiplier, noise_multiplier > 0, "above 0"),
         ("sampling_rate", sampling_rate, 0 < sampling_rate <= 1, "above 0 and at most 1"),
-        ("clip", clip, clip > 0, "above 0"),
+        ("clip", clip, clip >= SMALLEST_CLIP, f"at least {SMALLEST_CLIP:g}"),
         ("declared_size", declared_size, declared_size >= 1, "at least 1"),
     ):
         if not fine:

@@ -13,6 +13,8 @@ from model.errors import BadInputError
 
 NEIGHBORS = dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
 SMALLEST_NOISE = 1e-2  # below it the RDP overflows, and no real budget could pay
+SMALLEST_RATE, LARGEST_NOISE, MOST_STEPS = 1e-9, 1e9, 10**9
+"""Beyond them accountants lose their footing; no ledger takes such a charge, and no audit accepts one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,17 @@ def split_noise(noise_multiplier: float, shares: Iterable[tuple[str, float]]) ->
             noise = below
         parts.append((name, noise))
     return tuple(parts)
+
+
+def accountable(mechanism: Mechanism) -> bool:
+    """Whether accountants can be trusted with a mechanism."""
+    if isinstance(mechanism, ExponentialChoice):
+        return mechanism.choices <= MOST_STEPS
+    return (
+        mechanism.sampling_rate >= SMALLEST_RATE
+        and mechanism.noise_multiplier <= LARGEST_NOISE
+        and mechanism.steps <= MOST_STEPS
+    )
 
 
 def _at_least_one(name: str, value: int) -> None:

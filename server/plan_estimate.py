@@ -126,7 +126,7 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         evaluations=0 if plan.evaluation is None else plan.evaluation.count(rounds),
         evaluation_noise=None if plan.evaluation is None else plan.evaluation.noise_multiplier,
         choices=0 if plan.affinity is None else plan.affinity.count(rounds),
-        choice_share=plan.choice_share,
+        choice_share=plan.choice_share(order),
         node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,
         node_epsilon=node_epsilon,
         node_delta=None if node_level is None else node_level.delta,

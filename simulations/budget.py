@@ -12,7 +12,7 @@ from clients.protocol import ProtocolError
 from model.errors import BadInputError
 from model.store import write_atomically
 from privacy.ledger.entry import Side
-from privacy.ledger.reading import History, open_history, write_export
+from privacy.ledger.reading import History, LedgerFile, open_history, write_export
 from privacy.ledger.spending import Budget, Forecast, budget_of, forecast
 from server.scenario import Scenario
 from simulations import charts
@@ -95,8 +95,9 @@ def _planned(source: Path, history: History, budget: Budget, scenario: Scenario)
         refused = f"the budget protects a {budget.unit}, the plan a {plan.privacy.unit}"
     elif source.is_dir():
         try:
-            policy = NodeDirectory(source).config.policy
-            policy.check(plan, scenario.name)
+            node = NodeDirectory(source)
+            policy = node.config.policy
+            policy.check(plan, scenario.name, float(LedgerFile(node.training.path).genesis.order))
             if history.genesis.side == "held-out":
                 policy.check_evaluation(plan)
         except ProtocolError as error:

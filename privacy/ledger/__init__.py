@@ -11,6 +11,7 @@ from privacy.ledger.ledger import (
     ReplyExpiredError,
     Reservation,
     StoredReply,
+    state_of,
 )
 from privacy.ledger.store import LedgerMismatchError
 from privacy.ledger.witness import WitnessUnavailableError
@@ -18,5 +19,5 @@ from privacy.ledger.witness import WitnessUnavailableError
 __all__ = [
     "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest", "Entry", "Genesis",
     "KeyRotation", "Ledger", "LedgerMismatchError", "PlanClosedError", "ReplyExpiredError", "Reservation", "SignedHead",
-    "StoredReply", "WitnessUnavailableError",
+    "StoredReply", "WitnessUnavailableError", "state_of",
 ]  # fmt: skip

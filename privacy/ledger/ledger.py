@@ -147,7 +147,7 @@ class Ledger(Store):
                     plan_hash=plan_hash,
                 )
             self._db.execute("UPDATE plans SET open = 0 WHERE run_id = ?", (run_id,))
-            own = f"{run_id}/"
+            own = state_of(run_id)
             self._db.execute("DELETE FROM local_state WHERE substr(name, 1, ?) = ?", (len(own), own))
         return len(rows)
 
@@ -316,6 +316,11 @@ class Ledger(Store):
                 (KEPT_REPLIES,),
             )
             self._db.execute("PRAGMA secure_delete = ON")
+
+
+def state_of(run_id: str) -> str:
+    """Return how the names of a run's local state begin, which ends with the run."""
+    return f"run/{run_id}/"
 
 
 def _plan_id(ledger_id: str, run_id: str, plan_hash: str) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 
 from model.errors import BadInputError
 from privacy.canonical import canonical_json, decimal
-from privacy.mechanisms import ExponentialChoice, Mechanism, SampledGaussian, joint_noise
+from privacy.mechanisms import ExponentialChoice, Mechanism, SampledGaussian, accountable, joint_noise
 
 NUMERIC_LEVELS = ("strict", "fast", "uncertified")
-_SMALLEST_RATE, _LARGEST_NOISE, _MOST_STEPS = 1e-9, 1e9, 10**9  # beyond them accountants lose their footing
 
 
 def spell(mechanism: Mechanism | None, *, clip: float, numeric: str, parts: Mapping[str, float]) -> str:
@@ -23,10 +22,12 @@ def spell(mechanism: Mechanism | None, *, clip: float, numeric: str, parts: Mapp
             σ of all together.
 
     Raises:
-        BadInputError: the mechanism claims more noise than its parts have together.
+        BadInputError: the mechanism claims more noise than its parts have together, or :func:`parse` would refuse it.
     """
     if mechanism is None:
         return '{"kind":"none"}'
+    if not accountable(mechanism):
+        raise BadInputError(f"{mechanism}: beyond what accountants can be trusted with, must not be charged")
     if isinstance(mechanism, ExponentialChoice):
         document: dict[str, object] = {
             "kind": "exponential", "epsilon": decimal(mechanism.epsilon), "choices": mechanism.choices,
@@ -59,7 +60,7 @@ def parse(text: str) -> Mechanism | None:
             return None
         if document["kind"] == "exponential":
             choice = ExponentialChoice(epsilon=float(document["epsilon"]), choices=int(document["choices"]))
-            if choice.choices > _MOST_STEPS:
+            if not accountable(choice):
                 raise ValueError
             return choice
         if document["kind"] != "gaussian" or document["sampler"] != "poisson":
@@ -71,9 +72,7 @@ def parse(text: str) -> Mechanism | None:
             noise_multiplier=float(document["sigma"]),
             steps=int(document["steps"]),
         )
-        if mechanism.sampling_rate < _SMALLEST_RATE or mechanism.noise_multiplier > _LARGEST_NOISE:
-            raise ValueError
-        if mechanism.steps > _MOST_STEPS:
+        if not accountable(mechanism):
             raise ValueError
         parts = {str(name): float(noise) for name, noise in document.get("parts", {}).items()}
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:

@@ -25,9 +25,11 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> None:
     Claiming again for the same ledger file changes nothing.
 
     Raises:
-        BadInputError: the name or the data are claimed for another ledger, or the claim cannot be written.
+        BadInputError: the name, the data, a folder around them or something in them are claimed for another ledger, or
+            the claim cannot be written.
     """
     ledger = ledger.resolve()
+    _refuse_overlap(registry, data.resolve(), ledger)
     claims = {
         registry / f"{sha256(f'{what} {name}'.encode())}.json": (what, name)
         for what, name in (("dataset", dataset_id), ("data", str(data.resolve())))
@@ -41,6 +43,20 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> None:
         for path in written:  # the name is still free where the data are not
             path.unlink(missing_ok=True)
         raise
+
+
+def _refuse_overlap(registry: Path, data: Path, ledger: Path) -> None:
+    for path in sorted(registry.glob("*.json")):
+        try:
+            document = json.loads(path.read_bytes())
+            other, held = Path(document["data"]), str(document["ledger"])
+        except (OSError, ValueError, KeyError, TypeError):  # of a name, or unreadable: found where it is claimed again
+            continue
+        if held != str(ledger) and (other in data.parents or data in other.parents):
+            raise BadInputError(
+                f"the data {data} overlap with {other}, which have a ledger already ({held}), must not get a second "
+                "one: two ledgers are two budgets for the same people"
+            )
 
 
 def _claim(path: Path, what: str, name: str, ledger: Path) -> bool:

@@ -150,7 +150,8 @@ def test_an_expert_that_is_not_held_for_a_while_is_kept(tmp_path):
 def test_they_outlive_the_run_and_belong_to_it_alone(tmp_path):
     node = make_node(tmp_path)
     ask(node, MIXED)
-    node.close(CloseRequest(run_id="1"))
+    for run_id in ("1", "local-experts", "run"):  # the server's word
+        node.close(CloseRequest(run_id=run_id))
     assert kept_by(node, MIXED)
     assert node.ledger.local_state(state_name("2", MIXED)) is None
     assert node.ledger.local_state(state_name("1", LOCAL)) is None

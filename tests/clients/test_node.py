@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,18 @@ def test_a_model_of_which_even_the_smallest_part_is_too_large_is_not_admitted(tm
             assert node.ledger.entries() == []
 
 
+@pytest.mark.parametrize("gradients", ["bookkeeping", "hooks"])
+@pytest.mark.parametrize("records", [0, 1, 32, 33, 40])
+def test_whether_a_node_answers_does_not_depend_on_how_many_records_it_has(tmp_path, gradients, records):
+    """Everyone is sampled: an answer to 32 and none to 33 would tell them apart for sure."""
+    asked = plan(privacy=PRIVACY | {"sampling_rate": 1.0, "gradients": gradients}, noise_multiplier=20.0)
+    node = make_node(tmp_path)
+    node = replace(node, records={name: tensor[:records] for name, tensor in node.records.items()})
+    _, sent = train(node, request(held=HELD, plan=asked), body())
+    delta = unpack(sent, parameters.shapes(make_config(), HELD))
+    assert all(tensor.isfinite().all() and (tensor != 0).all() for tensor in delta.values())
+
+
 def test_a_full_disk_is_one_sentence_and_nothing_is_charged_twice(tmp_path):
     node = make_node(tmp_path)
     node.ledger._db.execute("PRAGMA max_page_count = 1")  # it grows no more, and says so as on a full disk
@@ -428,7 +441,7 @@ def test_an_adaptive_clip_goes_on_where_the_last_round_left_it(tmp_path):
     again = make_node(tmp_path / "again", epsilon=100.0)
     for number, start in zip((1, 2, 3), (starts[1], starts[2], starts[3]), strict=True):
         train(again, request(held=HELD, plan=adaptive, round=number), body())
-        assert float(again.ledger.local_state(f"1/{adaptive.hash}/clip")) == start  # the same noise, the same bound
+        assert float(again.ledger.local_state(f"run/1/{adaptive.hash}/clip")) == start  # the same noise, the same bound
 
 
 @pytest.mark.parametrize("encoding", ["fp32", "bf16", "int8"])

@@ -14,12 +14,14 @@ from test_protocol import plan
 import clients.node
 from clients.protocol import AdmitRequest, ChooseReply, ChooseRequest, ProtocolError, body_of, decode, encode, pack
 from model import build, parameters
-from privacy.accounting import charge_units
+from privacy.accounting import charge_units, fixed_order
 from privacy.mechanisms import ExponentialChoice
 
 AFFINITY = {"epsilon": 0.2, "every": 2, "experts": 3}
 PLAN = plan(affinity=AFFINITY)
 RELEASES = {"delta": 1.0, "choice": 1.0}
+ORDER = fixed_order(8.0, 1e-5)
+"""Of the nodes' ledgers."""
 
 
 def ask(node, asked=PLAN, round_number=3, seed=1):
@@ -78,10 +80,20 @@ def test_an_owner_who_does_not_allow_it_is_not_asked_twice(tmp_path):
 
 
 def test_a_share_above_what_the_owner_allows_is_refused(tmp_path):
-    share = PLAN.releases["choice"]
+    share = PLAN.releases(ORDER)["choice"]
     assert 0.0 < share < 0.5
     assert refusal(make_node(tmp_path / "a", releases={"delta": 1.0, "choice": 0.9 * share})) == "not-allowed"
     assert ask(make_node(tmp_path / "b", releases={"delta": 1.0, "choice": 1.1 * share}))
+
+
+def test_a_plan_that_asks_for_less_epsilon_does_not_make_its_choices_look_cheaper(tmp_path):
+    """At the order of a small epsilon, sampled steps are dear; what counts is the order of the ledger that pays."""
+    share = PLAN.releases(ORDER)["choice"]
+    modest = PLAN.model_copy(update={"privacy": PLAN.privacy.model_copy(update={"epsilon": 0.1})})
+    assert modest.releases(fixed_order(0.1, 1e-5))["choice"] < 0.5 * share
+    for number, asked in enumerate((PLAN, modest)):
+        node = make_node(tmp_path / str(number), releases={"delta": 1.0, "choice": 0.9 * share})
+        assert refusal(node, asked) == "not-allowed"
 
 
 def test_a_model_larger_than_the_owner_allows_is_refused(tmp_path):

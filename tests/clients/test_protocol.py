@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from clients.protocol import (
     CODES,
+    CloseRequest,
     Description,
     Plan,
     ProtocolError,
@@ -74,6 +75,26 @@ def test_plan_hash_changes_with_every_field():
     assert len({base.hash, *(other.hash for other in others)}) == 9
     assert plan(traffic={"delta": "fp32", "model": "fp32"}).hash == base.hash  # as before there was a choice
     assert Plan.model_validate_json(base.model_dump_json()).hash == base.hash
+
+
+@pytest.mark.parametrize("run_id", ["", "a/b", "../a", "a b", "ü", "x" * 129, "a\n"])
+def test_a_run_has_a_plain_name(run_id):
+    """It begins the names of what a node keeps for the run, and ends with it."""
+    with pytest.raises(ValueError, match="run_id"):
+        CloseRequest(run_id=run_id)
+    assert CloseRequest(run_id="12199022842089297454").run_id
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"noise_multiplier": 1.1e9}, *({"privacy": change} for change in ({"sampling_rate": 9e-10}, {"clip": 9e-13}))],
+)
+def test_a_plan_asks_for_nothing_that_no_audit_or_arithmetic_can_carry(wrong):
+    base = json.loads(plan().model_dump_json())
+    for key, value in wrong.items():
+        base[key] = base[key] | value if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match="should be"):
+        Plan.model_validate_json(json.dumps(base))
 
 
 @pytest.mark.parametrize("code", CODES)

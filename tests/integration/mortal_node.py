@@ -378,7 +378,7 @@ def remains(folder: Path, train_request: TrainRequest, charge_id: str) -> Remain
         entries = [Entry.parse(body) for (body,) in db.execute("SELECT body FROM entries ORDER BY seq")]
         row = db.execute("SELECT secret, attempts FROM secrets WHERE charge_id = ?", (charge_id,)).fetchone()
         reply = db.execute("SELECT body FROM replies WHERE charge_id = ?", (charge_id,)).fetchone()
-        name = f"{train_request.run_id}/{train_request.plan.hash}/clip"
+        name = f"run/{train_request.run_id}/{train_request.plan.hash}/clip"
         clip = db.execute("SELECT body FROM local_state WHERE name = ?", (name,)).fetchone()
         db.close()
     return Remains(

@@ -148,7 +148,7 @@ def test_what_no_policy_allows_is_refused_and_the_reason_stays_with_the_owner(fe
 
 @pytest.mark.parametrize(
     ("version", "told"),
-    [(b"9.", "is started by conclave/conclave 9."), (b"", "no node admits the plan (3 × not-allowed)")],
+    [(b"9.", "was started with conclave/conclave 9."), (b"", "no node admits the plan (3 × not-allowed)")],
     ids=["another release", "this release"],
 )
 def test_changed_code_is_never_opened(federation, monkeypatch, version, told):

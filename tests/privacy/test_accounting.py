@@ -51,6 +51,17 @@ def test_charges_round_up_and_budgets_down():
     assert charge_units(charge(1.0, 1e6, 1), 3.4) >= 2  # a tiny charge is never free
 
 
+@pytest.mark.parametrize("noise", [1e6, 7.57e8, 1e9])
+@pytest.mark.parametrize("order", [2.0, 3.4, 27.0])
+def test_no_charge_is_free_or_gives_something_back(noise, order):
+    """With so much noise the accountant's logarithms cancel to 0 and below; exact is q²α/(2σ²), to first order."""
+    for steps in (1, 10_000):
+        charge = SampledGaussian(sampling_rate=0.541, noise_multiplier=noise, steps=steps)
+        exact = steps * 0.541**2 * order / noise**2 / 2
+        assert charge_units(charge, order) >= max(1, exact * UNITS_PER_NAT)
+        assert rdp_at(charge, order) >= 0.0
+
+
 def test_filter_and_dp_accounting_convert_alike():
     order, item = 3.4, charge(0.5, 2.0, 30)
     accountant = rdp.RdpAccountant(orders=[order]).compose(item.event)

@@ -14,7 +14,7 @@ from torch import nn
 from model import build
 from model.errors import BadInputError
 from model.unit_random import UnitDropout
-from privacy.clipping import SHRINK, STABILISER, AdaptiveClip, unit_factors
+from privacy.clipping import SHRINK, SMALLEST_CLIP, STABILISER, AdaptiveClip, unit_factors
 from privacy.dpsgd import DpSgd, PrivateTraining, UnitDPOptimizer, train_privately
 from privacy.randomness import derive
 from privacy.unit_index import UnitIndex
@@ -243,6 +243,38 @@ def test_the_count_of_an_adaptive_bound_is_noised_and_leaves_less_for_the_gradie
     # Share within the bound plus N(0, (2/20)²) − ½; sample deviation of 40 values within 5 of its standard errors.
     spread = float(torch.tensor(moves, dtype=torch.float64).std())
     assert abs(spread / 0.1 - 1) < 5 / math.sqrt(2 * 39)
+
+
+def test_at_level_strict_the_count_of_an_adaptive_bound_is_noised_on_a_grid(monkeypatch):
+    """As the sums are: the last bits of a float's noise could tell what it was added to."""
+    network, batch, counts = build(make_config(), seed=3), make_batch(5), []
+
+    def spy(self, clip, noisy_count, divisor):
+        counts.append(noisy_count)
+        return clip
+
+    monkeypatch.setattr(AdaptiveClip, "next", spy)
+    mechanism = replace(FULL, clipping="adaptive", noise_multiplier=2.0, numeric="strict")
+    with PrivateTraining(
+        network, torch.optim.SGD(network.parameters(), lr=0.0), network.loss, mechanism, SECRET
+    ) as training:
+        for _ in range(3):
+            training.step(batch)
+    assert len({*counts}) == 3
+    assert all(count * 2**20 == round(count * 2**20) for count in counts)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_smallest_clip_bounds_the_largest_gradient(mode):
+    """A factor that is a subnormal float32 would be rounded by up to 2: one unit alone would break the bound."""
+    module = nn.Linear(4, 1, bias=False)
+    for size in (0.9e18, 1.1e18):  # up to 2^60, about 1.15e18, a gradient is used at all
+        batch = {"x": torch.full((1, 4), size / 2)}
+        mechanism = replace(FULL, clip=SMALLEST_CLIP, **MODES[mode])
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+        with PrivateTraining(module, optimizer, lambda b: module(b["x"]).squeeze(1), mechanism, SECRET) as training:
+            (total,) = training.sums_without_noise(batch, UnitIndex(1), torch.arange(1))
+        assert 0.99 * SMALLEST_CLIP < float(total.norm()) <= SMALLEST_CLIP
 
 
 def test_sums_of_physical_batches_do_not_lose_small_units():

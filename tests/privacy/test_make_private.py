@@ -65,7 +65,7 @@ def test_randomness_is_the_systems_unless_a_secret_is_given():
     [
         ({"noise_multiplier": 0.0}, "noise_multiplier is 0.0, must be above 0"),
         ({"sampling_rate": 1.5}, "sampling_rate is 1.5, must be above 0 and at most 1"),
-        ({"clip": -1.0}, "clip is -1.0, must be above 0"),
+        ({"clip": 9e-13}, "clip is 9e-13, must be at least 1e-12"),
         ({"declared_size": 0}, "declared_size is 0, must be at least 1"),
         ({"simulation_secret": b"short"}, "simulation_secret has 5 bytes, must have 32"),
         ({"cliping": "flat"}, "cliping is no option, must be one of"),

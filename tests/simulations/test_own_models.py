@@ -128,9 +128,9 @@ def test_a_node_runs_no_code_that_its_owner_did_not_name(monkeypatch):
     )
     monkeypatch.setattr("pkgutil.resolve_name", lambda name: pytest.fail(f"{name} was looked up"))
     with pytest.raises(ProtocolError, match=r"is not among those that policy\.models allows") as caught:
-        Policy().check(plan, "test")
+        Policy().check(plan, "test", 3.4)
     assert caught.value.code == "not-allowed"
-    Policy(models=("sample_models:mixture",)).check(plan, "test")
+    Policy(models=("sample_models:mixture",)).check(plan, "test", 3.4)
 
 
 def test_its_experts_can_learn_slower_where_few_are_held():

@@ -10,6 +10,7 @@ from ledger_samples import Lines, genesis, new_ledger, request
 
 from model.errors import BadInputError
 from privacy.accounting import charge_units
+from privacy.ledger import BudgetExhaustedError
 from privacy.ledger.mechanism_text import parse, spell
 from privacy.ledger.verification import audit_history
 from privacy.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
@@ -33,6 +34,27 @@ def text(mechanism, parts=()) -> str:
 def test_a_spelling_is_exact(mechanism):
     assert parse(text(mechanism)) == mechanism
     assert json.dumps(json.loads(text(mechanism)), sort_keys=True, separators=(",", ":")) == text(mechanism)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        ExponentialChoice(epsilon=1.0, choices=10**9 + 1),
+        SampledGaussian(sampling_rate=0.05, noise_multiplier=1.1e9, steps=7),
+        SampledGaussian(sampling_rate=0.9e-9, noise_multiplier=1.0, steps=7),
+        SampledGaussian(sampling_rate=0.05, noise_multiplier=1.0, steps=10**9 + 1),
+    ],
+)
+def test_what_no_audit_would_read_is_not_charged(mechanism, tmp_path):
+    """Such an entry would stay for good: a violation to every audit, and an export that helps nobody to recover."""
+    with pytest.raises(BadInputError, match="beyond what accountants can be trusted with"):
+        text(mechanism)
+    ledger = new_ledger(tmp_path)
+    with pytest.raises((BadInputError, BudgetExhaustedError)):
+        ledger.reserve(request(mechanism=mechanism), bytes(32))
+    with pytest.raises((BadInputError, BudgetExhaustedError)):
+        ledger.admit(request(mechanism=mechanism), 2)
+    assert ledger.entries() == []
 
 
 def test_parts_of_one_sample_are_charged_together():

@@ -179,37 +179,37 @@ def test_a_plan_that_only_simulations_may_have_is_refused(tmp_path):
 def test_local_state_switches_with_the_commit_and_ends_with_the_run(ledger):
     ledger.admit(item(), 5)
     reservation = ledger.reserve(item(), bytes(32))
-    assert ledger.local_state("7/clip") is None
-    ledger.commit(reservation, b"reply", {"7/clip": b"1.5", "70/clip": b"other"})
-    assert ledger.local_state("7/clip") == b"1.5"
-    charge(ledger, item(2), local_state={"7/clip": b"1.25"})
-    assert ledger.local_state("7/clip") == b"1.25"
+    assert ledger.local_state("run/7/clip") is None
+    ledger.commit(reservation, b"reply", {"run/7/clip": b"1.5", "run/70/clip": b"other"})
+    assert ledger.local_state("run/7/clip") == b"1.5"
+    charge(ledger, item(2), local_state={"run/7/clip": b"1.25"})
+    assert ledger.local_state("run/7/clip") == b"1.25"
     charge(ledger, item(3))
-    assert ledger.local_state("7/clip") == b"1.25"  # left as it was
+    assert ledger.local_state("run/7/clip") == b"1.25"  # left as it was
     ledger.close_plans("7")
-    assert ledger.local_state("7/clip") is None
-    assert ledger.local_state("70/clip") == b"other"  # another run's
+    assert ledger.local_state("run/7/clip") is None
+    assert ledger.local_state("run/70/clip") == b"other"  # another run's
 
 
 def test_a_losers_local_state_is_discarded_with_its_reply(ledger):
     winner = ledger.reserve(item(), bytes(32))
     loser = ledger.reserve(item(), bytes(32))
-    ledger.commit(winner, b"winner", {"7/clip": b"1"})
-    assert ledger.commit(loser, b"loser", {"7/clip": b"2", "7/more": b"3"}).body == b"winner"
-    assert ledger.local_state("7/clip") == b"1"
-    assert ledger.local_state("7/more") is None
+    ledger.commit(winner, b"winner", {"run/7/clip": b"1"})
+    assert ledger.commit(loser, b"loser", {"run/7/clip": b"2", "run/7/more": b"3"}).body == b"winner"
+    assert ledger.local_state("run/7/clip") == b"1"
+    assert ledger.local_state("run/7/more") is None
 
 
 def test_a_commit_that_fails_leaves_no_part_of_it(ledger):
     reservation = ledger.reserve(item(), bytes(32))
     before = ledger.head
     with pytest.raises(Exception, match="type"):  # SQLite cannot hold such a value
-        ledger.commit(reservation, b"reply", {"7/clip": object()})
+        ledger.commit(reservation, b"reply", {"run/7/clip": object()})
     assert ledger.head == before
-    assert ledger.local_state("7/clip") is None
+    assert ledger.local_state("run/7/clip") is None
     again = ledger.reserve(item(), bytes(32))
     assert isinstance(again, Reservation)
-    assert ledger.commit(again, b"reply", {"7/clip": b"1"}).body == b"reply"
+    assert ledger.commit(again, b"reply", {"run/7/clip": b"1"}).body == b"reply"
 
 
 # Redelivery.

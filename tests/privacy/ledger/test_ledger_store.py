@@ -226,6 +226,15 @@ def test_a_dataset_has_one_ledger_by_name_and_by_place(tmp_path):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_a_folder_and_what_is_in_it_are_one_dataset(tmp_path):
+    folder, ledger, other = tmp_path / "claims", tmp_path / "a.db", tmp_path / "b.db"
+    registry.claim(folder, "one", tmp_path / "data" / "rows.csv", ledger)
+    for overlapping in (tmp_path / "data", tmp_path, tmp_path / "data" / "rows.csv" / "part"):
+        with pytest.raises(BadInputError, match=r"overlap with .*rows\.csv, which have a ledger already"):
+            registry.claim(folder, "two", overlapping, other)
+    registry.claim(folder, "two", tmp_path / "data" / "more.csv", other)
+
+
 def test_a_claim_that_cannot_be_written_or_read_refuses(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInputError, match="cannot be written"):

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -27,11 +26,18 @@ import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
 from flwr.cli.build import build_fab_from_files
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
-from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.common.serde import (
+    context_from_proto,
+    fab_to_proto,
+    message_from_proto,
+    run_from_proto,
+    user_config_to_proto,
+)
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -42,20 +48,31 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.log_pb2 import PushLogsRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
+    PullAppMessagesRequest,
     PullTaskInputRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
 )
 from flwr.serverapp import Grid
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    inflate_object_from_contents,
     pull_and_inflate_object_from_tree,
+    pull_objects,
 )
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -68,8 +85,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
-from flwr.supernode.runtime import run_clientapp
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+from flwr.supernode.runtime.run_clientapp import push_message
 
 from clients.protocol import Refusal, encode
 from deployment.certificates import days_left
@@ -87,13 +103,9 @@ _REPLY_POLL_S = 0.2
 _RETRY_S = 2.0
 _MISSED_UNTIL_A_WARNING = 8
 _PATIENCE_S = 60.0
+_WHOSE = ("run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "message_type")
 
 log = logging.getLogger("conclave.flower")
-
-# Flower's own waits for two hours where a server was killed in the middle of a message; the SuperNode gives up before.
-run_clientapp.pull_and_inflate_object_from_tree = partial(  # type: ignore[attr-defined]
-    pull_and_inflate_object_from_tree, max_time=1.5 * PATIENCE_S
-)
 
 
 def check_flower() -> None:
@@ -191,15 +203,24 @@ def answer_message(
         count: told each message with its answer, a refusal or not.
     """
     with api.client(RuntimeTokenHttpInterceptor(token), component=CLIENT_APP) as client, _beating(client):
+        given = client.PullTaskInput(PullTaskInputRequest())
+        context, run = context_from_proto(given.context), run_from_proto(given.run)
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run.run_id, context.node_id
+        found = client.PullMessages(PullAppMessagesRequest())
+        (announced,), (tree,) = found.messages_list, found.message_object_trees
+        message = message_from_proto(announced)  # what it says of itself; its content comes in parts
+        # The SuperNode waits for a reply before it takes another message: it gets one, whatever happens here.
         try:
-            message, context, run, _ = pull_task_input(client)
-        except (ObjectPullError, httpx.HTTPError) as error:
+            message = _whole(client, Node(node_id=context.node_id), run.run_id, tree)
+            refusal = refuse(run.fab_id, run.fab_version)
+            reply = app(message, context) if refusal is None else Message(refusal, reply_to=message)
+        except (ObjectPullError, httpx.HTTPError) as error:  # but for one that the SuperNode takes back itself
             log.warning("a message did not come whole (%s); was its run stopped?", type(error).__name__)
             return
-        refusal = refuse(run.fab_id, run.fab_version)
-        try:
-            reply = app(message, context) if refusal is None else Message(refusal, reply_to=message)
-        except Exception:  # the SuperNode waits for a reply before it takes another message
+        except _UnreadableError as error:
+            log.warning("refused with bad-request: what came is no message (%s)", error)
+            reply = Message(encode(Refusal(code="bad-request")), reply_to=message)
+        except Exception:
             log.exception("the app failed; the server is told internal-error and nothing else")
             reply = Message(encode(Refusal(code="internal-error")), reply_to=message)
         count(message, reply)
@@ -211,15 +232,105 @@ def answer_message(
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
 
 
-class QuickGrid(HttpGrid):
-    """Flower's grid, but it looks for replies every 0.2 s where Flower's own waits 3 s.
+class _UnreadableError(Exception):
+    """What came is no message."""
 
-    And where the run is over it raises httpx.HTTPStatusError (401), where Flower's own sends its process SIGINT.
+
+def _whole(client: RuntimeHttpClient, node: Node, run_id: int, tree: ObjectTree) -> Message:
+    """Fetch the parts of a message and put it together.
+
+    Raises:
+        ObjectPullError: a part did not come; the SuperNode gives up before, and takes the message back.
+        _UnreadableError: it is no message.
+    """
+    try:
+        message = pull_and_inflate_object_from_tree(
+            tree,
+            make_pull_object_fn_protobuf(client.PullObject, node, run_id),
+            make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
+            return_type=Message,
+            max_time=1.5 * PATIENCE_S,
+        )
+    except (ObjectPullError, httpx.HTTPError):
+        raise
+    except Exception as error:  # of whatever kind: somebody else made the bytes
+        raise _UnreadableError(type(error).__name__) from error
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    return message
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A reply that the SuperLink knows of. parts: object id → content, so far. until: when it must be whole."""
+
+    metadata: Metadata
+    tree: ObjectTree
+    parts: dict[str, bytes]
+    until: float
+
+
+class QuickGrid(HttpGrid):
+    """Flower's grid, but no node can hold up the others or end a run.
+
+    It looks for replies every 0.2 s where Flower's own waits 3 s, and takes each when it is whole: Flower's own waits
+    for hours for the rest of the first that was announced. What is no message, or says that it is somebody else's, is
+    dropped, where Flower's own raises or believes it. And where the run is over it raises httpx.HTTPStatusError (401),
+    where Flower's own sends its process SIGINT.
     """
 
     def __init__(self, api: RuntimeApi, token: str) -> None:
         super().__init__(api.address, insecure=api.ca is None, root_certificates=api.ca, token=token)
+        self._announced: dict[str, _Announced] = {}  # by the id of what is answered
         self._retry_invoker = RetryInvoker(exponential, httpx.TransportError, max_tries=None, max_time=_PATIENCE_S)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to these messages that are whole. One that will not be comes as an error from nobody."""
+        asked, now = list(message_ids), time.monotonic()
+        found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            metadata = message_from_proto(proto).metadata
+            self._announced[metadata.reply_to_message_id] = _Announced(metadata, tree, {}, now + PATIENCE_S)
+        replies = []
+        for key in [key for key in asked if key in self._announced]:
+            announced = self._announced[key]
+            try:
+                reply = self._fetch(announced)
+            except ObjectPullError:
+                if now < announced.until:
+                    continue
+                reply = _from_nobody(announced.metadata, "it did not come whole")
+            except httpx.HTTPError:
+                raise
+            except Exception as error:  # of whatever kind: a node made the bytes
+                reply = _from_nobody(announced.metadata, f"it is no message ({type(error).__name__})")
+            replies.append(reply)
+            del self._announced[key]
+        self._announced = {key: entry for key, entry in self._announced.items() if now < entry.until}
+        return replies
+
+    def _fetch(self, announced: _Announced) -> Message:
+        """Fetch what is missing of a reply, without waiting for it."""
+        client, run_id = self._runtime_client, announced.metadata.run_id
+        pull, parts = make_pull_object_fn_protobuf(client.PullObject, self.node, run_id), announced.parts
+
+        def pull_missing(object_id: str) -> bytes:
+            if object_id not in parts:
+                parts[object_id] = pull(object_id)
+            return parts[object_id]
+
+        head = announced.tree.object_id
+        ids = [node.object_id for node in iterate_object_tree(announced.tree)]
+        contents = pull_objects(ids, pull_missing, max_tries_per_object=1)
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, self.node, run_id)(head)
+        message = inflate_object_from_contents(head, contents)
+        if not isinstance(message, Message):
+            raise TypeError("another object")
+        # The SuperLink has checked who announced it, and for which request; the message itself may say otherwise.
+        said, known = message.metadata, announced.metadata
+        if any(getattr(said, name) != getattr(known, name) for name in _WHOSE):
+            raise ValueError("of another node or request")
+        said.__dict__["_message_id"] = head
+        return message
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, or until the time is over.
@@ -236,6 +347,25 @@ class QuickGrid(HttpGrid):
             if waiting:
                 time.sleep(_REPLY_POLL_S)
         return replies
+
+
+def _from_nobody(metadata: Metadata, flaw: str) -> Message:
+    """Return what Flower gives for a reply that is lost, which nobody takes for a node's."""
+    log.warning("node %d: its reply is dropped, %s", metadata.src_node_id, flaw)
+    return make_message(
+        metadata=Metadata(
+            run_id=metadata.run_id,
+            message_id="",
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=SUPERLINK_NODE_ID,
+            message_type=SYSTEM_MESSAGE_TYPE,
+            group_id="",
+            ttl=0,
+            reply_to_message_id=metadata.reply_to_message_id,
+            created_at=time.time(),
+        ),
+        error=Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason=flaw),
+    )
 
 
 def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], api: RuntimeApi, token: str) -> None:

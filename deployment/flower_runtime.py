@@ -286,7 +286,8 @@ class QuickGrid(HttpGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these messages that are whole. One that will not be comes as an error from nobody."""
         asked, now = list(message_ids), time.monotonic()
-        found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        unknown = [key for key in asked if key not in self._announced]  # of others the SuperLink knows nothing any more
+        found = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=unknown))
         for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             metadata = message_from_proto(proto).metadata
             self._announced[metadata.reply_to_message_id] = _Announced(metadata, tree, {}, now + PATIENCE_S)

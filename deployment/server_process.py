@@ -15,9 +15,11 @@ from flwr.serverapp import Grid
 
 from deployment.alone import alone, check_ports
 from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
+from deployment.flower_database import bring_up_to_date
 from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
+from deployment.loopback import LOOPBACK, make_certificate
 from deployment.monitoring import HOST, monitoring
-from deployment.proxy import nginx_config, nginx_program
+from deployment.proxy import check_proxy, nginx_config, proxy_command
 from deployment.server_directory import ServerDirectory
 from deployment.server_metrics import ServerMetrics
 from deployment.supervision import Family, Program
@@ -28,6 +30,7 @@ from server.scenario import parse_scenario
 
 log = logging.getLogger("conclave.server")
 
+_DATABASE = "flower.db"
 _LONGEST_NAME = 200
 _LOOK_S = 0.2
 _LOOKS_UNTIL_A_WARNING = 100
@@ -37,7 +40,8 @@ def start_server(server: ServerDirectory) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        BadInputError: nginx is missing, or another Flower is installed.
+        BadInputError: nginx is missing or refuses its configuration, or another Flower is installed or its database
+            cannot be used.
     """
     check_flower()
     private_umask()
@@ -56,8 +60,11 @@ def start_server(server: ServerDirectory) -> None:
 
 def _serve(server: ServerDirectory) -> None:
     (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
+    make_certificate(server.state)
+    check_proxy(server.state)
+    bring_up_to_date(server.state / _DATABASE)
     with Family([_superlink(server), _proxy(server)]) as family:
-        address, ca = f"127.0.0.1:{server.config.internal_port}", server.tls / "ca.pem"
+        address, ca = f"127.0.0.1:{server.config.internal_port}", server.state / LOOPBACK / "ca.pem"
         metrics = ServerMetrics(server, family.running, lambda: Control(address, ssl.create_default_context(cafile=ca)))
         reached = {"superlink-answers": False}
         with monitoring(server.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
@@ -91,14 +98,14 @@ def _stop_forsaken_runs(control: Callable[[], Control], stopped: threading.Event
 
 
 def _superlink(server: ServerDirectory) -> Program:
-    tls = server.tls
+    tls = server.state / LOOPBACK
     return Program(
         "superlink",
         [
             str(Path(sys.executable).parent / "flower-superlink"),
             "--ssl-certfile", str(tls / "server.pem"), "--ssl-keyfile", str(tls / "server.key"),
             "--ssl-ca-certfile", str(tls / "ca.pem"), "--host", "127.0.0.1", "--port", str(server.config.internal_port),
-            "--enable-supernode-auth", "--database", str(server.state / "flower.db"), "--isolation", "process",
+            "--enable-supernode-auth", "--database", str(server.state / _DATABASE), "--isolation", "process",
             "--superexec-auth-secret-file", str(server.secret), "--disable-runtime-dependency-installation",
         ],
         server.state / "superlink.log",
@@ -107,8 +114,7 @@ def _superlink(server: ServerDirectory) -> Program:
 
 
 def _proxy(server: ServerDirectory) -> Program:
-    command = [nginx_program(), "-c", str(server.state / "nginx.conf"), "-p", str(server.state), "-e", "stderr"]
-    return Program("proxy", command, server.state / "proxy.log", {})
+    return Program("proxy", proxy_command(server.state), server.state / "proxy.log", {})
 
 
 def _work(server: ServerDirectory, metrics: ServerMetrics) -> Callable[[Grid, Context, Callable[[str], None]], None]:

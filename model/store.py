@@ -34,7 +34,12 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    sync_folder(path.parent)  # the rename itself must survive a power cut
+
+
+def sync_folder(path: Path) -> None:
+    """Make what a folder lists durable."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import ipaddress
 import ssl
 import stat
-import subprocess
 
 import pytest
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from clients.node_key import create_node_key
 from deployment.certificates import days_left
+from deployment.loopback import LOOPBACK, make_certificate
 from deployment.operator import find_operator
-from deployment.proxy import nginx_config, nginx_program
+from deployment.proxy import check_proxy, nginx_config, nginx_program
 from deployment.server_config import read_server_config
 from deployment.server_directory import ServerDirectory
 from model.errors import BadInputError
@@ -168,20 +169,52 @@ def test_a_configuration_that_cannot_be_names_the_key(server, old, new, named):
         read_server_config(path)
 
 
-def test_nginx_accepts_the_configuration(server, tmp_path):
+@pytest.fixture
+def nginx():
     try:
-        program = nginx_program()
+        nginx_program()
     except BadInputError as error:
         pytest.skip(str(error))
-    (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path))
-    done = subprocess.run(
-        [program, "-t", "-c", str(server.state / "nginx.conf"), "-p", str(server.state), "-e", "stderr"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert "syntax is ok" in done.stderr, done.stderr
-    text = (server.state / "nginx.conf").read_text()
+
+
+def test_nginx_accepts_the_configuration_also_in_a_folder_of_any_name(tmp_path, nginx):
+    created = ServerDirectory.create(tmp_path / "my föd; {1}", ["localhost"], port=9443, days=30)
+    make_certificate(created.state)
+    (created.state / "nginx.conf").write_text(nginx_config(created.config, created.path))
+    check_proxy(created.state)
+    text = (created.state / "nginx.conf").read_text()
     assert text.count("proxy_pass") == 2  # fleet and control; nothing else goes through
     assert "/v1/runtime" not in text
+
+
+@pytest.mark.parametrize("name", ['a"b', "a'b", "a\\b", "a$b", "a\nb"])
+def test_a_folder_that_nginx_cannot_name_is_refused(server, tmp_path, name):
+    with pytest.raises(BadInputError, match="must have no quotes, backslashes or"):
+        nginx_config(server.config, tmp_path / name)
+
+
+def test_a_configuration_that_nginx_refuses_is_one_sentence(server, nginx):
+    make_certificate(server.state)
+    (server.state / "nginx.conf").write_text(nginx_config(server.config, server.path).replace("listen ", "listne "))
+    with pytest.raises(BadInputError, match=r'not accepted: .*unknown directive "listne"'):
+        check_proxy(server.state)
+
+
+def test_loopback_has_a_certificate_that_no_other_ca_signed_and_no_renewal_touches(server):
+    make_certificate(server.state)
+    folder = server.state / LOOPBACK
+    assert sorted(path.name for path in folder.iterdir()) == ["ca.pem", "revoked.pem", "server.key", "server.pem"]
+    assert stat.S_IMODE((folder / "server.key").stat().st_mode) == 0o600
+    first = (folder / "server.pem").read_bytes()
+    server.renew(days=30)
+    assert (folder / "server.pem").read_bytes() == first
+    assert days_left(folder / "server.pem") > 3600
+    loaded = x509.load_pem_x509_certificate(first)
+    loaded.verify_directly_issued_by(x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()))
+    with pytest.raises(InvalidSignature):
+        loaded.verify_directly_issued_by(x509.load_pem_x509_certificate((server.tls / "ca.pem").read_bytes()))
+    make_certificate(server.state)  # at the next start
+    assert (folder / "server.pem").read_bytes() != first
 
 
 def test_an_operator_is_found_by_folder_or_by_name(server, tmp_path, monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import resource
+from datetime import UTC, datetime, timedelta
+from unittest import mock
 
 import pytest
 from federation import NODES, Federation
 from soaking import asked, balanced, begin, connected, run_of, start_again, start_in_vain
 
 from deployment.certificates import Authority
+from deployment.proxy import reload_proxy
 
 pytestmark = pytest.mark.slow
 
@@ -67,17 +70,21 @@ def test_a_clock_ahead_is_refused_and_named(federation):
     federation.wait_for("the node", lambda: connected(federation, "third"), 90)
 
 
-def certify(federation: Federation, days: int) -> None:
-    """Start the server again with a certificate for so many more days."""
+def certify(federation: Federation, seconds: float) -> None:
+    """Start the server again with a certificate for so many seconds."""
     federation.end("server")
     tls = federation.folder / "server" / "tls"
-    Authority(tls).issue_server(tls / "server", ["localhost", "127.0.0.1"], days=days)
+    with mock.patch("deployment.certificates._end", return_value=datetime.now(UTC) + timedelta(seconds=seconds)):
+        Authority(tls).issue_server(tls / "server", ["localhost", "127.0.0.1"], days=1)
     federation.start("server", "server", "start", "server")
 
 
-def test_an_expired_certificate_is_named_everywhere_and_a_new_one_brings_all_back(federation):
-    ended = {name: federation.log(name).count("supernode: ended") for name in NODES}
-    certify(federation, -3)
+def test_a_certificate_that_runs_out_is_named_everywhere_and_renewing_it_brings_all_back(federation):
+    """While the server runs; what it says to itself has another one."""
+    certify(federation, 20.0)
+    federation.wait_for(
+        "the server", lambda: federation.call("status", "--superlink", "server/operator").returncode == 0
+    )
     refusal = "certificate is not accepted (certificate has expired)"
     federation.wait_for("TLS", lambda: refusal in federation.call("status", "--superlink", "server/operator").stderr)
     for command in (["status", "--superlink", "server/operator"], asked("expired", 1)):
@@ -88,11 +95,13 @@ def test_an_expired_certificate_is_named_everywhere_and_a_new_one_brings_all_bac
     check = federation.call("node", "check", "first")
     assert check.returncode == 1
     assert "certificate has expired" in check.stdout
+    ended = {name: federation.log(name).count("supernode: ended") for name in NODES}
+    reload_proxy(federation.folder / "server")  # connections that are open live on otherwise
     for name in NODES:
         federation.wait_for(
             "the node to see it", lambda name=name: federation.log(name).count("supernode: ended") > ended[name]
         )
-    certify(federation, 3)
+    federation.must("server", "renew", "server")
     federation.wait_for("nodes", lambda: all(connected(federation, name) for name in NODES), 150)
     federation.wait_for_nodes(NODES)
     assert begin(federation, "renewed", 1).end() == 0

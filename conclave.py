@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from simulations.baselines import Kind
 
 EXIT_VIOLATION = 1
+EXIT_TRY_AGAIN = 1
 EXIT_BAD_INPUT = 2
 
 app = typer.Typer(
@@ -359,10 +362,13 @@ def node_export(
 
 @node_app.command("rotate-key")
 def node_rotate_key(node: NodeFolder, held_out: HeldOutSide = False, as_json: Json = False) -> None:
-    """Replace the ledger's signing key; the old and the new key both sign the change."""
+    """Replace the ledger's signing key, while the node stands still; the old and the new key both sign the change."""
     from clients.node_directory import NodeDirectory
+    from deployment.alone import alone
 
-    public_key = NodeDirectory(node).rotate_key(_side(held_out))
+    directory = NodeDirectory(node)
+    with alone(directory.state):  # a running node would go on to sign with the old one, and refuse everything
+        public_key = directory.rotate_key(_side(held_out))
     typer.echo(f"the ledger is signed with {public_key} from now on")
     if as_json:
         _print_json({"public_key": public_key})
@@ -377,8 +383,11 @@ def node_restore(
 ) -> None:
     """Go on from a restored or moved ledger. What may be missing is charged: all that is left, unless disproved."""
     from clients.node_directory import NodeDirectory
+    from deployment.alone import alone
 
-    recovery = NodeDirectory(node).restore(export, _side(held_out))
+    directory = NodeDirectory(node)
+    with alone(directory.state):
+        recovery = directory.restore(export, _side(held_out))
     if recovery.regained:
         typer.echo(f"{recovery.regained} entries were taken over from {export}")
     if recovery.proven:
@@ -398,7 +407,8 @@ def node_start(node: NodeFolder) -> None:
 
     directory = NodeDirectory(node)
     log_to_terminal(directory.config.monitoring.log_format)
-    start_node(directory)
+    with _to_be_started_again():
+        start_node(directory)
 
 
 @node_app.command("check")
@@ -545,7 +555,8 @@ def server_start(server: ServerFolder) -> None:
 
     directory = ServerDirectory(server)
     log_to_terminal(directory.config.monitoring.log_format)
-    start_server(directory)
+    with _to_be_started_again():
+        start_server(directory)
 
 
 @server_app.command("unit")
@@ -790,6 +801,21 @@ class _progress:  # noqa: N801  (used like a function)
         self._bar.__exit__(*error)  # type: ignore[arg-type]
 
 
+@contextmanager
+def _to_be_started_again() -> Iterator[None]:
+    """Let systemd start a process again that a full disk, say, has ended: its unit does not where input was bad."""
+    try:
+        yield
+    except OSError as error:
+        sys.stderr.write(f"conclave: {_said_by_system(error)}\n")
+        raise typer.Exit(EXIT_TRY_AGAIN) from error
+
+
+def _said_by_system(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def _finite(value: float) -> float | str:
     """Spell infinity as the ledger does; JSON has no number for it."""
     return value if value != float("inf") else "inf"
@@ -805,7 +831,7 @@ def _print_json(document: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input is one sentence on stderr and exit status 2."""
+    """Run the command line; bad input, or what the system does not let it do, is one sentence and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app()
@@ -815,6 +841,9 @@ def main() -> None:
         if not isinstance(error, BadInputError):
             raise
         sys.stderr.write(f"conclave: {error}\n")
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:  # a closed pipe is no one's mistake: click has ended by then, without a word
+        sys.stderr.write(f"conclave: {_said_by_system(error)}\n")
         sys.exit(EXIT_BAD_INPUT)
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from clients.node_directory import NodeDirectory
 from model.errors import BadInputError
+from model.new_file import new_file
 from privacy.ledger.copying import copy_without_secrets
+
+# In this order: where a file takes another one's name meanwhile, what it becomes is looked for after it.
+_KEPT = (
+    "*.key.next", "*.key", "*.key.pub", "*.layout", "plans/*.waiting", "plans/*.approved", "plans/paused",
+)  # fmt: skip
 
 
 def back_up(directory: NodeDirectory, out: Path) -> list[str]:
@@ -28,14 +34,10 @@ def back_up(directory: NodeDirectory, out: Path) -> list[str]:
     for side in directory.sides:
         ledger = directory.files(side).path
         contents[f"{folder}/{ledger.name}"] = copy_without_secrets(ledger)
-    kept = [*directory.state.glob("*.key"), *directory.state.glob("*.key.*"), *directory.state.glob("*.layout")]
-    for path in [*kept, *directory.plans.glob("*")]:
-        contents[f"{folder}/{path.relative_to(directory.state).as_posix()}"] = path.read_bytes()
+    for name, content in _kept(directory.state):
+        contents[f"{folder}/{name}"] = content
     try:
-        with (
-            os.fdopen(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream,
-            tarfile.open(fileobj=stream, mode="w") as archive,
-        ):
+        with new_file(out, mode=0o600) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
             for name, content in contents.items():
                 entry = tarfile.TarInfo(name)
                 entry.size, entry.mode = len(content), 0o600
@@ -43,3 +45,14 @@ def back_up(directory: NodeDirectory, out: Path) -> list[str]:
     except OSError as error:
         raise BadInputError(f"{out}: cannot be written ({error.strerror}), must be a new file") from error
     return list(contents)
+
+
+def _kept(state: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of what lies beside the ledgers; a running node may rename or drop plans meanwhile."""
+    for pattern in _KEPT:
+        for path in state.glob(pattern):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            yield path.relative_to(state).as_posix(), content

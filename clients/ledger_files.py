@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from model.errors import BadInputError
 from privacy.ledger import Genesis, Ledger
 from privacy.ledger.heads import public_hex
-from privacy.ledger.keys import create_key, load_key
+from privacy.ledger.keys import DamagedKeyError, create_key, load_key
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.recovery import Recovery, recover
 from privacy.ledger.witness import Witness
@@ -41,12 +43,20 @@ class LedgerFiles:
         return public_hex(load_key(self.key_path) if self.key_path.exists() else create_key(self.key_path))
 
     def create(self, genesis: Genesis) -> None:
-        """Begin the ledger.
+        """Begin the ledger. One that an interrupted attempt began with the same constants, and nothing used, is kept.
 
         Raises:
-            BadInputError: it, or a witness of another ledger, exists.
+            BadInputError: another ledger, or a witness of another one, exists.
         """
-        Ledger.create(self.path, genesis, load_key(self.key_path), witness=self.witness).close()
+        if not self.path.exists():
+            Ledger.create(self.path, genesis, load_key(self.key_path), witness=self.witness).close()
+            return
+        begun = LedgerFile(self.path)
+        if begun.head.seq or replace(begun.genesis, time=genesis.time) != genesis:
+            raise BadInputError(
+                f"{self.path}: exists already, must be a new file, or begun with the same decisions and never used"
+            )
+        self.open(genesis.machine_id).close()  # the witness agrees that it is unused
 
     def open(self, machine: str) -> Ledger:
         """Open the ledger for work on the machine named ``machine``.
@@ -83,6 +93,9 @@ class LedgerFiles:
     def _finish_rotation(self) -> None:
         """Where a crash came between the ledger's new key and the key file's, finish."""
         if self._next_key_path.exists():
-            next_key = load_key(self._next_key_path)
+            try:
+                next_key = load_key(self._next_key_path)
+            except DamagedKeyError:  # the ledger only hears of a key that is whole on disk, so it signed nothing
+                return
             if LedgerFile(self.path).head.signed_by(public_hex(next_key)):
                 self._next_key_path.replace(self.key_path)

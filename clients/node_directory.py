@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from clients.folder_owner import check_owner
 from clients.ledger_files import LedgerFiles
 from clients.node_config import (
     BudgetConfig,
@@ -20,12 +21,13 @@ from clients.node_config import (
 from clients.node_key import create_node_key
 from model.errors import BadInputError
 from model.store import write_atomically
+from privacy.accounting import fixed_order
 from privacy.canonical import decimal
 from privacy.ledger import Genesis, Ledger
 from privacy.ledger.entry import Side
 from privacy.ledger.machine import machine_id
 from privacy.ledger.recovery import Recovery
-from privacy.ledger.registry import claim, default_registry
+from privacy.ledger.registry import claim, default_registry, release
 
 
 class NodeDirectory:
@@ -38,12 +40,13 @@ class NodeDirectory:
         """Read the configuration.
 
         Raises:
-            BadInputError: there is none, or it cannot be used.
+            BadInputError: there is none, it cannot be used, or the node is another user's.
         """
         self.path = path
         self.config: NodeConfig = read_node_config(path / "node.toml")
         self.training, held_out = _files(path, self.config.storage)
         self.held_out = held_out if self.config.dataset.held_out else None
+        check_owner(self.state if self.state.exists() else path)
 
     @classmethod
     def create(
@@ -56,41 +59,40 @@ class NodeDirectory:
         registry: Path,
         server: ConnectionConfig | None = None,
     ) -> NodeDirectory:
-        """Write ``node.toml``, and create keys, ledgers and witnesses.
+        """Create keys, ledgers and witnesses, and write ``node.toml``.
+
+        That file comes last: the same again completes what an interrupted attempt began.
 
         Args:
             registry: where datasets that have a ledger are noted.
             server: the one to dial; may be added to ``node.toml`` later.
 
         Raises:
-            BadInputError: the folder is a node's already, the dataset has a ledger, or the budget allows nothing.
+            BadInputError: the folder is a node's or another user's already, the dataset has a ledger, or the budget
+                allows nothing.
         """
         config_path = path / "node.toml"
         if config_path.exists():
             raise BadInputError(f"{config_path}: exists already, must be a new node")
         training, held_out = _files(path, storage)
-        claim(registry, dataset.id, path / dataset.data, training.path)
+        state = training.path.parent
+        if state.exists():
+            check_owner(state)
+        machine = machine_id(storage.machine)
+        fixed_order(budget.epsilon, budget.delta)  # refuses a budget that allows nothing, before anything is claimed
+        claims = claim(registry, dataset.id, path / dataset.data, training.path)
         try:
-            training.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        except OSError as error:
-            raise BadInputError(f"{training.path.parent}: cannot be created ({error.strerror})") from error
-        genesis = Genesis.new(
-            public_key=training.public_key(),
-            dataset_id=dataset.id,
-            split_key=held_out.genesis.split_key if held_out.path.exists() else secrets.token_hex(32),
-            unit=dataset.unit,
-            epsilon=budget.epsilon,
-            delta=budget.delta,
-            mode="deployment",
-            machine_id=machine_id(storage.machine),
-            held_out=dataset.held_out,
-        )
-        if dataset.held_out and not held_out.path.exists():  # else an interrupted attempt left it, and it is unused
-            held_out.create(genesis.for_held_out(held_out.public_key()))
-        training.create(genesis)
-        node_key = training.path.with_name("node.key")
-        if not node_key.exists():
-            create_node_key(node_key)
+            try:
+                state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise BadInputError(f"{state}: cannot be created ({error.strerror})") from error
+            _begin_ledgers(training, held_out, dataset, budget, machine)
+        except BaseException:
+            if not training.path.exists() and not held_out.path.exists():
+                release(claims)
+            raise
+        if not (state / "node.key").exists():
+            create_node_key(state / "node.key")
         write_atomically(config_path, default_text(dataset, budget, storage, server).encode())
         return cls(path)
 
@@ -208,6 +210,26 @@ def _files(path: Path, storage: StorageConfig) -> tuple[LedgerFiles, LedgerFiles
     state, witness = path / storage.state, path / storage.witness
     aside = witness.with_name(f"{witness.name}.held-out")
     return LedgerFiles(state / "ledger.db", witness), LedgerFiles(state / "held-out.db", aside)
+
+
+def _begin_ledgers(
+    training: LedgerFiles, held_out: LedgerFiles, dataset: DatasetConfig, budget: BudgetConfig, machine: str
+) -> None:
+    begun = [files.genesis.split_key for files in (held_out, training) if files.path.exists()]
+    genesis = Genesis.new(
+        public_key=training.public_key(),
+        dataset_id=dataset.id,
+        split_key=begun[0] if begun else secrets.token_hex(32),
+        unit=dataset.unit,
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        mode="deployment",
+        machine_id=machine,
+        held_out=dataset.held_out,
+    )
+    if dataset.held_out:
+        held_out.create(genesis.for_held_out(held_out.public_key()))
+    training.create(genesis)
 
 
 def create_node(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -11,21 +10,26 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from model.errors import BadInputError
+from model.new_file import new_file
 
 
 def check_node_key(path: Path) -> None:
     """Check that a node can prove itself with a key.
 
     Raises:
-        BadInputError: it is missing, no such key, for others to read, or not that of the ``.pub`` beside it.
+        BadInputError: it is missing, cannot be read, is no such key, others can read it, or it is not that of the
+            ``.pub`` beside it.
     """
     again = f"ssh-keygen -t ecdsa -b 384 -N '' -f {path} makes another, which an operator enrols"
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
         public = path.with_name(f"{path.name}.pub")
         stated = serialization.load_ssh_public_key(public.read_bytes()) if public.exists() else None
-    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except (FileNotFoundError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadInputError(f"{path}: missing or no key; copy it back, or {again}") from error
+    except OSError as error:  # it may be right: another one would lock the node out
+        unread = error.filename or path
+        raise BadInputError(f"{unread}: cannot be read ({error.strerror}), must be readable for this user") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise BadInputError(f"{path}: another kind of key; {again}")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
@@ -37,17 +41,22 @@ def check_node_key(path: Path) -> None:
 def create_node_key(path: Path) -> Path:
     """Make the key that a node proves itself with, EC P-384 in OpenSSH's format, and its public half ``.pub``.
 
+    The private half comes last, so that an interrupted attempt left no key without its public half.
+
     Returns:
         The path of the public half, which the server's operator enrols.
+
+    Raises:
+        FileExistsError: there is a key.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
-        stream.write(private)
     public = path.with_name(f"{path.name}.pub")
-    public.write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
-    )
+    with new_file(path, mode=0o600) as stream:
+        stream.write(private)
+        public.write_bytes(
+            key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b"\n"
+        )
     return public

@@ -41,24 +41,16 @@ class Authority:
 
     @classmethod
     def create(cls, folder: Path, *, days: int) -> Authority:
-        """Make a CA. Raises FileExistsError where there is one."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = _name("Conclave CA")
-        usage = x509.KeyUsage(
-            digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
-            key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
-        )  # fmt: skip
-        certificate = (
-            _builder(name, name, key, _end(days))
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage, critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        write_secret(folder / "ca.key", _private_pem(key))
-        (folder / "ca.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        """Make a CA, or complete one that an interrupted attempt began; a complete one stays as it is.
+
+        Raises:
+            BadInputError: there is a certificate without its key.
+        """
+        if not (folder / "ca.pem").exists():
+            _make(folder, days)
         authority = cls(folder)
-        authority.revoke(())
+        if not (folder / "revoked.pem").exists():
+            authority.revoke(())
         return authority
 
     def issue_server(self, path: Path, hosts: Sequence[str], *, days: int) -> None:
@@ -142,6 +134,25 @@ def write_secret(path: Path, content: bytes) -> None:
         stream.write(content)
 
 
+def _make(folder: Path, days: int) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name("Conclave CA")
+    usage = x509.KeyUsage(
+        digital_signature=False, content_commitment=False, key_encipherment=False, data_encipherment=False,
+        key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False,
+    )  # fmt: skip
+    certificate = (
+        _builder(name, name, key, _end(days))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    # A key without a certificate, from an interrupted attempt, has signed nothing.
+    write_atomically(folder / "ca.key", _private_pem(key), mode=0o600)
+    write_atomically(folder / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
+
+
 def _end(days: int) -> datetime:
     return datetime.now(UTC) + timedelta(days=days)
 
@@ -163,6 +174,15 @@ def _builder(
 
 def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common[:64])])
+
+
+def check_host(host: str) -> None:
+    """Check that a certificate can be for a host.
+
+    Raises:
+        BadInputError: it is neither a name nor an address.
+    """
+    _general_name(host)
 
 
 def _general_name(host: str) -> x509.GeneralName:

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from model.errors import BadInputError
-from model.store import sync_folder
+from model.new_file import sync_folder
 
 _PARTS = ("", "-wal", "-shm", "-journal")
 

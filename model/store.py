@@ -17,6 +17,7 @@ from model.building import from_state
 from model.config import ModelConfig
 from model.errors import BadInputError
 from model.network import Network
+from model.new_file import sync_folder
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
@@ -34,16 +35,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)  # the rename itself must survive a power cut
-
-
-def sync_folder(path: Path) -> None:
-    """Make what a folder lists durable."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:

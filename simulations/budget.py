@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
 from clients.protocol import ProtocolError
 from model.errors import BadInputError
+from model.new_file import new_file
 from model.store import write_atomically
 from privacy.ledger.entry import Side
 from privacy.ledger.reading import History, LedgerFile, open_history, write_export
@@ -72,7 +72,7 @@ def export_ledger(source: Path, out: Path, *, side: Side = "training") -> int:
     """
     history = _history(source, side)
     try:
-        with os.fdopen(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+        with new_file(out, mode=0o600) as stream:
             return write_export(history, stream)
     except OSError as error:
         raise BadInputError(f"{out}: cannot be written ({error.strerror}), must be a new file") from error

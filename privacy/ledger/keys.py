@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -11,10 +10,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from model.errors import BadInputError
+from model.new_file import new_file
+
+
+class DamagedKeyError(BadInputError):
+    """What lies there is no key at all: another file, or the beginning of one."""
 
 
 def create_key(path: Path) -> Ed25519PrivateKey:
-    """Generate a key and write it to a new file with mode 0600.
+    """Generate a key and write it to a new file with mode 0600, durably: a ledger that it signs is lost without it.
 
     Raises:
         BadInputError: the file exists or cannot be written.
@@ -22,10 +26,8 @@ def create_key(path: Path) -> Ed25519PrivateKey:
     key = Ed25519PrivateKey.generate()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+        with new_file(path, mode=0o600) as stream:
             stream.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-            stream.flush()
-            os.fsync(stream.fileno())
     except OSError as error:
         raise BadInputError(f"{path}: cannot be created ({error.strerror}), must be a new file") from error
     return key
@@ -35,7 +37,8 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     """Read a key.
 
     Raises:
-        BadInputError: it is missing, others may read it, or it is no Ed25519 key.
+        DamagedKeyError: it is no Ed25519 key.
+        BadInputError: it is missing, or others may read it.
     """
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -49,5 +52,5 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
-        raise BadInputError(f"{path}: not a key, must be an Ed25519 private key in PEM")
+        raise DamagedKeyError(f"{path}: not a key, must be an Ed25519 private key in PEM")
     return key

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from model.errors import BadInputError
+from model.new_file import new_file
 from privacy.canonical import canonical_json, sha256
 
 
@@ -19,10 +21,13 @@ def default_registry() -> Path:
     return Path(state) / "conclave" / "datasets"
 
 
-def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> None:
+def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> list[Path]:
     """Claim a dataset, by its name and by where its data lie, for a ledger that is about to be created.
 
     Claiming again for the same ledger file changes nothing.
+
+    Returns:
+        The claims that are new; :func:`release` takes them back where no ledger came into being.
 
     Raises:
         BadInputError: the name, the data, a folder around them or something in them are claimed for another ledger, or
@@ -40,9 +45,15 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> None:
             if _claim(path, what, name, ledger):
                 written.append(path)
     except BadInputError:
-        for path in written:  # the name is still free where the data are not
-            path.unlink(missing_ok=True)
+        release(written)  # the name is still free where the data are not
         raise
+    return written
+
+
+def release(claims: Iterable[Path]) -> None:
+    """Take claims back that no ledger was created for."""
+    for path in claims:
+        path.unlink(missing_ok=True)
 
 
 def _refuse_overlap(registry: Path, data: Path, ledger: Path) -> None:
@@ -64,7 +75,7 @@ def _claim(path: Path, what: str, name: str, ledger: Path) -> bool:
     document = canonical_json({what: name, "ledger": str(ledger)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
+        with new_file(path, mode=0o600) as stream:
             stream.write(document)
     except FileExistsError:
         held = _ledger_of(path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import tarfile
+from pathlib import Path
 
 import pytest
 from ledger_samples import request
@@ -16,6 +19,7 @@ from model.errors import BadInputError
 from privacy.ledger import ChargeAbandonedError, Reservation
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.verification import audit_history
+from simulations.budget import export_ledger
 
 SEED = bytes(range(200, 232))
 
@@ -75,3 +79,51 @@ def test_a_backup_is_a_new_file(make, tmp_path):  # noqa: F811
     with pytest.raises(BadInputError, match="must be a new file"):
         back_up(node, tmp_path / "backup.tar")
     assert (tmp_path / "backup.tar").read_text() == "mine"
+
+
+def test_only_decisions_are_taken_of_plans(make, tmp_path):  # noqa: F811
+    node = make()
+    node.plans.mkdir()
+    for name in ("a.waiting", "b.approved", "paused", "c.waiting.partial-7"):
+        (node.plans / name).write_text(name)
+    (node.plans / "folder").mkdir()
+    (node.state / "ledger.key.partial-7").write_text("half a key")
+    names = back_up(node, tmp_path / "backup.tar")
+    assert {name for name in names if "plans" in name or "partial" in name} == {
+        "state/plans/a.waiting", "state/plans/b.approved", "state/plans/paused",
+    }  # fmt: skip
+
+
+def test_a_plan_that_is_approved_meanwhile_is_in_the_backup(make, tmp_path, monkeypatch):  # noqa: F811
+    node, read = make(), Path.read_bytes
+    node.plans.mkdir()
+    (node.plans / "a.waiting").write_text("plan")
+
+    def approved_before_it_is_read(path):
+        if path.name == "a.waiting":
+            path.rename(path.with_suffix(".approved"))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", approved_before_it_is_read)
+    names = back_up(node, tmp_path / "backup.tar")
+    assert [name for name in names if "plans" in name] == ["state/plans/a.approved"]
+
+
+@pytest.mark.parametrize("write", [back_up, lambda node, out: export_ledger(node.path, out)])
+def test_a_full_disk_leaves_no_torn_file_in_the_way_of_the_next_try(make, tmp_path, monkeypatch, write):  # noqa: F811
+    node, out = make(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(BadInputError, match="No space left"):
+            write(node, out)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("out")] == []
+    write(node, out)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    content = out.read_bytes()
+    with pytest.raises(BadInputError, match="must be a new file"):
+        write(node, out)
+    assert out.read_bytes() == content
+
+
+def full(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shutil
 import stat
 import tomllib
@@ -146,7 +147,8 @@ def test_an_interrupted_creation_can_be_repeated(make, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             make()
     with monkeypatch.context() as patch:  # the witness was written, the ledger not
-        patch.setattr("os.link", lambda *a: 1 / 0)
+        link = os.link
+        patch.setattr("os.link", lambda a, b: 1 / 0 if b.name == "ledger.db" else link(a, b))
         with pytest.raises(ZeroDivisionError):
             make()
     spend(make())
@@ -318,6 +320,8 @@ def test_a_creation_interrupted_between_the_two_ledgers_can_be_repeated(make, mo
         patch.setattr(Ledger, "create", classmethod(create))
         with pytest.raises(KeyboardInterrupt):
             make(held_out=0.25)
+    with pytest.raises(BadInputError, match="has a ledger already"):
+        make(name="second")
     node = make(held_out=0.25)
     check_pair(node.training.genesis, node.held_out.genesis)
     node.open_ledger("held-out").close()
@@ -332,3 +336,101 @@ def test_closing_a_run_is_for_both_sides(make):
         ledger.close()
     assert node.close_plans("7") == 2
     assert node.close_plans("7") == 0
+
+
+def test_a_budget_that_is_refused_leaves_the_dataset_free(make, tmp_path):
+    with pytest.raises(BadInputError, match="must be larger to allow any release"):
+        make(name="first", epsilon=1e-9)
+    assert not (tmp_path / "first").exists()
+    make(name="second")
+
+
+def test_a_failed_creation_leaves_the_dataset_free_and_a_begun_ledger_keeps_it(make, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "taken").write_text("no witness")
+    with pytest.raises(BadInputError, match="not a witness"):
+        make(name="first", witness="taken")
+    with monkeypatch.context() as patch:
+        patch.setattr("clients.node_directory.create_node_key", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(name="second")
+    with pytest.raises(BadInputError, match="has a ledger already"):
+        make(name="third")
+    make(name="second")
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_a_creation_interrupted_after_its_ledgers_is_completed_by_the_same_again(make, monkeypatch, held_out):
+    for step in ("create_node_key", "write_atomically"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"clients.node_directory.{step}", lambda *a: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                make(held_out=held_out)
+    node = make(held_out=held_out)
+    assert node.node_key.with_name("node.key.pub").exists()
+    if held_out:
+        check_pair(node.training.genesis, node.held_out.genesis)
+        node.open_ledger("held-out").close()
+    spend(node)
+
+
+def test_what_an_interrupted_creation_left_is_kept_for_the_same_decisions_only(make, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("clients.node_directory.write_atomically", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make()
+    with pytest.raises(BadInputError, match="begun with the same decisions"):
+        make(epsilon=9.0)
+    with pytest.raises(BadInputError, match=r"its witness .* is missing"):
+        make(witness="another")
+    node = make()
+    spend(node)
+    (node.path / "node.toml").unlink()
+    with pytest.raises(BadInputError, match="never used"):
+        make()
+
+
+def test_a_torn_next_key_is_ignored_and_the_change_of_keys_done_anew(make):
+    node = make()
+    before = node.training.key_path.read_bytes()
+    torn = node.state / "ledger.key.next"
+    torn.touch(mode=0o600)
+    torn.write_bytes(before[:40])
+    spend(node)
+    assert node.training.key_path.read_bytes() == before
+    public = node.rotate_key()
+    assert public_hex(load_key(node.training.key_path)) == public
+    assert not torn.exists()
+    spend(node)
+
+
+def test_a_next_key_that_others_may_read_is_not_ignored(make):
+    """It may be the one in force."""
+    node = make()
+    (node.state / "ledger.key.next").write_bytes(node.training.key_path.read_bytes())
+    (node.state / "ledger.key.next").chmod(0o644)
+    with pytest.raises(BadInputError, match="mode 0644"):
+        node.open_ledger()
+
+
+def test_another_users_node_is_refused_before_anything_is_written(make, monkeypatch):
+    node = make()
+    before = sorted(node.path.rglob("*"))
+    monkeypatch.setattr("os.geteuid", lambda: node.state.stat().st_uid + 1)
+    owner = pwd.getpwuid(node.state.stat().st_uid).pw_name
+    with pytest.raises(BadInputError, match=f"{node.state}: belongs to user {owner}, run this as {owner}"):
+        NodeDirectory(node.path)
+    (node.path / "node.toml").unlink()
+    with pytest.raises(BadInputError, match="belongs to user"):
+        make()
+    assert sorted(node.path.rglob("*")) == [path for path in before if path.name != "node.toml"]
+
+
+def test_without_a_state_the_nodes_folder_says_whose_it_is(make, monkeypatch):
+    node = make()
+    node.state.rename(node.path / "lost")
+    NodeDirectory(node.path)
+    monkeypatch.setattr("os.geteuid", lambda: node.path.stat().st_uid + 1)
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])  # a container's user has no name here
+    with pytest.raises(BadInputError, match=f"{node.path}: belongs to user {node.path.stat().st_uid}"):
+        NodeDirectory(node.path)

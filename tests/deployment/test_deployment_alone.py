@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import subprocess
 import sys
@@ -80,3 +81,27 @@ def test_a_key_that_a_node_cannot_use_is_named(tmp_path, flaw):
         said = "another kind of key"
     with pytest.raises(BadInputError, match=said):
         check_node_key(path)
+
+
+@pytest.mark.parametrize("unread", ["node.key", "node.key.pub"])
+def test_a_key_that_this_user_cannot_read_is_not_to_be_replaced(tmp_path, monkeypatch, unread):
+    path, read = create_node_key(tmp_path / "node.key").with_suffix(""), Path.read_bytes
+
+    def refuse(asked):
+        if asked.name == unread:
+            raise PermissionError(errno.EACCES, "Permission denied", str(asked))
+        return read(asked)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BadInputError, match=f"{unread}: cannot be read") as refused:
+        check_node_key(path)
+    assert "ssh-keygen" not in str(refused.value)
+
+
+def test_a_node_key_whose_making_was_interrupted_is_made_anew(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            create_node_key(tmp_path / "node.key")
+    create_node_key(tmp_path / "node.key")
+    check_node_key(tmp_path / "node.key")

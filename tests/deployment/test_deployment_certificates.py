@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from clients.node_key import create_node_key
-from deployment.certificates import days_left
+from deployment.certificates import Authority, days_left
 from deployment.loopback import LOOPBACK, make_certificate
 from deployment.operator import find_operator
 from deployment.proxy import check_proxy, nginx_config, nginx_program
@@ -148,7 +148,50 @@ def test_a_servers_folder_is_made_once(server, tmp_path):
 @pytest.mark.parametrize("host", ["", "a b", "-a.org", "ü.example", "a..b", "x" * 300, "a_b", "https://a"])
 def test_a_host_that_is_none_is_refused(tmp_path, host):
     with pytest.raises(BadInputError, match="must be a name like"):
-        ServerDirectory.create(tmp_path / "fed", [host], port=9443, days=30)
+        ServerDirectory.create(tmp_path / "fed", ["fed.example.org", host], port=9443, days=30)
+    assert not (tmp_path / "fed").exists()
+
+
+STEPS = (
+    "certificates.Authority.revoke", "certificates.Authority.issue_server", "certificates.Authority.issue_operator",
+    "server_directory.operator_text", "server_directory.default_text",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_server_whose_making_was_interrupted_is_completed_by_the_same_again(tmp_path, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        patch.setattr(f"deployment.{step}", lambda *a, **k: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ServerDirectory.create(tmp_path / "fed", ["fed.example.org"], port=9443, days=30)
+    with pytest.raises(BadInputError, match=r"server\.toml: cannot be read"):
+        ServerDirectory(tmp_path / "fed")
+    begun = (tmp_path / "fed" / "tls" / "ca.pem").read_bytes()
+    server = ServerDirectory.create(tmp_path / "fed", ["fed.example.org"], port=9443, days=30)
+    assert (server.tls / "ca.pem").read_bytes() == (server.operator / "ca.pem").read_bytes() == begun
+    assert (server.tls / "revoked.pem").exists()
+    assert find_operator(str(server.operator)).address == "fed.example.org:9443"
+    server.revoke_operator("operator")
+
+
+def test_a_certificate_authority_whose_certificate_was_not_written_is_made_anew(tmp_path):
+    (tmp_path / "ca.key").write_text("half a key")
+    Authority.create(tmp_path, days=30)
+    made = [(tmp_path / name).read_bytes() for name in ("ca.key", "ca.pem", "revoked.pem")]
+    Authority.create(tmp_path, days=30)
+    assert [(tmp_path / name).read_bytes() for name in ("ca.key", "ca.pem", "revoked.pem")] == made
+    (tmp_path / "ca.key").unlink()  # off the server, as it should be
+    with pytest.raises(BadInputError, match=r"must have ca\.pem and ca\.key"):
+        Authority.create(tmp_path, days=30)
+
+
+def test_another_users_server_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: server.state.stat().st_uid + 1)
+    with pytest.raises(BadInputError, match=f"{server.state}: belongs to user"):
+        ServerDirectory(server.path)
+    (server.path / "server.toml").unlink()
+    with pytest.raises(BadInputError, match="belongs to user"):
+        ServerDirectory.create(server.path, ["fed.example.org"], port=9443, days=30)
 
 
 @pytest.mark.parametrize(

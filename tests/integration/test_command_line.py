@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import stat
@@ -14,6 +15,7 @@ import jsonschema
 import pytest
 
 import conclave
+from deployment.alone import alone
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -459,3 +461,78 @@ def test_infinity_has_a_spelling_in_json(capsys, tmp_path):
     document = json.loads(call(capsys, "audit", "run", tmp_path / "open", "--json")[1].splitlines()[-1])
     assert document["epsilon"] == "inf"
     jsonschema.Draft202012Validator(json.loads((schemas / "audit-run.json").read_text())).validate(document)
+
+
+@pytest.fixture
+def node(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    status, _, err = call(
+        capsys, "node", "init", tmp_path / "node", "--dataset", "ward-7", "--data", tmp_path / "data",
+        "--declared-size", 1400, "--epsilon", 8, "--delta", 1e-5, "--witness", tmp_path / "head", "--machine", "here",
+    )  # fmt: skip
+    assert status == 0, err
+    return tmp_path / "node"
+
+
+OWNERS_COMMANDS = (
+    ("budget",), ("export", "out"), ("rotate-key",), ("restore",), ("start",), ("check",), ("backup", "out"), ("unit",),
+    ("approve",), ("pause",), ("resume",), ("close", "7"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OWNERS_COMMANDS, ids=lambda command: command[0])
+def test_an_owners_command_of_another_user_is_one_sentence_and_writes_nothing(node, capsys, monkeypatch, command):
+    before = sorted(node.rglob("*"))
+    monkeypatch.chdir(node.parent)
+    monkeypatch.setattr("os.geteuid", lambda: node.stat().st_uid + 1)
+    status, _, err = call(capsys, "node", command[0], node, *command[1:])
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"{node / 'state'}: belongs to user" in err
+    assert sorted(node.rglob("*")) == before
+    assert not (node.parent / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/srv/ward-7/state"), "/srv/ward-7/state: Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (TimeoutError(), "TimeoutError"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(node, capsys, monkeypatch, error, said):
+    def refuse(*arguments):
+        raise error
+
+    monkeypatch.setattr("clients.approvals.Approvals.pause", refuse)
+    assert call(capsys, "node", "pause", node) == (2, "", f"conclave: {said}\n")
+    monkeypatch.setattr("deployment.node_process.start_node", refuse)
+    assert call(capsys, "node", "start", node) == (1, "", f"conclave: {said}\n")  # systemd starts it again
+
+
+def test_a_closed_pipe_ends_a_command_without_a_word():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "conclave", "schema"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("command", ["rotate-key", "restore"])
+def test_the_ledger_of_a_running_node_is_left_alone(node, capsys, command):
+    """The node would go on to sign with the key it has in memory, and refuse everything until it is started again."""
+    before = (node / "state" / "ledger.key").read_bytes(), (node.parent / "head").read_bytes()
+    with alone(node / "state"):
+        status, _, err = call(capsys, "node", command, node)
+        assert (status, err) == (2, f"conclave: {node}: is running already, must be stopped first\n")
+        assert before == ((node / "state" / "ledger.key").read_bytes(), (node.parent / "head").read_bytes())
+    assert call(capsys, "node", command, node)[0] == 0
+
+
+def test_a_server_with_a_host_that_is_none_is_not_begun(capsys, tmp_path):
+    status, _, err = call(capsys, "server", "init", tmp_path / "fed", "--host", "bad host")
+    assert (status, "must be a name like" in err) == (2, True)
+    assert call(capsys, "server", "init", tmp_path / "fed", "--host", "fed.example.org")[0] == 0

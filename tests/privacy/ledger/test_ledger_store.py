@@ -246,6 +246,24 @@ def test_a_claim_that_cannot_be_written_or_read_refuses(tmp_path):
         registry.claim(tmp_path / "claims", "digits", tmp_path / "data", tmp_path / "a.db")
 
 
+def test_claims_are_taken_back_where_they_are_new(tmp_path):
+    folder, ledger, other = tmp_path / "claims", tmp_path / "a.db", tmp_path / "b.db"
+    claims = registry.claim(folder, "one", tmp_path / "data", ledger)
+    assert sorted(claims) == sorted(folder.iterdir())
+    assert registry.claim(folder, "one", tmp_path / "data", ledger) == []
+    registry.release(claims)
+    registry.claim(folder, "one", tmp_path / "data", other)
+
+
+def test_a_claim_on_a_full_disk_is_none(tmp_path, monkeypatch):
+    folder, ledger, other = tmp_path / "claims", tmp_path / "a.db", tmp_path / "b.db"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: os.write(-1, b""))
+        with pytest.raises(BadInputError, match="cannot be written"):
+            registry.claim(folder, "one", tmp_path / "data", ledger)
+    registry.claim(folder, "one", tmp_path / "data", other)
+
+
 def test_the_registry_lies_in_the_users_state_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert registry.default_registry() == tmp_path / "conclave" / "datasets"
@@ -268,6 +286,16 @@ def test_a_key_is_written_once_and_read_by_its_owner_only(tmp_path):
         path.chmod(mode)
         with pytest.raises(BadInputError, match=f"mode {mode:04o}"):
             load_key(path)
+
+
+def test_a_crash_leaves_a_whole_key_or_none(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.key"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            create_key(path)
+    assert not path.exists()
+    assert public_hex(create_key(path)) == public_hex(load_key(path))
 
 
 def test_what_is_no_ledger_key_is_refused(tmp_path):

@@ -1,0 +1,63 @@
+"""Files that come into being whole: a crash, an error or a full disk leaves the new file or none, never a torn one."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+@contextmanager
+def new_file(path: Path, *, mode: int) -> Iterator[BinaryIO]:
+    """Write a file that must not exist yet; it is there once the block has ended without an error.
+
+    mode: who may read it, before the umask.
+
+    Raises:
+        FileExistsError: there is such a file, and it stays as it is.
+    """
+    _refuse_existing(path)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        _name(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Let a new name in a folder survive a power cut, where the file system can promise that."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network shares know no such thing
+            raise
+    finally:
+        os.close(opened)
+
+
+def _name(partial: Path, path: Path) -> None:
+    """Give a finished file its name; a link fails where another file has it by now, a rename would replace that."""
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:  # a memory stick, a network share
+            raise
+        _refuse_existing(path)
+        partial.rename(path)
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))

@@ -158,6 +158,13 @@ def test_a_host_that_is_none_is_refused(tmp_path, host):
         ("max_message_mb = 1024", "max_message_mb = 0", "max_message_mb"),
         ('hosts = ["fed.example.org", "10.0.0.7"]', "hosts = []", "hosts"),
         ("port = 9443", "port = [", "not TOML"),
+        ('"0.0.0.0"', '"[::1]"', r"bind is '\[::1\]', must be an IP address"),
+        ('"0.0.0.0"', '"localhost"', "bind is 'localhost', must be an IP address"),
+        ('"0.0.0.0"', '"fe80::1%eth0"', "bind is 'fe80::1%eth0', must be an IP address"),
+        ('"0.0.0.0"', '"::1; root /"', "must be an IP address"),
+        ("internal_port = 9091", "internal_port = 9443", "internal_port is 9443, must be another than port"),
+        ("# metrics_port = 9464", "metrics_port = 9443", "metrics_port is 9443, must be another than port"),
+        ("# metrics_port = 9464", "metrics_port = 9091", "metrics_port is 9091, must be another than internal_port"),
     ],
 )
 def test_a_configuration_that_cannot_be_names_the_key(server, old, new, named):
@@ -168,7 +175,16 @@ def test_a_configuration_that_cannot_be_names_the_key(server, old, new, named):
         read_server_config(path)
 
 
-def test_nginx_accepts_the_configuration(server, tmp_path):
+@pytest.mark.parametrize(
+    ("bind", "shown"),
+    [("0.0.0.0", "0.0.0.0:9443"), ("::1", "[::1]:9443"), ("::", "[::]:9443")],
+)
+def test_nginx_accepts_the_configuration(server, bind, shown):
+    path = server.path / "server.toml"
+    path.write_text(path.read_text().replace('"0.0.0.0"', f'"{bind}"'))
+    server = ServerDirectory(server.path)
+    assert server.config.listens_on == shown
+    assert f"listen {shown} ssl;" in nginx_config(server.config, server.path)
     try:
         program = nginx_program()
     except BadInputError as error:
@@ -182,6 +198,13 @@ def test_nginx_accepts_the_configuration(server, tmp_path):
     text = (server.state / "nginx.conf").read_text()
     assert text.count("proxy_pass") == 2  # fleet and control; nothing else goes through
     assert "/v1/runtime" not in text
+
+
+@pytest.mark.parametrize("address", ['"a..b:1"', '"[::::]:1"', '"fed"', '"fed:\u0661"', "9443", '"fed:70000"'])
+def test_an_operators_address_is_checked_where_it_is_read(server, address):
+    (server.operator / "superlink.toml").write_text(f"address = {address}\n")
+    with pytest.raises(BadInputError, match=r"superlink\.toml: address is .*, must be host:port"):
+        find_operator(str(server.operator))
 
 
 def test_an_operator_is_found_by_folder_or_by_name(server, tmp_path, monkeypatch):

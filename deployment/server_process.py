@@ -14,9 +14,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 
 from deployment.alone import alone, check_ports
-from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
+from deployment.environment import keep_caches_in, private_umask
 from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
 from deployment.monitoring import HOST, monitoring
+from deployment.outward_proxy import check_outward_proxy
 from deployment.proxy import nginx_config, nginx_program
 from deployment.server_directory import ServerDirectory
 from deployment.server_metrics import ServerMetrics
@@ -37,11 +38,11 @@ def start_server(server: ServerDirectory) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        BadInputError: nginx is missing, or another Flower is installed.
+        BadInputError: nginx is missing, a proxy cannot be used, or another Flower is installed.
     """
     check_flower()
     private_umask()
-    reach_loopback_directly()
+    check_outward_proxy()  # nothing goes there, but every client that Flower makes would fail
     keep_caches_in(server.state)
     config = server.config
     ports = {
@@ -62,7 +63,7 @@ def _serve(server: ServerDirectory) -> None:
         reached = {"superlink-answers": False}
         with monitoring(server.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
             _stop_forsaken_runs(metrics.control, family.stopped)
-            log.info("listening on %s:%d", server.config.bind, server.config.port)
+            log.info("listening on %s", server.config.listens_on)
             serve(
                 RuntimeApi(address, server.secret.read_bytes(), ca.read_bytes()),
                 SERVER_APP,

@@ -34,11 +34,27 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    _sync_names(path.parent)
+
+
+def append_durably(path: Path, content: bytes) -> None:
+    """Add to a file, which is created if need be, so that it survives a power cut once this returns."""
+    is_new = not path.exists()
+    with path.open("ab") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if is_new:
+        _sync_names(path.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    """Have a new name, or a renaming, survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:

@@ -339,7 +339,15 @@ def test_another_scheme_or_kind_by_one_key_forgets_what_only_the_old_one_had():
 
 
 def test_hostile_documents_and_overrides_are_refused():
-    assert refusal("a=" + "[" * 5000) == "nested too deeply, must be a scenario in TOML"
+    assert refusal("a=" + "[" * 5000) == "nested too deeply, must be at most 64 tables and arrays in one another"
+    for digits in ("9" * 5001, "0x" + "f" * 5001, f"[{2**64}]"):
+        assert refusal(f"a = {digits}") == "an integer is too long, must have at most 64 bits"
+        with pytest.raises(BadInputError, match=r"^--set seed: an integer is too long"):
+            parse_override(f"seed={digits}")
+    for deep in ("[" * 3000, "{a" + ".a" * 3000 + "=1}"):
+        with pytest.raises(BadInputError, match=r"^--set a: nested too deeply"):
+            parse_override(f"a={deep}")
+    assert refusal(overrides={"model" + ".a" * 3000: 1}).startswith("nested too deeply")
     with pytest.raises(BadInputError, match="must set one key to one value"):
         parse_override("a=1\nb=2")
 

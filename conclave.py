@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXIT_VIOLATION = 1
 EXIT_TRY_AGAIN = 1
 EXIT_BAD_INPUT = 2
+_LARGEST_ID = 2**64 - 1  # of Flower's nodes and runs
 
 app = typer.Typer(
     help="Train mixture-of-experts models across organisations, under differential privacy.",
@@ -49,11 +50,23 @@ Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on 
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
+    _refuse_arguments_that_are_no_text(sys.argv[1:])
     if version:
         from importlib.metadata import version as installed_version
 
         typer.echo(f"conclave {installed_version('conclave-moe')}")
         raise typer.Exit
+
+
+def _refuse_arguments_that_are_no_text(arguments: list[str]) -> None:
+    """No document could hold them, and no terminal show them."""
+    try:
+        "\n".join(arguments).encode()
+    except UnicodeEncodeError as error:
+        from model.errors import BadInputError
+
+        strange = next(argument for argument in arguments if error.object[error.start] in argument)
+        raise BadInputError(f"argument {strange!r}: is no text in UTF-8, must be one") from error
 
 
 @app.command()
@@ -536,8 +549,10 @@ def server_init(
     as_json: Json = False,
 ) -> None:
     """Create a server's folder: server.toml, a certificate authority, the server's certificate, an operator's."""
+    from deployment.server_config import parse_server_config
     from deployment.server_directory import ServerDirectory
 
+    parse_server_config({"hosts": host, "port": port}, where=str(server))  # before anything is written
     created = ServerDirectory.create(server, host, port=port, days=days)
     typer.echo(f"{server / 'server.toml'}: listens on port {port} as {', '.join(host)}")
     typer.echo(f"{server / 'operator'}: what an operator needs; keep it secret")
@@ -587,7 +602,9 @@ def server_enrol(
 
 @server_app.command("remove")
 def server_remove(
-    node_id: Annotated[int, typer.Argument(metavar="NODE", help="Flower's id of the node, as in status.")],
+    node_id: Annotated[
+        int, typer.Argument(metavar="NODE", min=0, max=_LARGEST_ID, help="Flower's id of the node, as in status.")
+    ],
     superlink: SuperLink,
 ) -> None:
     """Let a node connect no more: its key was lost, or it has left."""
@@ -709,7 +726,9 @@ def status(superlink: SuperLink, as_json: Json = False) -> None:
 
 
 @app.command()
-def stop(run_id: Annotated[int, typer.Argument(help="The run, as in status.")], superlink: SuperLink) -> None:
+def stop(
+    run_id: Annotated[int, typer.Argument(min=0, max=_LARGEST_ID, help="The run, as in status.")], superlink: SuperLink
+) -> None:
     """Stop a run on a server. What its rounds cost stays spent; train --resume goes on with it."""
     from deployment.flower_runtime import Control
     from deployment.operator import find_operator

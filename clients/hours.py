@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import time
 from typing import Annotated
 
@@ -18,9 +19,9 @@ def within(hours: str, at: time) -> bool:
 
 
 def _parse(hours: str) -> tuple[time, time]:
-    begin, dash, end = hours.partition("-")
-    if not dash or len(begin) != len("00:00") or len(end) != len("00:00"):
+    if not re.fullmatch(r"[0-9]{2}:[0-9]{2}-[0-9]{2}:[0-9]{2}", hours):  # a time in ISO 8601 may have a time zone
         raise ValueError("must be two times of day, like 20:00-06:00")
+    begin, _, end = hours.partition("-")
     try:
         return time.fromisoformat(begin), time.fromisoformat(end)
     except ValueError as error:

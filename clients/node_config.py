@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from clients.operations_config import LimitsConfig, MonitoringConfig
 from clients.policy import Policy
+from clients.server_address import ServerAddress
 from data.formats.config import FormatConfig
 from model.config import Frozen
 from model.errors import BadInputError
@@ -55,12 +55,6 @@ class StorageConfig(Frozen):
     machine: str | None = Field(default=None, min_length=1, max_length=200)
 
 
-def _address(text: str) -> str:
-    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", text):
-        raise ValueError("must be host:port, like fed.example.org:9443")
-    return text
-
-
 class ConnectionConfig(Frozen):
     """The server that the node dials; paths are relative to the folder of ``node.toml``.
 
@@ -69,7 +63,7 @@ class ConnectionConfig(Frozen):
     internal_port: of Flower's SuperNode, on loopback only.
     """
 
-    address: Annotated[str, AfterValidator(_address)]
+    address: ServerAddress
     ca: Path
     key: Path = Path("state/node.key")
     internal_port: int = Field(default=9094, ge=1, le=65_535)
@@ -97,6 +91,13 @@ class NodeConfig(Frozen):
             raise ValueError("policy.simulation is true, must not be set where there are private data")
         return self
 
+    @model_validator(mode="after")
+    def _has_a_port_for_each(self) -> Self:
+        port = self.monitoring.metrics_port
+        if self.server is not None and port == self.server.internal_port:
+            raise ValueError(f"monitoring.metrics_port is {port}, must be another than server.internal_port")
+        return self
+
 
 def read_node_config(path: Path) -> NodeConfig:
     """Read ``node.toml``.
@@ -109,9 +110,13 @@ def read_node_config(path: Path) -> NodeConfig:
 
 def parse_node_config(document: Mapping[str, object], *, where: str) -> NodeConfig:
     """Check a configuration; ``where`` names its origin in errors. Raises as :func:`read_node_config`."""
+    # By way of JSON, where a string may be a path and a list a tuple; nothing else is converted.
+    text = json.dumps(document, default=str, ensure_ascii=False)
     try:
-        # By way of JSON, where a string may be a path and a list a tuple; nothing else is converted.
-        return NodeConfig.model_validate_json(json.dumps(document, default=str))
+        return NodeConfig.model_validate_json(text.encode())
+    except UnicodeEncodeError as error:
+        around = text[: error.start].rpartition('"')[2] + ascii(text[error.start])[1:-1]
+        raise BadInputError(f"{where}: {around}… is no text in UTF-8, must be a name or path that is") from error
     except ValidationError as error:
         raise BadInputError(f"{where}: {explain(error, NodeConfig)}") from error
 

@@ -13,10 +13,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from clients.server_address import is_host_name
 from model.errors import BadInputError
 from model.store import write_atomically
 
-_LONGEST_HOST = 253
 _CLOCK_SKEW = timedelta(minutes=10)
 
 
@@ -190,9 +190,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
         pass
-    labels = host.split(".")
-    sound = all(label and label.strip("-") == label and label.replace("-", "").isalnum() for label in labels)
-    if not host.isascii() or not sound or len(host) > _LONGEST_HOST:
+    if not is_host_name(host):
         raise BadInputError(f"host {host!r}: must be a name like fed.example.org, or an IP address")
     return x509.DNSName(host)
 

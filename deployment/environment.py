@@ -24,6 +24,7 @@ def reach_loopback_directly() -> None:
     ``HTTPS_PROXY`` and its relatives are for the way to the server. A node's own processes talk on loopback, with a
     secret that no proxy may see.
     """
+    stated = os.environ.get("no_proxy", os.environ.get("NO_PROXY", ""))  # as they are read: the small one first
+    known = [host for host in stated.split(",") if host]
     for name in ("NO_PROXY", "no_proxy"):
-        known = [host for host in os.environ.get(name, "").split(",") if host]
         os.environ[name] = ",".join([*known, *(host for host in _LOOPBACK if host not in known)])

@@ -90,6 +90,7 @@ from flwr.supernode.runtime.run_clientapp import push_message
 from clients.protocol import Refusal, encode
 from deployment.certificates import days_left
 from deployment.operator import Operator
+from deployment.outward_proxy import check_outward_proxy
 from deployment.supernode import PATIENCE_S
 from model.errors import BadInputError
 
@@ -477,9 +478,10 @@ class Control:
         """Reach a server through its proxy, with the operator's certificate.
 
         Raises:
-            BadInputError: a certificate cannot be used, or another Flower is installed.
+            BadInputError: a certificate or a proxy cannot be used, or another Flower is installed.
         """
         check_flower()
+        check_outward_proxy()
         left = days_left(operator.certificate)
         if left < 0.0:
             raise BadInputError(f"{operator.certificate}: expired {-left:.0f} days ago, must be one that is valid now")
@@ -573,6 +575,8 @@ class Control:
             raise BadInputError(f"{self._address}: cannot {what}: {why}") from error
         except httpx.HTTPError as error:
             raise BadInputError(f"{self._address}: cannot {what}: {_why(error)}") from error
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise BadInputError(f"{self._address}: cannot {what}: no such address can be") from error
 
 
 def _why(error: httpx.HTTPError) -> str:

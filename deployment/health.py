@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -14,6 +15,7 @@ from deployment.server_config import read_server_config
 from model.errors import BadInputError
 
 _PATIENCE_S = 5.0
+_MOST_BYTES = 1 << 16
 
 
 def ask_health(folder: Path) -> dict[str, bool]:
@@ -29,20 +31,23 @@ def ask_health(folder: Path) -> dict[str, bool]:
     port = config.metrics_port
     if port is None:
         raise BadInputError(f"{where}: no monitoring.metrics_port, must be set and the process started again")
+    try:
+        found = json.loads(_answer(port))
+        return {str(name): bool(well) for name, well in found.items()}
+    except OSError as error:
+        raise BadInputError(f"{where}: nobody answers on port {port}, must be running") from error
+    except (http.client.HTTPException, ValueError, AttributeError, RecursionError) as error:
+        raise BadInputError(f"{where}: another program answers on port {port}") from error
+
+
+def _answer(port: int) -> bytes:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(f"http://{HOST}:{port}/health", timeout=_PATIENCE_S) as answer:
-            body = answer.read(1 << 16)
+            return bytes(answer.read(_MOST_BYTES))
     except urllib.error.HTTPError as error:
         with error:
-            body = error.read(1 << 16)
-    except OSError as error:
-        raise BadInputError(f"{where}: nobody answers on port {port}, must be running") from error
-    try:
-        found = json.loads(body)
-        return {str(name): bool(well) for name, well in found.items()}
-    except (ValueError, AttributeError) as error:
-        raise BadInputError(f"{where}: another program answers on port {port}") from error
+            return error.read(_MOST_BYTES)
 
 
 def _monitoring(folder: Path) -> tuple[Path, MonitoringConfig]:

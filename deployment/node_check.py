@@ -20,6 +20,7 @@ from deployment.certificates import days_left
 from deployment.fixed_layout import check_layout
 from deployment.flower_runtime import check_flower
 from deployment.node_loading import read_data
+from deployment.outward_proxy import check_outward_proxy
 from model.errors import BadInputError
 from privacy.ledger.entry import Side
 from privacy.ledger.reading import LedgerFile
@@ -170,8 +171,9 @@ def look_at_server(directory: NodeDirectory) -> str:
     """Reach for the server; return what was found.
 
     Raises:
-        BadInputError: it cannot be reached, has another certificate, or the clocks differ.
+        BadInputError: it cannot be reached, has another certificate, a proxy cannot be used, or the clocks differ.
     """
+    check_outward_proxy()
     server = directory.config.server
     if server is None:
         raise BadInputError("node.toml has no [server]")
@@ -186,7 +188,7 @@ def look_at_server(directory: NodeDirectory) -> str:
         raise BadInputError(
             f"{server.address}: not reachable; look at the address, the firewall and the server"
         ) from error
-    except (OSError, httpx.HTTPError) as error:
+    except (OSError, httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         raise BadInputError(f"{server.address}: not reachable ({type(error).__name__}: {error})") from error
     skew = _skew(date)
     if skew is not None and not -_MOST_BEHIND_S <= skew <= _MOST_AHEAD_S:

@@ -17,13 +17,14 @@ from clients.node_key import check_node_key
 from clients.protocol import Refusal, encode
 from deployment.alone import alone, check_ports
 from deployment.certificates import write_secret
-from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
+from deployment.environment import keep_caches_in, private_umask
 from deployment.flower_runtime import BUNDLE, CLIENT_APP, RuntimeApi, answer_message, check_flower, release, serve
 from deployment.limits import keep_to
 from deployment.monitoring import HOST, monitoring
 from deployment.node_check import look_at_server
 from deployment.node_loading import open_node
 from deployment.node_metrics import NodeMetrics
+from deployment.outward_proxy import check_outward_proxy
 from deployment.supervision import Family, Program
 from model.errors import BadInputError
 
@@ -34,7 +35,8 @@ def start_node(directory: NodeDirectory) -> None:
     """Answer messages until SIGTERM or SIGINT.
 
     Raises:
-        BadInputError: the node cannot be opened, is not connected to a server, or another Flower is installed.
+        BadInputError: the node cannot be opened, is not connected to a server, a proxy or a limit cannot be used, or
+            another Flower is installed.
     """
     check_flower()
     server = directory.config.server
@@ -42,7 +44,7 @@ def start_node(directory: NodeDirectory) -> None:
     if server is None:
         raise ValueError("a node without a server has no files for it")
     private_umask()
-    reach_loopback_directly()
+    check_outward_proxy()
     keep_caches_in(directory.state)
     keep_to(directory.config.limits)
     check_node_key(key)

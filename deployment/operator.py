@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from clients.server_address import check_address
 from model.errors import BadInputError
 from model.toml_file import read_toml
 
@@ -48,8 +49,12 @@ def find_operator(name: str) -> Operator:
 def _read(folder: Path) -> Operator:
     path = folder / OPERATOR_FILE
     address = read_toml(path, "an operator's configuration").get("address")
-    if not isinstance(address, str) or not address.rpartition(":")[2].isdigit():
+    if not isinstance(address, str):
         raise BadInputError(f"{path}: address is {address!r}, must be host:port")
+    try:
+        check_address(address)
+    except ValueError as error:
+        raise BadInputError(f"{path}: address is {address!r}, {error}") from error
     operator = Operator(address, folder / "ca.pem", folder / "operator.pem", folder / "operator.key")
     for file in (operator.ca, operator.certificate, operator.key):
         if not file.is_file():

@@ -94,7 +94,7 @@ http {{
   scgi_temp_path "{state}/nginx-unused";
   map $ssl_client_verify $is_operator {{ default 0; SUCCESS 1; }}
   server {{
-    listen {config.bind}:{config.port} ssl;
+    listen {config.listens_on} ssl;
     ssl_certificate "{tls}/server.pem";
     ssl_certificate_key "{tls}/server.key";
     ssl_protocols TLSv1.2 TLSv1.3;

@@ -14,11 +14,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 
 from deployment.alone import alone, check_ports
-from deployment.environment import keep_caches_in, private_umask, reach_loopback_directly
+from deployment.environment import keep_caches_in, private_umask
 from deployment.flower_database import bring_up_to_date
 from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
 from deployment.loopback import LOOPBACK, make_certificate
 from deployment.monitoring import HOST, monitoring
+from deployment.outward_proxy import check_outward_proxy
 from deployment.proxy import check_proxy, nginx_config, proxy_command
 from deployment.server_directory import ServerDirectory
 from deployment.server_metrics import ServerMetrics
@@ -40,12 +41,12 @@ def start_server(server: ServerDirectory) -> None:
     """Serve until SIGTERM or SIGINT.
 
     Raises:
-        BadInputError: nginx is missing or refuses its configuration, or another Flower is installed or its database
-            cannot be used.
+        BadInputError: nginx is missing or refuses its configuration, a proxy of the environment cannot be used, or
+            another Flower is installed or its database cannot be used.
     """
     check_flower()
     private_umask()
-    reach_loopback_directly()
+    check_outward_proxy()  # nothing goes there, but every client that Flower makes would fail
     keep_caches_in(server.state)
     config = server.config
     ports = {
@@ -69,7 +70,7 @@ def _serve(server: ServerDirectory) -> None:
         reached = {"superlink-answers": False}
         with monitoring(server.config.monitoring.metrics_port, metrics, lambda: family.running() | reached):
             _stop_forsaken_runs(metrics.control, family.stopped)
-            log.info("listening on %s:%d", server.config.bind, server.config.port)
+            log.info("listening on %s", server.config.listens_on)
             serve(
                 RuntimeApi(address, server.secret.read_bytes(), ca.read_bytes()),
                 SERVER_APP,

@@ -35,7 +35,18 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_folder(path.parent)  # the rename itself must survive a power cut
+
+
+def append_durably(path: Path, content: bytes) -> None:
+    """Add to a file, which is created if need be, so that it survives a power cut once this returns."""
+    is_new = not path.exists()
+    with path.open("ab") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if is_new:
+        sync_folder(path.parent)
 
 
 def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ def canonical_json(document: object) -> bytes:
 
     Raises:
         TypeError: the document holds a float or something JSON cannot carry.
+        UnicodeEncodeError: a string in it holds a lone surrogate, as names and paths in other encodings do.
     """
     _refuse_floats(document)
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

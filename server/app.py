@@ -62,7 +62,8 @@ def run_scenario(
     Args:
         run_id: names the run in every charge.
         on_round: told each round's metrics.
-        say: told in words how many nodes refused, and why, what each round came to, or that nothing is left to do.
+        say: told in words how many nodes refused, and why, what each round came to, what was lost, or that nothing is
+            left to do.
 
     Raises:
         BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
@@ -98,7 +99,7 @@ def run_scenario(
             say(f"nodes that do not take part: {counted(roster.refused)}")
         _check_coverage(scenario, strategy, roster)  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
-    coverage.restore(run.metrics() if done else ())
+    coverage.restore(_known_rounds(run, done, say))
     for round_number in range(done + 1, scenario.federation.rounds + 1):
         started = time.perf_counter()
         if round_number > done + 1 and roster.refresh():
@@ -181,7 +182,6 @@ def _check_coverage(scenario: Scenario, strategy: ExpertStrategy, roster: Roster
 def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory, plan_hash: str) -> int:
     """Put the checkpointed state back, if there is one; return the last round that is done."""
     if not run.checkpoint.exists():
-        run.keep_metrics(0)
         return 0
     checkpoint = read_checkpoint(run.checkpoint)
     if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
@@ -190,8 +190,17 @@ def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory,
     if strategy.noise_test is not None:
         strategy.noise_test.history = {node: dict(sums) for node, sums in checkpoint.history.items()}
     average.restore(checkpoint.averaged, checkpoint.average, checkpoint.tensors)
-    run.keep_metrics(checkpoint.round)
     return checkpoint.round
+
+
+def _known_rounds(run: RunDirectory, done: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Return the metrics of the rounds that are done. What a disk lost of them is no reason not to go on."""
+    known = run.keep_metrics(done)
+    if len(known) < done:
+        said = f"the metrics of {done - len(known)} of {done} rounds are lost; counts over rounds leave these out"
+        log.warning("%s: %s", run.path, said)
+        say(said)
+    return known
 
 
 def _said(

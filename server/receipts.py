@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from clients.protocol import LedgerIdentity
 from model.config import Frozen
 from model.errors import BadInputError
+from model.store import append_durably
 from privacy.ledger import SignedHead
 from privacy.ledger.heads import HEX_KEY
 
@@ -107,10 +108,7 @@ class ReceiptBook:
     def save(self) -> None:
         """Write what was kept since the last call to the file, durably."""
         if self._path is not None and self._new:
-            with self._path.open("a") as stream:
-                stream.writelines(kept.model_dump_json() + "\n" for kept in self._new)
-                stream.flush()
-                os.fsync(stream.fileno())
+            append_durably(self._path, "".join(kept.model_dump_json() + "\n" for kept in self._new).encode())
         self._new = []
 
     def _remember(self, kept: KeptReceipt) -> None:

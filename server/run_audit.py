@@ -214,7 +214,7 @@ class _RunAudit:
             verdict="VIOLATED" if self.findings else "NOT_REFUTED" if complete else "INCOMPLETE",
             run_id=", ".join(sorted(self.run_ids)),
             plan_hash=self.plan_hash,
-            rounds=len(self.run.metrics()),
+            rounds=self.run.metrics()[-1]["round"],
             nodes=len({kept.node for kept in self.receipts}),
             receipts=len(self.receipts),
             matched=self.matched,

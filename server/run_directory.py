@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from model import BadInputError, ModelConfig, save_model
-from model.store import write_atomically
+from model.store import append_durably, write_atomically
 from server.scenario import Scenario, read_scenario
 
 _TESTED_PACKAGES = ("conclave-moe", "torch", "flwr", "flwr-datasets", "opacus", "dp-accounting", "numpy")
@@ -106,25 +106,27 @@ class RunDirectory:
             raise BadInputError(f"{path}: empty, the run must have finished a round")
         return rounds
 
-    def keep_metrics(self, rounds: int) -> None:
-        """Forget the metrics of rounds after ``rounds``, and a last line that a crash cut short."""
+    def keep_metrics(self, rounds: int) -> list[dict[str, Any]]:
+        """Return the metrics of the first ``rounds`` rounds; forget the others, and all from a damaged line on."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
-            return
-        kept = []
-        for line in path.read_text().splitlines():
+            return []
+        text, kept = "", []
+        for line in path.read_text(errors="replace").splitlines():
             try:
-                if json.loads(line)["round"] > rounds:
+                metrics = json.loads(line)
+                if metrics["round"] > rounds:
                     break
             except (ValueError, KeyError, TypeError):
                 break
-            kept.append(line + "\n")
-        write_atomically(path, "".join(kept).encode())
+            kept.append(metrics)
+            text += line + "\n"
+        write_atomically(path, text.encode())
+        return kept
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one round's metrics."""
-        with (self.path / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        """Append one round's metrics, durably."""
+        append_durably(self.path / "metrics.jsonl", (json.dumps(line) + "\n").encode())
 
     def save_model(self, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:
         """Write the final model."""

@@ -17,6 +17,7 @@ from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
 from model.explain import explain, keys_of
+from model.toml_file import load_toml, parse_toml, refuse_extremes
 from privacy.affinity_config import AffinityPlan
 from privacy.calibration import calibrate_noise
 from privacy.config import PrivacyConfig
@@ -285,14 +286,10 @@ def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:
 
 def parse_scenario(text: str, *, where: str, overrides: Overrides | None = None) -> Scenario:
     """Parse a scenario; ``where`` names its origin in errors. Raises as :func:`read_scenario`."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadInputError(f"{where}: not TOML: {error}") from error
-    except RecursionError as error:
-        raise BadInputError(f"{where}: nested too deeply, must be a scenario in TOML") from error
+    document = parse_toml(text, where=where)
     for key, value in (overrides or {}).items():
         _put(document, key, deepcopy(value))  # a later key may lie within it
+    refuse_extremes(document, where=where)  # a key of many parts nests, too
     _drop_stale_options(document, overrides or {})
     try:
         return Scenario.model_validate(document)
@@ -304,13 +301,13 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Split ``a.b=value``; the value is TOML, or a bare string.
 
     Raises:
-        BadInputError: there is no ``=`` or no key.
+        BadInputError: there is no ``=`` or no key, or the value is nested too deeply or an integer too long.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise BadInputError(f"--set {text}: must have the form key.subkey=value")
     try:
-        parsed = tomllib.loads(f"value = {value}")
+        parsed = load_toml(f"value = {value}", where=f"--set {key.strip()}")
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
     if parsed.keys() != {"value"}:

@@ -75,7 +75,7 @@ def write_report(run: RunDirectory) -> Path:
         environment=run.environment,
         plan=scenario.plan(),
         last=last,
-        rounds=len(metrics),
+        rounds=last["round"],
         private=private,
         nodes=nodes,
         audit=audit,

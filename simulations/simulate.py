@@ -140,7 +140,7 @@ def summarize(run: RunDirectory) -> Summary:
         order0_bits_per_byte=metrics[-1].get("order0_bits_per_byte"),
         epsilon=_largest_epsilon(run.ledgers),
         delta=scenario.privacy.delta,
-        rounds=len(metrics),
+        rounds=metrics[-1]["round"],
         bytes_per_node=round(sum(exchanged) / len(exchanged)) if note is None or note.federated else 0,
         bytes_full_model=metrics[-1]["bytes_full_model"],
         dropped_by=dropped_by(metrics),

@@ -31,9 +31,14 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path) -> list[Pat
 
     Raises:
         BadInputError: the name, the data, a folder around them or something in them are claimed for another ledger, or
-            the claim cannot be written.
+            the claim cannot be written, or one of them is no text in UTF-8.
     """
     ledger = ledger.resolve()
+    for text in (dataset_id, str(data.resolve()), str(ledger)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInputError(f"{text!r}: is no text in UTF-8, must be a name or path that is") from error
     _refuse_overlap(registry, data.resolve(), ledger)
     claims = {
         registry / f"{sha256(f'{what} {name}'.encode())}.json": (what, name)

@@ -27,7 +27,23 @@ def test_hours_may_pass_midnight(hours, at, works):
     assert within(hours, time.fromisoformat(at)) is works
 
 
-@pytest.mark.parametrize("hours", ["", "20-6", "20:00", "20:00-25:00", "20:00:00-06:00:00", "a", "20:00 06:00"])
+@pytest.mark.parametrize(
+    "hours",
+    [
+        "",
+        "20-6",
+        "20:00",
+        "20:00-25:00",
+        "20:00:00-06:00:00",
+        "a",
+        "20:00 06:00",
+        "2000Z-0600Z",
+        "20:00-0600Z",
+        "20000-06000",
+        "٢٠:00-06:00",
+        "20:00-06:00\n",
+    ],
+)
 def test_other_texts_are_no_hours(hours):
     document = {
         "dataset": {"id": "d", "data": "d", "declared_size": 1},

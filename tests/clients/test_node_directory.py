@@ -105,6 +105,12 @@ def test_what_the_ledger_fixes_cannot_be_edited(make, old, new, sentence):
         ("delta = 1.0", "delta = 1.5", "is 1.5"),
         ("declared_size = 1000", "", "dataset.declared_size is missing"),
         ("[budget]", "[budget", "not TOML"),
+        ("max_rounds = 10000", f"max_rounds = {'9' * 5001}", "an integer is too long, must have at most 64 bits"),
+        ("max_rounds = 10000", f"max_rounds = 0x{'f' * 5001}", "an integer is too long, must have at most 64 bits"),
+        ("max_rounds = 10000", f"max_rounds.{'a.' * 3000}b = 1", "nested too deeply, must be at most 64"),
+        ("[limits]", '[server]\naddress = "a..b:1"\nca = "ca.pem"\n[limits]', "server.address: must be host:port"),
+        ("# metrics_port = 9464", 'metrics_port = 9094\n[server]\naddress = "fed:1"\nca = "ca.pem"',
+         "monitoring.metrics_port is 9094, must be another than server.internal_port"),
     ],
 )  # fmt: skip
 def test_a_bad_configuration_is_one_sentence(make, old, new, sentence):
@@ -234,6 +240,22 @@ def test_decisions_of_a_command_line_are_checked_like_the_file(tmp_path, monkeyp
     create_node(tmp_path / "n", **given)
     claims = [json.loads(path.read_bytes()) for path in (tmp_path / "home" / "conclave" / "datasets").iterdir()]
     assert {"dataset", "data", "ledger"} == {key for claim in claims for key in claim}
+
+
+@pytest.mark.parametrize("key", ["data", "witness"])
+def test_paths_that_are_no_text_are_refused_before_anything_is_written(tmp_path, monkeypatch, key):
+    """Those of another encoding reach Python so, as may the folder that a relative one is in."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    paths = {"data": "data", "witness": "witness"} | {key: "caf\udce9/it"}
+    with pytest.raises(BadInputError) as caught:
+        create_node(
+            tmp_path / "node",
+            dataset={"id": "d", "data": paths["data"], "declared_size": 10},
+            budget={"epsilon": 8.0, "delta": 1e-5},
+            storage={"witness": paths["witness"], "machine": "m"},
+        )
+    assert str(caught.value) == rf"{tmp_path}/node: caf\udce9… is no text in UTF-8, must be a name or path that is"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_the_witness_cannot_be_written_nothing_goes_on(make, monkeypatch):

@@ -202,6 +202,13 @@ def test_another_users_server_is_refused(server, tmp_path, monkeypatch):
         ("max_message_mb = 1024", "max_message_mb = 0", "max_message_mb"),
         ('hosts = ["fed.example.org", "10.0.0.7"]', "hosts = []", "hosts"),
         ("port = 9443", "port = [", "not TOML"),
+        ('"0.0.0.0"', '"[::1]"', r"bind is '\[::1\]', must be an IP address"),
+        ('"0.0.0.0"', '"localhost"', "bind is 'localhost', must be an IP address"),
+        ('"0.0.0.0"', '"fe80::1%eth0"', "bind is 'fe80::1%eth0', must be an IP address"),
+        ('"0.0.0.0"', '"::1; root /"', "must be an IP address"),
+        ("internal_port = 9091", "internal_port = 9443", "internal_port is 9443, must be another than port"),
+        ("# metrics_port = 9464", "metrics_port = 9443", "metrics_port is 9443, must be another than port"),
+        ("# metrics_port = 9464", "metrics_port = 9091", "metrics_port is 9091, must be another than internal_port"),
     ],
 )
 def test_a_configuration_that_cannot_be_names_the_key(server, old, new, named):
@@ -210,6 +217,18 @@ def test_a_configuration_that_cannot_be_names_the_key(server, old, new, named):
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(BadInputError, match=named):
         read_server_config(path)
+
+
+@pytest.mark.parametrize(
+    ("bind", "shown"),
+    [("0.0.0.0", "0.0.0.0:9443"), ("::1", "[::1]:9443"), ("::", "[::]:9443")],
+)
+def test_it_listens_where_it_is_told(server, bind, shown):
+    path = server.path / "server.toml"
+    path.write_text(path.read_text().replace('"0.0.0.0"', f'"{bind}"'))
+    server = ServerDirectory(server.path)
+    assert server.config.listens_on == shown
+    assert f"listen {shown} ssl;" in nginx_config(server.config, server.path)
 
 
 @pytest.fixture
@@ -258,6 +277,13 @@ def test_loopback_has_a_certificate_that_no_other_ca_signed_and_no_renewal_touch
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate((server.tls / "ca.pem").read_bytes()))
     make_certificate(server.state)  # at the next start
     assert (folder / "server.pem").read_bytes() != first
+
+
+@pytest.mark.parametrize("address", ['"a..b:1"', '"[::::]:1"', '"fed"', '"fed:\u0661"', "9443", '"fed:70000"'])
+def test_an_operators_address_is_checked_where_it_is_read(server, address):
+    (server.operator / "superlink.toml").write_text(f"address = {address}\n")
+    with pytest.raises(BadInputError, match=r"superlink\.toml: address is .*, must be host:port"):
+        find_operator(str(server.operator))
 
 
 def test_an_operator_is_found_by_folder_or_by_name(server, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -93,6 +94,21 @@ def test_memory_beyond_the_limit_is_refused_to_the_process():
     assert done.stdout.split() == ["3", "True"], done.stderr
 
 
+def test_a_limit_beyond_what_the_process_may_have_is_one_sentence():
+    """As nobody: root may raise any limit. Everything is loaded before, for nobody may read less."""
+    code = (
+        "import os, resource\nfrom clients.operations_config import LimitsConfig\n"
+        "from deployment.limits import keep_to\nfrom model.errors import BadInputError\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"
+        "try:\n    keep_to(LimitsConfig(memory_mb=4096))\nexcept BadInputError as error:\n    print(error)\n"
+        "keep_to(LimitsConfig(memory_mb=2048))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("limits.memory_mb is 4096, must be at most the 2048 that this process may have")
+
+
 def test_a_proxy_for_the_way_out_never_sees_loopback(monkeypatch):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "intra.example.org")
@@ -129,6 +145,32 @@ def test_health_is_well_or_not(folder):  # noqa: F811
         ask_health(folder)
     with pytest.raises(BadInputError, match="neither"):
         ask_health(folder.parent)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 60_000,
+    ],
+    ids=["another-protocol", "cut-short", "nested"],
+)
+def test_another_program_on_the_port_is_named(folder, said):  # noqa: F811
+    with socket.create_server((HOST, 0)) as other:
+        edit(folder, "# metrics_port = 9464", f"metrics_port = {other.getsockname()[1]}")
+        answering = threading.Thread(target=_answer_once, args=(other, said))
+        answering.start()
+        with pytest.raises(BadInputError, match="another program answers on port"):
+            ask_health(folder)
+        answering.join()
+
+
+def _answer_once(server: socket.socket, said: bytes) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(1 << 16)
+        connection.sendall(said)
 
 
 def _listening() -> list[str]:

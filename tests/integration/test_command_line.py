@@ -220,6 +220,10 @@ BAD = [
     (("predict", "nowhere", "digits:0"), "must be a folder that holds a saved model"),
     (("audit", "ledger", "nowhere.db"), "nowhere.db: cannot be read"),
     (("audit", "ledger", "."), "holds no ledger"),
+    (("simulate", "digits", "--set", f"seed={'9' * 5001}"), "--set seed: an integer is too long"),
+    (("simulate", "digits", "--set", f"a={'[' * 3000}"), "--set a: nested too deeply"),
+    (("node", "check", "caf\udce9"), "argument 'caf\\udce9': is no text in UTF-8"),
+    (("server", "init", "fed", "--host", "fed", "--port", "9091"), "internal_port is 9091, must be another than port"),
 ]
 
 
@@ -233,6 +237,15 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, a
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert out == ""
+
+
+@pytest.mark.parametrize("command", [("stop",), ("server", "remove")])
+@pytest.mark.parametrize("number", [str(2**64), "9" * 5000])
+def test_ids_have_64_bits(capsys, command, number):
+    status, _, err = call(capsys, *command, number, "--superlink", "nowhere")
+    assert (status, "Invalid value" in err) == (2, True)
+    status, _, err = call(capsys, *command, str(2**64 - 1), "--superlink", "nowhere")
+    assert (status, err.startswith("conclave: --superlink nowhere")) == (2, True)
 
 
 def test_a_non_empty_out_is_refused_and_left_alone(capsys, tmp_path):

@@ -172,11 +172,38 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_in_one_sentence(tmp_path):
         simulate(run.scenario, run)
 
 
+@pytest.mark.parametrize("left", [None, 0, 1])
+def test_a_run_whose_metrics_were_lost_goes_on_from_its_checkpoint(undisturbed, tmp_path, caplog, left):
+    """A disk may lose what it said it kept. The model is that of an undisturbed run; counts are of what is known."""
+    run = RunDirectory.create(scenario(), tmp_path / "run")
+
+    def stop(round_number):
+        if round_number == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        simulate(scenario(), run, stop)
+    path = run.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    done, known = len(lines), left or 0
+    path.unlink()
+    if left is not None:
+        path.write_bytes(b"".join(lines[:left]) + b"\xff\0\0\0")  # what a power cut may leave
+    summary = simulate(scenario(), run)
+    assert f"the metrics of {done - known} of {done} rounds are lost" in caplog.text
+    assert summary.rounds == 4
+    assert [line["round"] for line in run.metrics()] == [1, 2, 3, 4][:known] + [1, 2, 3, 4][done:]
+    whole, again = (found.path / "model" / "model.safetensors" for found in (undisturbed, run))
+    assert again.read_bytes() == whole.read_bytes()
+    assert sum(map(len, run.metrics()[-1]["holders_mean"])) > 0
+    assert events(run) == events(undisturbed)
+
+
 def test_metrics_cut_short_by_a_crash_are_repaired(tmp_path):
     run = RunDirectory.create(scenario(), tmp_path / "run")
     path = run.path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"round": n}) + "\n" for n in (1, 2, 3)) + '{"round": 4, "acc')
-    run.keep_metrics(4)
+    assert run.keep_metrics(4) == [{"round": n} for n in (1, 2, 3)]
     assert [line["round"] for line in run.metrics()] == [1, 2, 3]
     run.keep_metrics(2)
     assert [line["round"] for line in run.metrics()] == [1, 2]

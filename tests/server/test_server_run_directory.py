@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +71,17 @@ def test_damaged_metrics_are_bad_input(tmp_path, scenario, content, sentence):
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(BadInputError, match=sentence):
         run.metrics()
+
+
+def test_metrics_are_durable_once_they_are_written(tmp_path, scenario, monkeypatch):
+    """The checkpoint after them is: it must not outlive them. At first the file's name has to last as well."""
+    run, synced = RunDirectory.create(scenario, tmp_path), []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
+    path = tmp_path / "metrics.jsonl"
+    run.append_metrics({"round": 1})
+    assert synced == [path, tmp_path]
+    run.append_metrics({"round": 2})
+    assert synced == [path, tmp_path, path]
 
 
 def test_metrics_are_one_json_object_a_line(tmp_path, scenario):

@@ -85,7 +85,7 @@ def without(key) -> str:
         ("privacy.epsilon", float("nan"), "privacy.epsilon is nan, must be a finite number"),
         ("privacy.delta", 0.0, "privacy.delta is 0.0, must be greater than 0"),
         ("privacy.delta", 1.0, "privacy.delta is 1.0, must be less than 1"),
-        ("privacy.sampling_rate", 0.0, "privacy.sampling_rate is 0.0, must be greater than 0"),
+        ("privacy.sampling_rate", 0.0, "privacy.sampling_rate is 0.0, must be greater than or equal to 0.000000001"),
         ("privacy.sampling_rate", 1.01, "privacy.sampling_rate is 1.01, must be less than or equal to 1"),
         ("seed", -1, "seed is -1, must be greater than or equal to 0"),
         ("seed", True, "seed is True, must be a valid integer"),
@@ -339,7 +339,15 @@ def test_another_scheme_or_kind_by_one_key_forgets_what_only_the_old_one_had():
 
 
 def test_hostile_documents_and_overrides_are_refused():
-    assert refusal("a=" + "[" * 5000) == "nested too deeply, must be a scenario in TOML"
+    assert refusal("a=" + "[" * 5000) == "nested too deeply, must be at most 64 tables and arrays in one another"
+    for digits in ("9" * 5001, "0x" + "f" * 5001, f"[{2**64}]"):
+        assert refusal(f"a = {digits}") == "an integer is too long, must have at most 64 bits"
+        with pytest.raises(BadInputError, match=r"^--set seed: an integer is too long"):
+            parse_override(f"seed={digits}")
+    for deep in ("[" * 3000, "{a" + ".a" * 3000 + "=1}"):
+        with pytest.raises(BadInputError, match=r"^--set a: nested too deeply"):
+            parse_override(f"a={deep}")
+    assert refusal(overrides={"model" + ".a" * 3000: 1}).startswith("nested too deeply")
     with pytest.raises(BadInputError, match="must set one key to one value"):
         parse_override("a=1\nb=2")
 

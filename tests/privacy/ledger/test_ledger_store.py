@@ -207,6 +207,15 @@ def test_a_charge_whose_witness_cannot_be_written_is_not_handed_out(tmp_path, mo
 # One ledger a dataset.
 
 
+@pytest.mark.parametrize("strange", [0, 1, 2])
+def test_a_claim_is_for_names_and_paths_that_are_text(tmp_path, strange):
+    claimed = ["digits", tmp_path / "data", tmp_path / "a.db"]
+    claimed[strange] = ("caf\udce9", tmp_path / "caf\udce9", tmp_path / "caf\udce9.db")[strange]
+    with pytest.raises(BadInputError, match=r"caf\\udce9.* is no text in UTF-8"):
+        registry.claim(tmp_path / "claims", *claimed)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dataset_has_one_ledger_by_name_and_by_place(tmp_path):
     folder = tmp_path / "state" / "claims"
     ledger, other = tmp_path / "a.db", tmp_path / "b.db"

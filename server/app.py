@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -93,11 +94,13 @@ def run_scenario(
     if done == scenario.federation.rounds:
         say(f"all {done} rounds were done before; nothing is left to do")
     else:
-        _check_coverage(scenario, strategy, roster)  # before any budget is set aside
+        _check_coverage(scenario, strategy, roster.refused)  # before any budget is set aside
         strategy.meet(roster.admit())
         if roster.refused:
             say(f"nodes that do not take part: {counted(roster.refused)}")
-        _check_coverage(scenario, strategy, roster)  # what is set aside stays: with more nodes the run can still go on
+        _check_coverage(
+            scenario, strategy, roster.refused
+        )  # what is set aside stays: with more nodes the run can still go on
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(_known_rounds(run, done, say))
     for round_number in range(done + 1, scenario.federation.rounds + 1):
@@ -165,7 +168,7 @@ def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) 
     )
 
 
-def _check_coverage(scenario: Scenario, strategy: ExpertStrategy, roster: Roster) -> None:
+def _check_coverage(scenario: Scenario, strategy: ExpertStrategy, refused: Counter[str]) -> None:
     """Refuse to start where the nodes that are there cannot give every expert its holders.
 
     Not where the node is the unit: there, whether a run starts may not depend on who is there.
@@ -175,7 +178,7 @@ def _check_coverage(scenario: Scenario, strategy: ExpertStrategy, roster: Roster
     capacities = [description.expert_capacity for _, description in strategy.nodes.values()]
     short = shortage(scenario.federation, scenario.model.experts.routed, capacities)
     if short is not None:
-        absent = f"; nodes that do not take part: {counted(roster.refused)}" if roster.refused else ""
+        absent = f"; nodes that do not take part: {counted(refused)}" if refused else ""
         raise BadInputError(f"{short}{absent}")
 
 

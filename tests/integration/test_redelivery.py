@@ -206,7 +206,7 @@ def almost_spent(tmp_path):
     affordable = int(genesis.rdp_budget) // charge_units(MECHANISM, float(genesis.order))
     assert affordable > 1
     for number in range(1, affordable):
-        answer_of(deliver(tmp_path, message(asked(plan=ONE_ROUND, run_id=f"earlier {number}"))).sent)
+        answer_of(deliver(tmp_path, message(asked(plan=ONE_ROUND, run_id=f"earlier-{number}"))).sent)
     return tmp_path, affordable
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 from server_samples import ask, delta_for, make_strategy, train_reply
@@ -128,9 +129,11 @@ def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
 
     strategy = make_strategy(nodes=4, min_holders=2)  # 4 × 3 places for 6 × 2
     scenario = Scenario.model_construct(model=strategy.plan.model, federation=strategy.config)
-    _check_coverage(scenario, strategy)
+    _check_coverage(scenario, strategy, Counter())
     strategy.meet({node: found for node, found in strategy.nodes.values() if node in (11, 12, 13)})
     with pytest.raises(BadInputError, match="3 nodes × 3 experts hold 9 places, 6 experts × min_holders 2 need 12"):
-        _check_coverage(scenario, strategy)
+        _check_coverage(scenario, strategy, Counter())
     level = NodePrivacyConfig(epsilon=8.0, delta=1e-3, clip=1.0, nodes=4)
-    _check_coverage(scenario.model_copy(update={"node_privacy": level}), strategy)  # who is there must not show
+    _check_coverage(
+        scenario.model_copy(update={"node_privacy": level}), strategy, Counter()
+    )  # who is there must not show

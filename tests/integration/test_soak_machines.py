@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 from federation import NODES, Federation
-from soaking import asked, balanced, begin, connected, run_of, start_again, start_in_vain
+from soaking import asked, balanced, begin, connected, run_of, start_again, start_in_vain, supernode_log
 
 from deployment.certificates import Authority
 from deployment.proxy import reload_proxy
@@ -101,8 +101,13 @@ def test_a_certificate_that_runs_out_is_named_everywhere_and_renewing_it_brings_
         federation.wait_for(
             "the node to see it", lambda name=name: federation.log(name).count("supernode: ended") > ended[name]
         )
+    before = {name: len(supernode_log(federation, name)) for name in NODES}
     federation.must("server", "renew", "server")
-    federation.wait_for("nodes", lambda: all(connected(federation, name) for name in NODES), 150)
+    federation.wait_for("TLS", lambda: federation.call("status", "--superlink", "server/operator").returncode == 0)
+    for name in NODES:  # by itself, in a new life
+        federation.wait_for(
+            "the node", lambda name=name: "SuperNode ID" in supernode_log(federation, name)[before[name] :], 150
+        )
     federation.wait_for_nodes(NODES)
     assert begin(federation, "renewed", 1).end() == 0
     assert balanced(federation, "renewed-1") == {name: {1: 1} for name in NODES}

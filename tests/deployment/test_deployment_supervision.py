@@ -66,7 +66,7 @@ def test_work_that_waits_for_a_program_is_not_waited_for_without_end(tmp_path, m
         wait_for(lambda: len(pids(log)) == 1)
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for(lambda: not alive(pids(log)[0]))  # the work
-        assert family.running() == {"sleeper": False}
+        wait_for(lambda: family.running() == {"sleeper": False})  # as long as another thread reaps it, it counts
     assert len(pids(log)) == 1
 
 

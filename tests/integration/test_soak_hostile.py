@@ -74,8 +74,8 @@ def test_the_run_goes_on_without_it(federation, kind):
     assert "round 2 of 2: 2 of 3 replies" in said
     rounds = run_of(federation, f"{kind}-1").metrics()
     assert [(line["accepted"], line["missing"]) for line in rounds] == [(2, 1), (2, 1)]
-    if kind != "withheld":
-        assert federation.log("server").count("its reply is dropped, it is no message") >= 2
+    if kind == "garbage":  # what is announced in another's name, Flower's SuperLink does not take at all
+        assert federation.log("server").count("its reply is dropped, it is no message") == 2
     federation.end("second")
     start_again(federation, "second")
     federation.wait_for("the node", lambda: connected(federation, "second"))

@@ -590,7 +590,7 @@ def server_enrol(
     as_json: Json = False,
 ) -> None:
     """Let a node connect."""
-    from deployment.flower_runtime import Control
+    from deployment.flower_control import Control
     from deployment.operator import find_operator
 
     with Control.of(find_operator(superlink)) as control:
@@ -608,7 +608,7 @@ def server_remove(
     superlink: SuperLink,
 ) -> None:
     """Let a node connect no more: its key was lost, or it has left."""
-    from deployment.flower_runtime import Control
+    from deployment.flower_control import Control
     from deployment.operator import find_operator
 
     with Control.of(find_operator(superlink)) as control:
@@ -684,7 +684,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train on real nodes: start a run on a server, follow it, and say where its run directory is."""
-    from deployment.flower_runtime import Control
+    from deployment.flower_control import Control
     from deployment.following import follow
     from deployment.operator import find_operator
     from model.errors import BadInputError
@@ -712,7 +712,7 @@ def train(
 @app.command()
 def status(superlink: SuperLink, as_json: Json = False) -> None:
     """List a server's nodes and its latest runs."""
-    from deployment.flower_runtime import Control
+    from deployment.flower_control import Control
     from deployment.operator import find_operator
 
     with Control.of(find_operator(superlink)) as control:
@@ -730,7 +730,7 @@ def stop(
     run_id: Annotated[int, typer.Argument(min=0, max=_LARGEST_ID, help="The run, as in status.")], superlink: SuperLink
 ) -> None:
     """Stop a run on a server. What its rounds cost stays spent; train --resume goes on with it."""
-    from deployment.flower_runtime import Control
+    from deployment.flower_control import Control
     from deployment.operator import find_operator
 
     with Control.of(find_operator(superlink)) as control:

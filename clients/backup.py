@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clients.node_directory import NodeDirectory
 from model.errors import BadInputError
-from model.new_file import new_file
+from model.whole_file import new_file
 from privacy.ledger.copying import copy_without_secrets
 
 # In this order: where a file takes another one's name meanwhile, what it becomes is looked for after it.

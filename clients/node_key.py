@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from model.errors import BadInputError
-from model.new_file import new_file
+from model.whole_file import new_file
 
 
 def check_node_key(path: Path) -> None:

@@ -1,8 +1,7 @@
 """Flower's database at a server: brought to the installed version as a whole, or not at all.
 
 Flower's own SuperLink does that in place when it starts, step by step. Where it is ended in the middle, no SuperLink
-opens the file any more, and who is enrolled is in it. With :mod:`deployment.flower_runtime` and
-:mod:`deployment.supernode` this is all that is used of Flower's inside; ``server start`` has checked the version.
+opens the file any more, and who is enrolled is in it. This uses Flower's inside; ``server start`` checks its version.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from model.errors import BadInputError
-from model.new_file import sync_folder
+from model.whole_file import sync_folder
 
 _PARTS = ("", "-wal", "-shm", "-journal")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from deployment.flower_runtime import Control, ListedRun
+from deployment.flower_control import Control, ListedRun
 
 _LOOK_S = 0.5
 

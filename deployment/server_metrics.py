@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployment.flower_runtime import Control
+from deployment.flower_control import Control
 from deployment.machine_metrics import machine_metrics
 from deployment.server_directory import ServerDirectory
 from model.errors import BadInputError

@@ -15,8 +15,10 @@ from flwr.serverapp import Grid
 
 from deployment.alone import alone, check_ports
 from deployment.environment import keep_caches_in, private_umask
+from deployment.flower_control import Control
 from deployment.flower_database import bring_up_to_date
-from deployment.flower_runtime import SERVER_APP, Control, RuntimeApi, check_flower, run_on_server, serve
+from deployment.flower_grid import run_on_server
+from deployment.flower_runtime import SERVER_APP, RuntimeApi, check_flower, serve
 from deployment.loopback import LOOPBACK, make_certificate
 from deployment.monitoring import HOST, monitoring
 from deployment.outward_proxy import check_outward_proxy

@@ -6,7 +6,7 @@ own looks for a message every 3 s and for an answer every 0.5 s, which is longer
 minute for the rest of a message, and not at all once its run is over: Flower's own waits for two hours where a server
 was killed in the middle, and does not take back the task of a message whose run was stopped in the middle.
 
-Beside :mod:`deployment.flower_runtime` this is the only use of Flower's inside; ``node start`` has checked the version.
+This uses Flower's inside; ``node start`` has checked its version.
 """
 
 from __future__ import annotations

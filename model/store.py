@@ -17,7 +17,7 @@ from model.building import from_state
 from model.config import ModelConfig
 from model.errors import BadInputError
 from model.network import Network
-from model.new_file import sync_folder
+from model.whole_file import replaced_file, sync_folder
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
@@ -25,17 +25,8 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 
     mode: who may read it, before the umask.
     """
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.unlink(missing_ok=True)
-    try:
-        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)  # the rename itself must survive a power cut
+    with replaced_file(path, mode=mode) as stream:
+        stream.write(content)
 
 
 def append_durably(path: Path, content: bytes) -> None:

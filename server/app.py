@@ -98,9 +98,8 @@ def run_scenario(
         strategy.meet(roster.admit())
         if roster.refused:
             say(f"nodes that do not take part: {counted(roster.refused)}")
-        _check_coverage(
-            scenario, strategy, roster.refused
-        )  # what is set aside stays: with more nodes the run can still go on
+        # What is set aside stays: with more nodes the run can still go on.
+        _check_coverage(scenario, strategy, roster.refused)
     coverage = Coverage(scenario.model.layers, scenario.model.experts.routed, scenario.federation.min_holders)
     coverage.restore(_known_rounds(run, done, say))
     for round_number in range(done + 1, scenario.federation.rounds + 1):

@@ -9,8 +9,8 @@ from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
 from clients.protocol import ProtocolError
 from model.errors import BadInputError
-from model.new_file import new_file
 from model.store import write_atomically
+from model.whole_file import new_file
 from privacy.ledger.entry import Side
 from privacy.ledger.reading import History, LedgerFile, open_history, write_export
 from privacy.ledger.spending import Budget, Forecast, budget_of, forecast

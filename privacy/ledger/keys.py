@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from model.errors import BadInputError
-from model.new_file import new_file
+from model.whole_file import new_file
 
 
 class DamagedKeyError(BadInputError):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from model.errors import BadInputError
-from model.new_file import new_file
+from model.whole_file import new_file
 from privacy.canonical import canonical_json, sha256
 
 

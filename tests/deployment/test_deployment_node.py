@@ -22,7 +22,9 @@ from clients.node_key import create_node_key
 from clients.protocol import ProtocolError
 from deployment import flower_runtime, node_check
 from deployment.certificates import Authority
-from deployment.flower_runtime import Control, QuickGrid, RuntimeApi, bundle, check_flower, heartbeat_of
+from deployment.flower_control import Control, bundle
+from deployment.flower_grid import QuickGrid
+from deployment.flower_runtime import RuntimeApi, check_flower, heartbeat_of
 from deployment.node_check import check_node
 from deployment.node_loading import open_node
 from deployment.node_process import _refusal

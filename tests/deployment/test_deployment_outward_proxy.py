@@ -11,7 +11,7 @@ from test_deployment_node import edit, folder, problems  # noqa: F401  (a fixtur
 
 from clients.node_directory import NodeDirectory
 from deployment.certificates import Authority
-from deployment.flower_runtime import Control
+from deployment.flower_control import Control
 from deployment.node_process import start_node
 from deployment.operator import find_operator
 from deployment.outward_proxy import check_outward_proxy

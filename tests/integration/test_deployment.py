@@ -25,9 +25,9 @@ from federation import FAR, NODES, Federation, free_port
 from tunnel import Tunnel
 
 from clients.node_directory import NodeDirectory
-from deployment import flower_runtime
+from deployment import flower_control
 from deployment.certificates import Authority
-from deployment.flower_runtime import Control
+from deployment.flower_control import Control
 from deployment.operator import find_operator
 from deployment.server_directory import ServerDirectory
 from model.errors import BadInputError
@@ -157,7 +157,7 @@ def test_changed_code_is_never_opened(federation, monkeypatch, version, told):
     That of another release is refused; one that says it is of this release is answered by what is installed.
     """
     mark = federation.folder / "imported"
-    real = flower_runtime.build_fab_from_files
+    real = flower_control.build_fab_from_files
 
     def poisoned(files):
         code = f"open({str(mark)!r}, 'w').close()\n".encode()
@@ -166,7 +166,7 @@ def test_changed_code_is_never_opened(federation, monkeypatch, version, told):
             {"pyproject.toml": project, "clients/app.py": code, "clients/__init__.py": code, "server/app.py": code}
         )
 
-    monkeypatch.setattr(flower_runtime, "build_fab_from_files", poisoned)
+    monkeypatch.setattr(flower_control, "build_fab_from_files", poisoned)
     with Control.of(find_operator(str(federation.folder / "server" / "operator"))) as control:
         scenario = (federation.folder / "patients.toml").read_text().replace("epsilon = 8.0", "epsilon = 100.0")
         run_id = control.start({"scenario": scenario})

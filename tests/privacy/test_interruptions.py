@@ -94,25 +94,20 @@ def test_noise_that_an_update_showed_is_never_used_again():
 
 def test_gradients_that_are_shown_count_as_a_step():
     module, batch = torch.nn.Linear(3, 1), {"x": torch.randn(8, 3, generator=torch.Generator().manual_seed(0))}
-    training = make_private(
-        module, torch.optim.SGD(module.parameters(), lr=0.1), lambda part: module(part["x"]).square().flatten(),
-        noise_multiplier=1.0, sampling_rate=0.5, clip=1.0, declared_size=8,
-    )  # fmt: skip
-    with training:
-        shown = [flat(training.noised_gradients(batch, UnitIndex(8))) for _ in range(2)]
-        assert not torch.equal(*shown)
-        twice = training.epsilon(1e-5)
-        assert training.step_number == 2
-    with training:
-        pass
-    training = make_private(
-        module, torch.optim.SGD(module.parameters(), lr=0.1), lambda part: module(part["x"]).square().flatten(),
-        noise_multiplier=1.0, sampling_rate=0.5, clip=1.0, declared_size=8,
-    )  # fmt: skip
-    with training:
-        training.step(batch)
-        training.step(batch)
-        assert training.epsilon(1e-5) == twice
+
+    def attached():
+        return make_private(
+            module, torch.optim.SGD(module.parameters(), lr=0.1), lambda part: module(part["x"]).square().flatten(),
+            noise_multiplier=1.0, sampling_rate=0.5, clip=1.0, declared_size=8,
+        )  # fmt: skip
+
+    with attached() as showing:
+        shown = [flat(showing.noised_gradients(batch, UnitIndex(8))) for _ in range(2)]
+    assert not torch.equal(*shown)
+    with attached() as stepping:
+        stepping.step(batch)
+        stepping.step(batch)
+    assert showing.epsilon(1e-5) == stepping.epsilon(1e-5)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])

@@ -1,10 +1,10 @@
-"""Files that come into being whole: a crash, an error or a full disk leaves the new file or none, never a torn one."""
+"""Files that are whole: a crash, an error or a full disk leaves the old file, the new one or none, never a torn one."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,19 @@ def new_file(path: Path, *, mode: int) -> Iterator[BinaryIO]:
         FileExistsError: there is such a file, and it stays as it is.
     """
     _refuse_existing(path)
+    with _whole(path, mode, _name) as stream:
+        yield stream
+
+
+@contextmanager
+def replaced_file(path: Path, *, mode: int) -> Iterator[BinaryIO]:
+    """Write a file that takes the place of another of its name, if any, once the block has ended without an error."""
+    with _whole(path, mode, Path.replace) as stream:
+        yield stream
+
+
+@contextmanager
+def _whole(path: Path, mode: int, name: Callable[[Path, Path], object]) -> Iterator[BinaryIO]:
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.unlink(missing_ok=True)
     try:
@@ -29,10 +42,10 @@ def new_file(path: Path, *, mode: int) -> Iterator[BinaryIO]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        _name(partial, path)
+        name(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_folder(path.parent)  # the name itself must survive a power cut
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from model.new_file import new_file, sync_folder
+from model.whole_file import new_file, sync_folder
 
 
 def test_a_new_file_is_there_once_it_is_whole(tmp_path):

@@ -5,7 +5,7 @@ and the SuperLink run with ``--isolation process``: they wait for somebody to ta
 in a process that stays warm, and calls what is installed. The bundle that comes with a task is bytes that nobody opens:
 no path of it is on ``sys.path``, nothing of it is written to disk.
 
-Nothing else uses Flower's inside but the files beside this one, :mod:`deployment.flower_grid`,
+In a deployment nothing else uses Flower's inside but the files beside this one, :mod:`deployment.flower_grid`,
 :mod:`deployment.flower_control`, :mod:`deployment.flower_database`, and :mod:`deployment.supernode`.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("model", "privacy", "data", "clients", "server", "simulations", "deployment", "conclave")
 MODEL_MAY_IMPORT = {*sys.stdlib_module_names, "torch", "pydantic", "safetensors", "model"}
+FLOWERS_INSIDE = ("flwr.supercore", "flwr.superlink", "flwr.supernode", "flwr.proto", "flwr.cli", "flwr.server")
+_INSIDE = tuple(f"{name}." for name in FLOWERS_INSIDE)
+MAY_USE_IT = re.compile(r"deployment\.(flower_\w+|supernode)")
 
 
 def imported(source: str, module: str) -> set[str]:
@@ -45,6 +49,8 @@ def violations(source: str, module: str) -> list[str]:
             found.append(f"{module} imports {name}, may import clients.protocol only")
         elif package == "model" and target not in MODEL_MAY_IMPORT:
             found.append(f"{module} imports {name}, may import torch, pydantic and safetensors only")
+        elif package == "deployment" and not MAY_USE_IT.fullmatch(module) and f"{name}.".startswith(_INSIDE):
+            found.append(f"{module} imports {name}, which only files may that are named after Flower")
     return found
 
 
@@ -78,6 +84,8 @@ def test_every_import_points_left():
         ("server.app", "import clients"),
         ("server.app", "from simulations import simulate"),
         ("simulations.simulate", "if True:\n    from conclave import main"),
+        ("deployment.node_process", "from flwr.supercore.fab import Fab"),
+        ("deployment.node_process", "import flwr.proto.run_pb2"),
         ("server.app", "__import__('clients.node')"),
         ("model.routers", "from . import parameters\nfrom ..privacy import ledger"),
     ],

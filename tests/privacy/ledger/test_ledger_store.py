@@ -581,10 +581,7 @@ def test_an_invented_history_of_version_1_is_never_signed(tmp_path, monkeypatch,
     witness = Witness(tmp_path / "witness" / "head.json")
     seen = witness.read()
     with pytest.raises(BadInputError):
-        if recovered:
-            recover(path, KEY, witness=witness, machine=MACHINE)
-        else:
-            reopened(tmp_path)
+        recover(path, KEY, witness=witness, machine=MACHINE) if recovered else reopened(tmp_path)
     assert signed == []
     assert path.read_bytes() == before
     assert witness.read() == seen

@@ -117,6 +117,7 @@ def simulate(
             summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
         report_path = write_report(run)
     print_summary(resolved, summary, report_path)
+    _warn_of_budget(resolved)
     if as_json:
         result = {name: value for name, value in asdict(summary).items() if value is not None}
         if summary.baseline is not None:
@@ -134,8 +135,10 @@ def plan(
     from simulations.plan import plan as work_out
     from simulations.tables import print_plan
 
-    estimate = work_out(_scenario(scenario, overrides or [], None))
+    resolved = _scenario(scenario, overrides or [], None)
+    estimate = work_out(resolved)
     print_plan(estimate)
+    _warn_of_budget(resolved)
     if as_json:
         _print_json({**asdict(estimate), "epsilon": _finite(estimate.epsilon)})
 
@@ -814,6 +817,13 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
     if seed is not None:
         changes["seed"] = seed
     return _with_own_code(read_scenario(find(name), changes))
+
+
+def _warn_of_budget(scenario: Scenario) -> None:
+    from simulations.plan import budget_doubts
+
+    for doubt in budget_doubts(scenario):
+        typer.echo(f"warning: {doubt}; a real node of that size would refuse or warn", err=True)
 
 
 def _with_own_code(scenario: Scenario) -> Scenario:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from clients.approvals import Approvals
 from clients.held_out import HeldOut, sides_of
 from clients.node import Node
@@ -12,6 +14,9 @@ from deployment.fixed_layout import keep_layout
 from model.errors import BadInputError
 from privacy.ledger.data_place import look_at
 from privacy.randomness import fresh_secret
+from privacy.sensible_budget import doubts
+
+log = logging.getLogger("conclave.node")
 
 
 def read_data(directory: NodeDirectory) -> PrivateData:
@@ -37,6 +42,8 @@ def open_node(directory: NodeDirectory) -> Node:
     if not look_at(directory.data).is_still(before):  # the claims are on what lies there now
         raise BadInputError(f"{directory.data}: other files lay there while it was read; start again")
     records, size = data.records, config.dataset.declared_size
+    for doubt in doubts(config.budget.epsilon, config.budget.delta, size):  # of ledgers made before it was refused too
+        log.warning("%s", doubt)
     if directory.held_out is not None:
         records, aside = sides_of(records, ledger.genesis, map(bytes, data.identity_N))
         held_out = HeldOut(aside, directory.open_ledger("held-out"))

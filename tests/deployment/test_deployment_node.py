@@ -117,6 +117,14 @@ def test_data_that_are_exchanged_while_they_are_read_are_refused(folder, tmp_pat
         node_loading.open_node(NodeDirectory(folder))
 
 
+def test_a_node_whose_budget_protects_little_says_so_at_every_start(folder, caplog):
+    node_loading.open_node(NodeDirectory(folder))
+    assert "well below" not in caplog.text
+    edit(folder, "declared_size = 60", "declared_size = 100000")
+    node_loading.open_node(NodeDirectory(folder))
+    assert "delta 1e-05 is not well below 1 / units" in caplog.text
+
+
 def test_files_that_come_while_they_are_read_are_refused(folder, tmp_path, monkeypatch):
     (tmp_path / "many").mkdir()
     (tmp_path / "rows.npz").rename(tmp_path / "many" / "rows.npz")

@@ -117,6 +117,7 @@ def simulate(
             summary = run_simulation(resolved, run, advance, engine=kind, workers=workers, threads=threads)
         report_path = write_report(run)
     print_summary(resolved, summary, report_path)
+    _warn_of_budget(resolved)
     if as_json:
         result = {name: value for name, value in asdict(summary).items() if value is not None}
         if summary.baseline is not None:
@@ -134,8 +135,10 @@ def plan(
     from simulations.plan import plan as work_out
     from simulations.tables import print_plan
 
-    estimate = work_out(_scenario(scenario, overrides or [], None))
+    resolved = _scenario(scenario, overrides or [], None)
+    estimate = work_out(resolved)
     print_plan(estimate)
+    _warn_of_budget(resolved)
     if as_json:
         _print_json({**asdict(estimate), "epsilon": _finite(estimate.epsilon)})
 
@@ -303,6 +306,8 @@ def node_init(
     """Create a node's folder: node.toml, keys and ledger. The budget cannot be changed afterwards."""
     from clients.node_directory import create_node
     from model.errors import BadInputError
+    from privacy.ledger.data_place import fingerprint
+    from privacy.sensible_budget import doubts
 
     if not data.exists():
         raise BadInputError(f"--data {data}: no such file or folder, must be where the data lie")
@@ -323,6 +328,12 @@ def node_init(
         typer.echo(f"ledger {aside.ledger_id} of the {held_out:.0%} held out, key {aside.public_key}, the same budget")
         result |= {"held_out_ledger_id": aside.ledger_id, "held_out_public_key": aside.public_key}
     typer.echo(f"{created.node_key}.pub: the server's operator enrols it")
+    # Of private data: on this terminal, and in no document that might be sent.
+    typer.echo(
+        f"the data's fingerprint is {fingerprint(data)}; for you alone: a node that has the same has the same people"
+    )
+    for doubt in doubts(epsilon, delta, declared_size):
+        typer.echo(f"warning: {doubt}; it cannot be changed later", err=True)
     if as_json:
         _print_json(result | {"node_key": f"{created.node_key}.pub"})
 
@@ -409,6 +420,20 @@ def node_restore(
         typer.echo("nothing proves that no entry is missing, so the rest of the budget counts as spent")
     if as_json:
         _print_json(recovery)
+
+
+@node_app.command("claim")
+def node_claim(node: NodeFolder, as_json: Json = False) -> None:
+    """Say that data lie where dataset.data names by now: that place is this ledger's too, with the same budget."""
+    from clients.node_directory import NodeDirectory
+
+    directory = NodeDirectory(node)
+    directory.claim_data()
+    typer.echo(
+        f"{directory.data.resolve()}: is this ledger's, like every place where its data lay; the budget is the same"
+    )
+    if as_json:
+        _print_json({"data": str(directory.data.resolve())})
 
 
 @node_app.command("start")
@@ -792,6 +817,13 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
     if seed is not None:
         changes["seed"] = seed
     return _with_own_code(read_scenario(find(name), changes))
+
+
+def _warn_of_budget(scenario: Scenario) -> None:
+    from simulations.plan import budget_doubts
+
+    for doubt in budget_doubts(scenario):
+        typer.echo(f"warning: {doubt}; a real node of that size would refuse or warn", err=True)
 
 
 def _with_own_code(scenario: Scenario) -> Scenario:

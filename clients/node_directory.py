@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clients.data_claims import DataClaims
 from clients.folder_owner import check_owner
 from clients.ledger_files import LedgerFiles
 from clients.node_config import (
@@ -27,7 +28,10 @@ from privacy.ledger import Genesis, Ledger
 from privacy.ledger.entry import Side
 from privacy.ledger.machine import machine_id
 from privacy.ledger.recovery import Recovery
-from privacy.ledger.registry import claim, default_registry, release
+from privacy.ledger.registry import Owner, claim, default_registry, release
+from privacy.sensible_budget import check_delta
+
+_CLAIMS = "data.claims"
 
 
 class NodeDirectory:
@@ -68,8 +72,8 @@ class NodeDirectory:
             server: the one to dial; may be added to ``node.toml`` later.
 
         Raises:
-            BadInputError: the folder is a node's or another user's already, the dataset has a ledger, or the budget
-                allows nothing.
+            BadInputError: the folder is a node's or another user's already, the dataset has a ledger, also one that was
+                lost, or the budget allows nothing, or everything.
         """
         config_path = path / "node.toml"
         if config_path.exists():
@@ -80,7 +84,10 @@ class NodeDirectory:
             check_owner(state)
         machine = machine_id(storage.machine)
         fixed_order(budget.epsilon, budget.delta)  # refuses a budget that allows nothing, before anything is claimed
-        claims = claim(registry, dataset.id, path / dataset.data, training.path)
+        check_delta(budget.delta, dataset.declared_size, where="budget.delta")
+        files = [training, held_out] if dataset.held_out else [training]
+        data, exist = path / dataset.data, all(one.path.exists() for one in files)
+        claims = claim(registry, dataset.id, data, training.path, exists=exist)
         try:
             try:
                 state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -91,6 +98,9 @@ class NodeDirectory:
             if not training.path.exists() and not held_out.path.exists():
                 release(claims)
             raise
+        remembered = DataClaims(state / _CLAIMS)
+        remembered.remember(registry, [data.resolve()])
+        remembered.check(dataset.id, data, _owner(files))  # from now on the ledger counts as used
         if not (state / "node.key").exists():
             create_node_key(state / "node.key")
         write_atomically(config_path, default_text(dataset, budget, storage, server).encode())
@@ -114,9 +124,21 @@ class NodeDirectory:
 
         Raises:
             BadInputError: as :meth:`files`; or it was restored or copied, its witness is missing or ahead, the machine
-                or the key is another.
+                or the key is another, or the data are another ledger's or lie where they never did.
         """
-        return self.files(side).open(self._machine)
+        files = self.files(side)
+        self._check_claims()
+        return files.open(self._machine)
+
+    def claim_data(self) -> None:
+        """Claim the place that ``dataset.data`` names by now, beside those that were claimed before.
+
+        Raises:
+            BadInputError: as :meth:`open_ledger`.
+        """
+        for side in self.sides:
+            self.files(side).open(self._machine).close()  # whoever claims must be able to pay
+        self._check_claims(moved=True)
 
     def rotate_key(self, side: Side = "training") -> str:
         """Replace a ledger's signing key by a new one; return its public half. A crash leaves one of the two in use.
@@ -130,9 +152,12 @@ class NodeDirectory:
         """Start again from a restored or moved ledger; see :mod:`privacy.ledger.recovery`.
 
         Raises:
-            BadInputError: it is no ledger of this node, or the evidence does not hold.
+            BadInputError: it is no ledger of this node, the evidence does not hold, or the data are another ledger's.
         """
-        return self.files(side).restore(self._machine, evidence)
+        files = self.files(side)
+        recovery = files.restore(self._machine, evidence)
+        self._check_claims(moved=True)
+        return recovery
 
     def close_plans(self, run_id: str) -> int:
         """Give back what is set aside for a run on either side; return how many plans were open.
@@ -187,6 +212,19 @@ class NodeDirectory:
         return self.node_key, self.path / server.ca
 
     @property
+    def data(self) -> Path:
+        """Where the data lie."""
+        return self.path / self.config.dataset.data
+
+    @property
+    def _ledgers(self) -> list[LedgerFiles]:
+        return [self.training] if self.held_out is None else [self.training, self.held_out]
+
+    def _check_claims(self, *, moved: bool = False) -> None:
+        owner = _owner(self._ledgers)
+        DataClaims(self.state / _CLAIMS).check(self.config.dataset.id, self.data, owner, moved=moved)
+
+    @property
     def _machine(self) -> str:
         return machine_id(self.config.storage.machine)
 
@@ -205,6 +243,10 @@ class NodeDirectory:
                 )
 
 
+def _owner(files: Sequence[LedgerFiles]) -> Owner:
+    return Owner(files[0].path, tuple(one.genesis.ledger_id for one in files))
+
+
 def _files(path: Path, storage: StorageConfig) -> tuple[LedgerFiles, LedgerFiles]:
     """Return where the ledgers of the units that train, and of those held out, lie or would lie."""
     state, witness = path / storage.state, path / storage.witness
@@ -215,11 +257,13 @@ def _files(path: Path, storage: StorageConfig) -> tuple[LedgerFiles, LedgerFiles
 def _begin_ledgers(
     training: LedgerFiles, held_out: LedgerFiles, dataset: DatasetConfig, budget: BudgetConfig, machine: str
 ) -> None:
-    begun = [files.genesis.split_key for files in (held_out, training) if files.path.exists()]
+    begun = [files for files in (held_out, training) if files.path.exists()]
+    for files in begun:
+        files.open(machine).close()  # before what it says is signed a second time
     genesis = Genesis.new(
         public_key=training.public_key(),
         dataset_id=dataset.id,
-        split_key=begun[0] if begun else secrets.token_hex(32),
+        split_key=begun[0].genesis.split_key if begun else secrets.token_hex(32),
         unit=dataset.unit,
         epsilon=budget.epsilon,
         delta=budget.delta,

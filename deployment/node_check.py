@@ -22,9 +22,11 @@ from deployment.flower_runtime import check_flower
 from deployment.node_loading import read_data
 from deployment.outward_proxy import check_outward_proxy
 from model.errors import BadInputError
+from privacy.ledger.data_place import fingerprint
 from privacy.ledger.entry import Side
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of, forecast
+from privacy.sensible_budget import check_delta, doubts
 from server.scenario import Scenario
 
 _ENOUGH_DISK_MB = 1024
@@ -54,6 +56,8 @@ def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Chec
         _try("program", lambda: _program()),
         _try("data", lambda: _data(directory, scenario)),
         _try("ledger", lambda: _ledger(directory)),
+        _try("fingerprint", lambda: _fingerprint(directory)),
+        _try("delta", lambda: _delta(directory)),
         _try("disk", lambda: _disk(directory)),
         _try("owner", lambda: _owner(directory)),
     ]
@@ -100,6 +104,17 @@ def _ledger(directory: NodeDirectory) -> str:
     for side in directory.sides:
         directory.open_ledger(side).close()
     return "opens, and its witness agrees"
+
+
+def _fingerprint(directory: NodeDirectory) -> str:
+    return f"{fingerprint(directory.data)}, for you alone: a node whose data have the same has the same people"
+
+
+def _delta(directory: NodeDirectory) -> str:
+    """Look at the budget beside the number of units that is declared now, which may have changed since ``init``."""
+    budget, units = directory.config.budget, directory.config.dataset.declared_size
+    check_delta(budget.delta, units, where="budget.delta, which cannot be changed,")
+    return "; ".join(doubts(budget.epsilon, budget.delta, units)) or f"well below 1 / units ({units})"
 
 
 def _disk(directory: NodeDirectory) -> str:

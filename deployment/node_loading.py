@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from clients.approvals import Approvals
 from clients.held_out import HeldOut, sides_of
 from clients.node import Node
@@ -10,7 +12,11 @@ from data.formats.config import FormatConfig
 from data.private_data import PrivateData, read_private
 from deployment.fixed_layout import keep_layout
 from model.errors import BadInputError
+from privacy.ledger.data_place import look_at
 from privacy.randomness import fresh_secret
+from privacy.sensible_budget import doubts
+
+log = logging.getLogger("conclave.node")
 
 
 def read_data(directory: NodeDirectory) -> PrivateData:
@@ -20,19 +26,24 @@ def read_data(directory: NodeDirectory) -> PrivateData:
         BadInputError: they cannot be read, or no format is stated.
     """
     config = directory.config
-    return read_private(directory.path / config.dataset.data, _format(directory), config.dataset.unit)
+    return read_private(directory.data, _format(directory), config.dataset.unit)
 
 
 def open_node(directory: NodeDirectory) -> Node:
     """Open a node for work.
 
     Raises:
-        BadInputError: the data cannot be read, are stored otherwise than in the first run, or a ledger may not be
-            opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
+        BadInputError: the data cannot be read, are stored otherwise than in the first run, are exchanged meanwhile, or
+            a ledger may not be opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
     """
-    config, data = directory.config, read_data(directory)
+    config, before = directory.config, look_at(directory.data)
+    data = read_data(directory)
     ledger, held_out = directory.open_ledger(), None
+    if not look_at(directory.data).is_still(before):  # the claims are on what lies there now
+        raise BadInputError(f"{directory.data}: other files lay there while it was read; start again")
     records, size = data.records, config.dataset.declared_size
+    for doubt in doubts(config.budget.epsilon, config.budget.delta, size):  # of ledgers made before it was refused too
+        log.warning("%s", doubt)
     if directory.held_out is not None:
         records, aside = sides_of(records, ledger.genesis, map(bytes, data.identity_N))
         held_out = HeldOut(aside, directory.open_ledger("held-out"))

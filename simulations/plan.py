@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from clients.simulated import deal
-from data.sources import records_if_absent
+from data.sources import GROUP, records_if_absent
+from privacy.sensible_budget import doubts
 from server.plan_estimate import PlanEstimate, estimate
 from server.scenario import Scenario
 
@@ -19,8 +20,31 @@ def plan(scenario: Scenario) -> PlanEstimate:
     """
     if scenario.data.source == "nodes":
         return estimate(scenario, units_per_node=_ASSUMED)
+    return estimate(scenario, units_per_node=max(1, round(_records(scenario) / scenario.partition.nodes)))
+
+
+def budget_doubts(scenario: Scenario) -> list[str]:
+    """Return one sentence for each reason why a simulated scenario's budget protects little.
+
+    A simulation may have any budget. Real nodes have one of their own, which is looked at where they are made.
+
+    Raises:
+        BadInputError: the scenario's data cannot be had.
+    """
+    privacy, nodes = scenario.privacy, scenario.partition.nodes
+    if privacy.mechanism == "none" or scenario.data.source == "nodes":
+        return []
+    units = _records(scenario)
+    if privacy.unit == "group" and records_if_absent(scenario.data) is None:
+        _, dataset, shares = deal(scenario.to_toml())
+        units = sum(len(dataset.train[GROUP][share].unique()) for share in shares)
+    return doubts(privacy.epsilon, privacy.delta, max(1, round(units / nodes)))
+
+
+def _records(scenario: Scenario) -> int:
+    """Return how many records all nodes have together."""
     records = records_if_absent(scenario.data)
     if records is None:
         _, _, shares = deal(scenario.to_toml())
         records = sum(map(len, shares))
-    return estimate(scenario, units_per_node=max(1, round(records / scenario.partition.nodes)))
+    return records

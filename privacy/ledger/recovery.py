@@ -53,8 +53,7 @@ def recover(
     copy = _Copy(path, key, witness=witness)
     try:
         regained = 0 if evidence is None else copy.take_over(LedgerExport(evidence))
-        if copy.current_key != public_hex(key):
-            raise BadInputError(f"{path}: was signed with another key, must be recovered with its own")
+        copy.check_own_key()
         seen = witness.read()
         proven = seen is not None and seen.seq <= copy.head.seq and copy.holds(seen)
         return Recovery(proven, regained, copy.restart(machine, proven=proven))
@@ -72,6 +71,9 @@ class _Copy(Store):
         pass
 
     def check_witness(self) -> None:
+        pass
+
+    def _catch_up(self) -> None:
         pass
 
     def take_over(self, export: LedgerExport) -> int:
@@ -96,7 +98,13 @@ class _Copy(Store):
                     (seq, line.decode(), sha256(line), signature),
                 )
             rebuild(self._db)
+            self.check_own_key()  # or nothing is taken over
         return len(lines) - last
+
+    def check_own_key(self) -> None:
+        """Refuse a ledger, or evidence, that somebody else's key vouches for."""
+        if self.current_key != public_hex(self._key):
+            raise BadInputError(f"{self.path}: was signed with another key, must be recovered with its own")
 
     def restart(self, machine: str, *, proven: bool) -> int:
         """Append the RESTORED entry; return what it charged."""

@@ -49,7 +49,7 @@ def is_ours(db: sqlite3.Connection) -> bool:
 
 
 @cache
-def _expected_schema() -> frozenset[tuple[str, str]]:
+def _expected_schema() -> frozenset[tuple[str, ...]]:
     db = sqlite3.connect(":memory:")
     try:
         db.executescript(TABLES)
@@ -58,8 +58,8 @@ def _expected_schema() -> frozenset[tuple[str, str]]:
         db.close()
 
 
-def _schema(db: sqlite3.Connection) -> frozenset[tuple[str, str]]:
-    return frozenset(db.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
+def _schema(db: sqlite3.Connection) -> frozenset[tuple[str, ...]]:
+    return frozenset(db.execute("SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master"))
 
 
 def format_version(db: sqlite3.Connection) -> int:

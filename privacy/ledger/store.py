@@ -55,6 +55,7 @@ class Store:
         self._key = key
         self._witness = witness
         self._one_thread = threading.RLock()  # a connection has one transaction at a time
+        self._appended: SignedHead | None = None  # in the open transaction
         self._db = connect(path)
         try:
             self._open(machine)
@@ -70,15 +71,17 @@ class Store:
             raise BadInputError(f"{self.path}: ledger format version {version}, must be 1 to {FORMAT_VERSION}")
         self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
         if version < FORMAT_VERSION:
-            self._migrate()
+            self._migrate(machine)
         self.genesis = read_genesis(self._db)
         # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
         synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
         self._db.execute(f"PRAGMA synchronous = {synchronous}")
         with transaction(self._db):
-            signed_with = check_whole(self._db, self.path)
-        self._check_key(signed_with)
-        self._check_place(machine)
+            self._check_key(check_whole(self._db, self.path))
+            self._check_place(machine)
+            self._verified = read_head(self._db, self.genesis)
+        self._db.execute("PRAGMA journal_mode = WAL").fetchone()  # somebody may have changed it
+        self._catch_up()
         self._erase_log()  # a process that was killed after erasing a secret did not come to it
 
     @classmethod
@@ -97,6 +100,8 @@ class Store:
         """
         if genesis.public_key != public_hex(key) or genesis.ledger_id != ledger_id_of(genesis.public_key):
             raise BadInputError(f"{path}: the genesis names another key, must name the one it is signed with")
+        if path.exists():  # before the witness is touched, which may be that ledger's
+            raise BadInputError(f"{path}: exists already, must be a new file")
         seen = None if witness is None else witness.read()
         # An attempt that was interrupted may have left one, of the same key and before any entry.
         if witness is not None and seen is not None and (seen.ledger_id, seen.seq) != (genesis.ledger_id, 0):
@@ -211,26 +216,53 @@ class Store:
             raise BadInputError(f"{self.path}: belongs to another machine, must be restored here before it is used")
         if deployed and self._witness is None:
             raise BadInputError(f"{self.path}: has no witness, must have one outside the database")
-        if self._witness is not None:
-            try:
-                self.check_witness()
-            except LedgerMismatchError as error:
-                raise BadInputError(f"{self.path}: {error}") from error
-            self._mirror()
+        try:
+            self.check_witness()
+        except LedgerMismatchError as error:
+            raise BadInputError(f"{self.path}: {error}") from error
 
-    def _migrate(self) -> None:
+    def _catch_up(self) -> None:
+        """Let a witness follow that agrees, and did not hear of the last entry before a crash."""
+        self._mirror()
+
+    def _migrate(self, machine: str | None) -> None:
         with transaction(self._db):
             found = format_version(self._db)
             if found == FORMAT_VERSION:
                 return  # another process was faster
             self.genesis = read_genesis(self._db)
-            Store._check_key(self, self.genesis.public_key)  # before anything is signed with it
+            Store._check_key(self, self.genesis.public_key)
+            self._check_unsigned(found, machine)  # before anything is signed
             migrate(self._db, lambda seq, head_hash: self._sign(seq, head_hash).signature)
             head = self._sign(0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
             document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
             self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), canonical_json(document).decode())
-            check_whole(self._db, self.path)  # what was altered before stays version 1, and unvouched for
+            check_whole(self._db, self.path)
+
+    def _check_unsigned(self, version: int, machine: str | None) -> None:
+        """Look at what an older format would become, and take it back: it has no signature, so anybody can write one.
+
+        Its witness must have seen its last entry. A simulation has none, and nobody to protect.
+        """
+        self._db.execute("SAVEPOINT unsigned")
+        migrate(self._db, lambda seq, head_hash: "")
+        last, last_hash, _ = check_chain(self._db, self.path)
+        self._db.execute("ROLLBACK TO unsigned")
+        self._db.execute("RELEASE unsigned")
+        if self.genesis.version > version:
+            raise BadInputError(f"{self.path}: begun in a later format than the file's, so it was replaced")
+        if self.genesis.mode == "simulation" and self._witness is None:
+            return
+        if machine is not None and machine != self.genesis.machine_id:
+            raise BadInputError(f"{self.path}: belongs to another machine, must be converted where it was used")
+        seen = None if self._witness is None else self._witness.read()
+        of = (self.genesis.ledger_id, last, last_hash)
+        if seen is None or (seen.ledger_id, seen.seq, seen.hash) != of or not seen.signed_by(self.genesis.public_key):
+            raise BadInputError(
+                f"{self.path}: of format version {version}, which is not signed, and its witness has not seen its last "
+                "entry; must be restored from a backup of this format"
+            )
 
     def _sign(self, seq: int, head_hash: str) -> SignedHead:
         return SignedHead.sign(self._key, self.genesis.ledger_id, seq, head_hash)
@@ -272,7 +304,7 @@ class Store:
             output_hash=output_hash,
             releases=releases,
             rng=rng,
-            time=utc_now(),
+            time=self._time_of(state, charge_id, run_id, plan_hash),
         )
         line = entry.line
         head = self._sign(entry.seq, sha256(line))
@@ -280,7 +312,26 @@ class Store:
             "INSERT INTO entries (seq, body, hash, signature) VALUES (?, ?, ?, ?)",
             (entry.seq, line.decode(), head.hash, head.signature),
         )
+        self._appended = head
         return head
+
+    def _time_of(self, state: State, charge_id: str, run_id: str, plan_hash: str) -> str:
+        """Return an entry's time, which says nothing about how long work on private data took.
+
+        A charge has one time, whatever became of it and when. When the next one is asked for, and when a plan ends,
+        follows the work before: so all of a plan carries the time that the ledger showed when it was admitted, or a
+        later one that something else brought in: another plan, another key.
+        """
+        if state in ("COMMITTED", "ABANDONED"):
+            (reserved,) = self._rows(
+                "SELECT json_extract(body, '$.time') FROM entries WHERE charge_id = ? AND state = 'RESERVED'", charge_id
+            )
+            return str(reserved[0])
+        admitted = "SELECT 1 FROM plans WHERE run_id = ? AND plan_hash = ? AND open"
+        if state in ("RESERVED", "CLOSED") and self._rows(admitted, run_id, plan_hash):
+            (last,) = self._rows("SELECT json_extract(body, '$.time') FROM entries ORDER BY seq DESC LIMIT 1")
+            return str(last[0])
+        return utc_now()
 
     def _last(self) -> tuple[int, str, str]:
         """Return number, RDP total and hash of the last entry, or of the genesis."""
@@ -309,8 +360,38 @@ class Store:
                 if self.current_key != public_hex(self._key):  # replaced by another process
                     raise LedgerMismatchError("signs with another key by now, so this one must not sign anything more")
                 self.check_witness()
+                self._check_last()
+                self._appended = None
                 yield
+            if self._appended is not None:
+                self._verified = self._appended
             self._mirror()
+
+    def _check_last(self) -> None:
+        """Check what the next entry will vouch for: that what this process last saw is there, and what came since.
+
+        Raises:
+            LedgerMismatchError: an entry is missing or altered, or the last one is not signed with this ledger's key.
+        """
+        known = self._verified
+        rows = self._rows("SELECT seq, body, hash, signature FROM entries WHERE seq >= ? ORDER BY seq", known.seq)
+        if known.seq:
+            if not rows or rows[0][0] != known.seq:
+                raise LedgerMismatchError(f"entry {known.seq} is missing, which was here: this is an older copy")
+            if (rows[0][2], sha256(rows[0][1].encode())) != (known.hash, known.hash):
+                raise LedgerMismatchError(f"entry {known.seq} was altered, must be as it was signed")
+            rows = rows[1:]
+        if not rows:
+            return
+        last, last_hash = known.seq, known.hash
+        for last, (seq, body, entry_hash, _) in enumerate(rows, start=known.seq + 1):
+            if seq != last or not follows(body, entry_hash, last_hash):
+                raise LedgerMismatchError(f"entry {last} was altered, must be as it was signed")
+            last_hash = entry_hash
+        head = SignedHead(ledger_id=known.ledger_id, seq=last, hash=last_hash, signature=rows[-1][3])
+        if not head.signed_by(public_hex(self._key)):
+            raise LedgerMismatchError(f"entry {last} is not signed with the ledger's key, so nobody vouches for it")
+        self._verified = head
 
     def _erase_log(self) -> None:
         # A secret's bytes survive in the write-ahead log until it is folded back and cut off.
@@ -372,23 +453,46 @@ def check_whole(db: sqlite3.Connection, path: Path) -> str:
     Raises:
         BadInputError: something was altered.
     """
-    if not is_ours(db):
-        raise BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
+    last, last_hash, derived = check_chain(db, path)
     genesis = read_genesis(db)
-    derived = Derived()
-    last, prev_hash = 0, genesis.hash
-    for seq, body, entry_hash in db.execute("SELECT seq, body, hash FROM entries ORDER BY seq"):
-        last += 1
-        # A string inside the entry cannot spell this: its quotes would be escaped.
-        follows = seq == last and f'"prev_hash":"{prev_hash}"' in body
-        if not follows or sha256(body.encode()) != entry_hash:
-            raise BadInputError(f"{path}: entry {last} was altered, must be as it was signed")
-        derived.take(body)
-        prev_hash = entry_hash
     key = current_key(genesis.ledger_id, genesis.public_key, derived.rotations)
     head = read_head(db, genesis)
     named = genesis.ledger_id == ledger_id_of(genesis.public_key)
-    if key is None or not named or (head.seq, head.hash) != (last, prev_hash) or not head.signed_by(key):
+    if key is None or not named or (head.seq, head.hash) != (last, last_hash) or not head.signed_by(key):
         raise BadInputError(f"{path}: its last head does not hold, must be signed with its key")
     derived.store(db)
     return key
+
+
+def check_chain(db: sqlite3.Connection, path: Path) -> tuple[int, str, Derived]:
+    """Check an open file but for its signatures; return number and hash of its last entry, and what derives from all.
+
+    SQLite looks at the file first: an index that leads elsewhere would hide entries that are there.
+
+    Raises:
+        BadInputError: the file is damaged, or something was altered.
+    """
+    if not is_ours(db):
+        raise BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
+    (damage,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    if damage != "ok":
+        raise BadInputError(f"{path}: the database is damaged ({damage.splitlines()[-1]}), must be restored")
+    if db.execute("SELECT count(*) FROM genesis").fetchone() != (1,):
+        raise BadInputError(f"{path}: must have one genesis")
+    derived = Derived()
+    last, last_hash = 0, read_genesis(db).hash
+    for seq, body, entry_hash in db.execute("SELECT seq, body, hash FROM entries ORDER BY seq"):
+        last += 1
+        if seq != last or not follows(body, entry_hash, last_hash):
+            raise BadInputError(f"{path}: entry {last} was altered, must be as it was signed")
+        derived.take(body)
+        last_hash = entry_hash
+    if db.execute("SELECT count(*) FROM entries INDEXED BY one_entry_per_state").fetchone() != (last,):
+        raise BadInputError(f"{path}: the database is damaged (an index lacks entries), must be restored")
+    return last, last_hash, derived
+
+
+def follows(body: str, entry_hash: str, last_hash: str) -> bool:
+    """Whether an entry is what its hash says, and comes after the one of ``last_hash``."""
+    # A string inside the entry cannot spell this: its quotes would be escaped.
+    return f'"prev_hash":"{last_hash}"' in body and sha256(body.encode()) == entry_hash

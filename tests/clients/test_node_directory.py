@@ -142,8 +142,13 @@ def test_deleting_a_spent_ledger_does_not_bring_the_budget_back(make, tmp_path):
     node = make()
     spend(node, 2)
     shutil.rmtree(node.path)
+    for witness in ("witness", "another"):
+        with pytest.raises(BadInputError, match=r"has a ledger already .* it is lost and must be restored"):
+            make(witness=witness)
+    for claim in (tmp_path / "registry").iterdir():
+        claim.unlink()
     with pytest.raises(BadInputError, match="is the witness of a ledger already"):
-        make()  # the same name, data and folder: the claim is its own, but the witness remembers
+        make()  # no claim is left, but the witness remembers
     assert not (node.path / "node.toml").exists()
 
 
@@ -239,7 +244,11 @@ def test_decisions_of_a_command_line_are_checked_like_the_file(tmp_path, monkeyp
         create_node(tmp_path / "n", **(given | {"budget": {"epsilon": 8.0, "delta": 2.0}}))
     create_node(tmp_path / "n", **given)
     claims = [json.loads(path.read_bytes()) for path in (tmp_path / "home" / "conclave" / "datasets").iterdir()]
-    assert {"dataset", "data", "ledger"} == {key for claim in claims for key in claim}
+    assert {"dataset", "data"} < {key for claim in claims for key in claim}
+    ledger = LedgerFile(tmp_path / "n" / "state" / "ledger.db")
+    assert {(*claim["ledger_ids"], claim["ledger"], claim["used"]) for claim in claims} == {
+        (ledger.genesis.ledger_id, str(ledger.path.resolve()), True)
+    }
 
 
 @pytest.mark.parametrize("key", ["data", "witness"])

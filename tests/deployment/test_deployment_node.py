@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import ssl
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from clients.deployed import deployed, standing_for
 from clients.node_directory import NodeDirectory, create_node
 from clients.node_key import create_node_key
 from clients.protocol import ProtocolError
-from deployment import flower_runtime, node_check
+from deployment import flower_runtime, node_check, node_loading
 from deployment.certificates import Authority
 from deployment.flower_control import Control, bundle
 from deployment.flower_grid import QuickGrid
@@ -95,6 +96,48 @@ def test_a_node_in_order_lacks_a_server_only(folder):
     before = (folder / "state" / "ledger.db").read_bytes()
     assert problems(folder, scenario()).keys() == {"server"}
     assert (folder / "state" / "ledger.db").read_bytes() == before
+
+
+def test_data_that_are_exchanged_while_they_are_read_are_refused(folder, tmp_path, monkeypatch):
+    """What the claims are on is what was trained on."""
+    (tmp_path / "rows.npz").rename(tmp_path / "true.npz")
+    shutil.copy(tmp_path / "true.npz", tmp_path / "others.npz")
+    (tmp_path / "rows.npz").symlink_to("others.npz")
+    NodeDirectory(folder).claim_data()
+    read = node_loading.read_data
+
+    def exchanging(directory):
+        data = read(directory)
+        (tmp_path / "rows.npz").unlink()
+        (tmp_path / "true.npz").rename(tmp_path / "rows.npz")
+        return data
+
+    monkeypatch.setattr(node_loading, "read_data", exchanging)
+    with pytest.raises(BadInputError, match="while it was read"):
+        node_loading.open_node(NodeDirectory(folder))
+
+
+def test_a_node_whose_budget_protects_little_says_so_at_every_start(folder, caplog):
+    node_loading.open_node(NodeDirectory(folder))
+    assert "well below" not in caplog.text
+    edit(folder, "declared_size = 60", "declared_size = 100000")
+    node_loading.open_node(NodeDirectory(folder))
+    assert "delta 1e-05 is not well below 1 / units" in caplog.text
+
+
+def test_files_that_come_while_they_are_read_are_refused(folder, tmp_path, monkeypatch):
+    (tmp_path / "many").mkdir()
+    (tmp_path / "rows.npz").rename(tmp_path / "many" / "rows.npz")
+    monkeypatch.setattr(NodeDirectory, "data", tmp_path / "many")
+    NodeDirectory(folder).claim_data()
+
+    def read(directory):
+        (tmp_path / "many" / "more.npz").write_bytes(b"more")
+        return directory
+
+    monkeypatch.setattr(node_loading, "read_data", read)
+    with pytest.raises(BadInputError, match="other files lay there while it was read"):
+        node_loading.open_node(NodeDirectory(folder))
 
 
 @pytest.mark.parametrize(

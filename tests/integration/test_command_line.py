@@ -392,6 +392,79 @@ def test_a_node_whose_data_are_nowhere_is_not_made(capsys, tmp_path):
     assert not (tmp_path / "n").exists()
 
 
+@pytest.fixture
+def init(capsys, tmp_path, monkeypatch):
+    """Run ``node init`` for 1,400 units of two data sets, and ``node check`` without its server."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text("x,y\n1,0\n2,1\n" + name.replace("a", ""))
+
+    def run(name="node", *, data="a.csv", epsilon=8, delta=1e-5, witness="head"):
+        return call(
+            capsys, "node", "init", name, "--dataset", name, "--data", data, "--declared-size", 1400,
+            "--epsilon", epsilon, "--delta", delta, "--witness", f"elsewhere/{witness}", "--machine", "here",
+        )  # fmt: skip
+
+    return run
+
+
+def checked(capsys, folder="node") -> dict[str, str]:
+    status, out, _ = call(capsys, "node", "check", folder)
+    assert status == 1  # there is no server
+    return {line.split()[0]: line[13:] for line in out.splitlines()}
+
+
+def test_a_delta_that_gives_units_away_is_refused_before_anything_is_made(init, tmp_path):
+    status, _, err = init(delta=0.5)
+    assert (status, "budget.delta is 0.5, must be below 1 / units, which is 0.000714 for 1400" in err) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "b.csv"]
+
+
+def test_a_budget_that_protects_little_is_said_when_it_is_fixed_and_later(init, capsys, tmp_path):
+    status, _, err = init(epsilon=50, delta=5e-4)
+    assert (status, err.count("warning: delta 0.0005"), err.count("warning: epsilon 50")) == (0, 1, 1)
+    found = checked(capsys)["delta"]
+    assert found.startswith("ok: ")
+    assert "delta 0.0005 is not well below" in found
+    config = tmp_path / "node" / "node.toml"
+    config.write_text(config.read_text().replace("declared_size = 1400", "declared_size = 14000"))
+    assert checked(capsys)["delta"].startswith("NOT OK: budget.delta, which cannot be changed, is 0.0005")
+
+
+def test_the_owner_sees_what_two_nodes_with_the_same_records_have_in_common(init, capsys, tmp_path):
+    (tmp_path / "copy.csv").write_bytes((tmp_path / "a.csv").read_bytes())
+    shown = []
+    for name, data in (("node", "a.csv"), ("copied", "copy.csv"), ("other", "b.csv")):
+        status, out, _ = init(name, data=data, witness=name)
+        (line,) = [line for line in out.splitlines() if "fingerprint" in line]
+        shown.append(line.split()[4].rstrip(";"))
+        assert status == 0
+        assert checked(capsys, name)["fingerprint"].startswith(f"ok: {shown[-1]}")
+    assert (shown[0] == shown[1], shown[0] == shown[2], len(shown[0])) == (True, False, 32)
+
+
+def test_data_that_are_said_to_lie_elsewhere_are_claimed_or_refused(init, capsys, tmp_path):
+    assert init()[0] == 0
+    assert init("other", data="b.csv", witness="other")[0] == 0
+    config = tmp_path / "other" / "node.toml"
+    text = config.read_text()
+    config.write_text(text.replace("b.csv", "a.csv"))
+    assert "where this ledger's data did not lie" in checked(capsys, "other")["ledger"]
+    status, _, err = call(capsys, "node", "claim", "other")
+    assert (status, len(err.splitlines()), "has a ledger already" in err) == (2, 1, True)
+    (tmp_path / "c.csv").write_text("x,y\n5,0\n")
+    config.write_text(text.replace("b.csv", "c.csv"))
+    assert call(capsys, "node", "claim", "other")[0] == 0
+    assert checked(capsys, "other")["ledger"].startswith("ok: ")
+
+
+def test_a_scenario_whose_budget_protects_little_says_so(capsys):
+    status, _, err = call(capsys, "plan", "digits", "--set", "privacy.delta=0.05")
+    assert (status, "warning: delta 0.05 is not well below 1 / units" in err) == (0, True)
+    assert "warning" not in call(capsys, "plan", "digits")[2]
+
+
 def test_a_node_from_its_beginning(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

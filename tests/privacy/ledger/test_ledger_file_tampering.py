@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from ledger_samples import KEY, MACHINE, genesis, new_ledger, open_ledger, request, spend
-from ledger_tampering import STRANGER, copy_of, edit, ledger_length, long_life
+from ledger_tampering import STRANGER, Forger, copy_of, edit, ledger_length, long_life
 
 from model.errors import BadInputError
 from privacy.accounting import charge_units
@@ -211,6 +211,117 @@ def test_a_copy_put_back_while_the_ledger_is_open_signs_nothing(tmp_path):
     with pytest.raises(LedgerMismatchError, match="older copy"):
         ledger.reserve(request(9), bytes(32))
     assert ledger_length(tmp_path / "ledger.db") == 2
+
+
+@pytest.mark.parametrize("seq", [2, 3, 4])
+def test_an_entry_altered_while_the_ledger_is_open_is_not_built_upon(tmp_path, seq):
+    """The last one says what was spent. Another process may have appended it, so it is looked at before each change."""
+    ledger, other = new_ledger(tmp_path), open_ledger(tmp_path)
+    spend(ledger, 2)
+    db = sqlite3.connect(tmp_path / "ledger.db")
+    body = db.execute("SELECT body FROM entries WHERE seq = ?", (seq,)).fetchone()[0]
+    db.close()
+    cheaper = canonical_json(json.loads(body) | {"rdp_total": "0"}).decode()
+    edit(tmp_path / "ledger.db", f"UPDATE entries SET body = '{cheaper}' WHERE seq = {seq}")
+    for open_one in (ledger, other) if seq == 4 else (other,):
+        with pytest.raises(LedgerMismatchError, match=f"entry {seq} was altered"):
+            open_one.reserve(request(9), bytes(32))
+    assert ledger_length(tmp_path / "ledger.db") == 4
+
+
+def test_an_entry_that_another_process_did_not_sign_is_not_built_upon(tmp_path):
+    ledger = new_ledger(tmp_path)
+    spend(ledger, 1)
+    forger = Forger(ledger.genesis, STRANGER, ledger.entries())
+    entry = forger.charge(request(2)).entries[-1]
+    statement = f"INSERT INTO entries (seq, body, hash, signature) VALUES (3, '{entry.line.decode()}', '{entry.hash}', "
+    edit(tmp_path / "ledger.db", f"{statement}'{forger.head.signature}')")
+    with pytest.raises(LedgerMismatchError, match="entry 3 is not signed"):
+        ledger.reserve(request(9), bytes(32))
+    with pytest.raises(LedgerMismatchError, match="entry 3 is not signed"):
+        ledger.rotate_key(STRANGER)
+    assert ledger_length(tmp_path / "ledger.db") == 3
+
+
+# The container: what SQLite itself would have to notice.
+
+
+def moved_root(path, name: str, to: str) -> None:
+    """Let an index begin at another one's root page."""
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA writable_schema = ON")
+    db.execute(
+        "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = ?) WHERE name = ?",
+        (to, name),
+    )
+    db.commit()
+    db.close()
+
+
+@pytest.mark.parametrize("to", ["sqlite_autoindex_secrets_1", "sqlite_autoindex_plans_1", "replies", "entries"])
+def test_an_index_that_leads_elsewhere_is_refused(life, to):
+    """A committed charge would not be found in it, and would run and be charged again."""
+    moved_root(life.path, "one_entry_per_state", to)
+    with pytest.raises(BadInputError, match="damaged"):
+        life.open()
+
+
+@pytest.mark.parametrize("kept", ["state != 'COMMITTED'", "seq < 100", "0"])
+def test_an_index_without_some_entries_is_refused(life, kept):
+    db = sqlite3.connect(life.path)
+    (sql,) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'one_entry_per_state'").fetchone()
+    db.execute("DROP INDEX one_entry_per_state")
+    db.execute(f"{sql} WHERE {kept}")
+    db.commit()
+    db.execute("PRAGMA writable_schema = ON")
+    db.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'one_entry_per_state'", (sql,))
+    db.commit()
+    db.close()
+    with pytest.raises(BadInputError, match="damaged"):
+        life.open()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "CREATE VIEW more AS SELECT * FROM entries",
+        "CREATE INDEX more ON entries (state)",
+        "INSERT INTO genesis SELECT * FROM genesis",
+        "ALTER TABLE secrets ADD COLUMN more",
+    ],
+)
+def test_what_no_ledger_has_is_refused(life, statement):
+    edit(life.path, statement)
+    assert refused(life)
+
+
+def test_a_log_that_is_taken_away_or_put_back_is_an_older_copy(tmp_path):
+    witness = Witness(tmp_path / "witness")
+    ledger = new_ledger(tmp_path, witness=witness)
+    spend(ledger, 1)
+    log, path = tmp_path / "ledger.db-wal", tmp_path / "ledger.db"
+    reservation = ledger.reserve(request(2), bytes(32))
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    shutil.copy(path, crashed / "ledger.db")  # as a crash leaves it: the last entry is in the log alone
+    older = log.read_bytes()
+    ledger.commit(reservation, b"reply")
+    with pytest.raises(BadInputError, match="older copy"):
+        open_ledger(crashed, witness=witness)
+    (crashed / "ledger.db-wal").write_bytes(older)
+    with pytest.raises(BadInputError, match="older copy"):
+        open_ledger(crashed, witness=witness)
+
+
+def test_another_way_to_keep_the_journal_is_put_right(life):
+    db = sqlite3.connect(life.path)
+    assert db.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+    db.close()
+    ledger = life.open()
+    db = sqlite3.connect(life.path)
+    assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    db.close()
+    ledger.close()
 
 
 # Genesis and keys.

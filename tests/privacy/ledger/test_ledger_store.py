@@ -39,6 +39,7 @@ from privacy.ledger.heads import current_key, public_hex
 from privacy.ledger.keys import create_key, load_key
 from privacy.ledger.machine import machine_id
 from privacy.ledger.reading import LedgerFile, open_history
+from privacy.ledger.recovery import recover
 from privacy.ledger.verification import audit_history
 from privacy.ledger.witness import Witness
 
@@ -537,6 +538,68 @@ def test_an_altered_version_1_file_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="altered"):
         open_ledger(tmp_path)
     assert sqlite3.connect(tmp_path / "ledger.db").execute("PRAGMA user_version").fetchone() == (1,)
+
+
+def invented(path, of, entries) -> None:
+    """Write a file of version 1, which nobody signs, in the place of a ledger."""
+    for left in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+        left.unlink(missing_ok=True)
+    version_1(path)
+    edit(
+        path,
+        f"UPDATE genesis SET document = '{of.line.decode()}'",
+        *(f"DELETE FROM {table}" for table in ("entries", "secrets", "replies")),
+    )
+    db = sqlite3.connect(path)
+    for entry in entries:
+        row = [*asdict(entry).values(), entry.hash, ""]
+        db.execute(f"INSERT INTO entries VALUES ({', '.join('?' * len(row))})", row)
+    db.commit()
+    db.close()
+
+
+@pytest.mark.parametrize("what", ["empty", "cheaper", "simulation", "same genesis", "longer"])
+@pytest.mark.parametrize("recovered", [False, True])
+def test_an_invented_history_of_version_1_is_never_signed(tmp_path, monkeypatch, what, recovered):
+    ledger = deployed(tmp_path)
+    spend(ledger, 2)
+    true, lines = ledger.genesis, ledger.entries()
+    ledger.close()
+    of = true if what == "same genesis" else replace(true, version=1)
+    if what == "simulation":
+        of = replace(of, mode="simulation")
+    forger = Forger(of)
+    if what != "empty":
+        forger.charge(CHEAP, version=1)
+    if what == "longer":  # true entries, and one more that nobody saw
+        forger.genesis, forger.entries = true, lines
+        forger.charge(request(9), version=1)
+    path = tmp_path / "ledger.db"
+    invented(path, of if what != "longer" else true, forger.entries)
+    before, signed = path.read_bytes(), []
+    monkeypatch.setattr(SignedHead, "sign", lambda *a: signed.append(a))
+    witness = Witness(tmp_path / "witness" / "head.json")
+    seen = witness.read()
+    with pytest.raises(BadInputError):
+        recover(path, KEY, witness=witness, machine=MACHINE) if recovered else reopened(tmp_path)
+    assert signed == []
+    assert path.read_bytes() == before
+    assert witness.read() == seen
+
+
+@pytest.mark.parametrize("witness", ["missing", "behind", "another's"])
+def test_a_version_1_file_is_signed_where_its_witness_saw_its_last_entry(tmp_path, witness):
+    _, head = version_1(tmp_path / "ledger.db")
+    kept = Witness(tmp_path / "head.json")
+    behind = SignedHead.sign(KEY, head.ledger_id, 1, Forger(replace(genesis(), version=1)).charge(CHEAP).head.hash)
+    forged = head.model_copy(update={"signature": "0" * 128})
+    if witness != "missing":
+        kept.mirror(lambda: behind if witness == "behind" else forged)
+    with pytest.raises(BadInputError, match="its witness has not seen its last entry"):
+        open_ledger(tmp_path, witness=kept)
+    kept.mirror(lambda: head)
+    open_ledger(tmp_path, witness=kept).close()
+    assert kept.read().seq == 4
 
 
 def test_canonical_spelling_of_a_migrated_genesis(tmp_path):

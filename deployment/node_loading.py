@@ -9,6 +9,7 @@ from clients.node_directory import NodeDirectory
 from data.formats.config import FormatConfig
 from data.private_data import PrivateData, read_private
 from deployment.fixed_layout import keep_layout
+from deployment.limits import bytes_in_use, check_room
 from model.errors import BadInputError
 from privacy.randomness import fresh_secret
 
@@ -27,10 +28,11 @@ def open_node(directory: NodeDirectory) -> Node:
     """Open a node for work.
 
     Raises:
-        BadInputError: the data cannot be read, are stored otherwise than in the first run, or a ledger may not be
-            opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
+        BadInputError: the data cannot be read, are stored otherwise than in the first run, leave no memory for
+            training, or a ledger may not be opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
     """
     config, data = directory.config, read_data(directory)
+    check_room(bytes_in_use())
     ledger, held_out = directory.open_ledger(), None
     records, size = data.records, config.dataset.declared_size
     if directory.held_out is not None:

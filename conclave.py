@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXIT_VIOLATION = 1
 EXIT_TRY_AGAIN = 1
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 _LARGEST_ID = 2**64 - 1  # of Flower's nodes and runs
 
@@ -712,7 +713,7 @@ def train(
     from deployment.flower_control import Control
     from deployment.following import follow
     from deployment.operator import find_operator
-    from model.errors import BadInputError
+    from model.errors import BadInputError, RunFailedError
 
     if (scenario is None) == (resume is None):
         raise BadInputError("train: must be given a scenario, or --resume with the name of a run, and not both")
@@ -731,6 +732,9 @@ def train(
     if as_json:
         _print_json({"run_id": str(run_id), "status": outcome.sub_status, "details": outcome.details})
     if outcome.sub_status != "completed":
+        if outcome.details.startswith(RunFailedError.BEGINNING):
+            sys.stderr.write(f"conclave: run {run_id}: {outcome.details}\n")
+            raise typer.Exit(EXIT_FAILED)
         raise BadInputError(f"run {run_id}: {outcome.details or outcome.sub_status}")
 
 
@@ -882,7 +886,7 @@ def _print_json(document: Any) -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input, or what the system does not let it do, is one sentence and exit status 2."""
+    """Run the command line: bad input, or what the system does not let it do, is one sentence and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app()
@@ -893,6 +897,13 @@ def main() -> None:
             raise
         sys.stderr.write(f"conclave: {error}\n")
         sys.exit(EXIT_BAD_INPUT)
+    except RuntimeError as error:
+        from model.errors import RunFailedError
+
+        if not isinstance(error, RunFailedError):
+            raise
+        sys.stderr.write(f"conclave: {error}\n")
+        sys.exit(EXIT_FAILED)
     except OSError as error:  # a closed pipe is no one's mistake: click has ended by then, without a word
         sys.stderr.write(f"conclave: {_said_by_system(error)}\n")
         sys.exit(EXIT_BAD_INPUT)

@@ -1,9 +1,18 @@
-"""How many experts fit into a node's memory: from shapes, so it tells nothing about the data."""
+"""What fits into a node's memory, experts and examples: from shapes, so it tells nothing about the data."""
 
 from __future__ import annotations
 
-from model import ModelConfig, parameters
+import resource
+from dataclasses import dataclass
+
+from clients.plan import Plan
+from model import BadInputError, HeldExperts, ModelConfig, parameters
 from privacy.dpsgd import DpSgd
+from privacy.physical_batch import Room
+from privacy.rehearsal import rehearse
+
+_PROGRAM_BYTES = {resource.RLIMIT_DATA: 448 << 20, resource.RLIMIT_AS: 1152 << 20}
+"""What interpreter and libraries take of either limit; measured with torch 2.13: 415 and 926 MiB."""
 
 BYTES_A_PARAMETER = 48
 """What one parameter takes at once, at most: the message, the received value, the weight and its gradient (float32, 4
@@ -16,8 +25,18 @@ def experts_that_fit(model: ModelConfig, memory_mb: int) -> int:
 
     ``(memory − activations − 48·shared) / (48·expert)``, rounded down, at most all. The parameters of one expert are
     counted over all layers and with its router rows. Activations are the 1 GiB that a physical batch is cut to
-    (:attr:`privacy.dpsgd.DpSgd.memory_bytes`): a token passes ``top_k`` experts however many are held, so they do not
-    grow with that number. Interpreter, libraries and records come on top and are not in ``memory_mb``.
+    (:func:`room_for`), however many records are drawn or a unit has. A token passes ``top_k`` experts however many are
+    held, so they do not grow with that number. Interpreter, libraries and records come on top and are not in
+    ``memory_mb``.
+
+    Raises:
+        BadInputError: the user's own model cannot be built.
+    """
+    return experts_within(model, memory_mb * 2**20 - DpSgd.memory_bytes)
+
+
+def experts_within(model: ModelConfig, model_bytes: int) -> int:
+    """As :func:`experts_that_fit`, within the bytes that the model's parameters may take, 48 each.
 
     Raises:
         BadInputError: the user's own model cannot be built.
@@ -28,5 +47,82 @@ def experts_that_fit(model: ModelConfig, memory_mb: int) -> int:
             every += shape.numel()
         else:
             expert += shape.numel()
-    left = memory_mb * 2**20 - DpSgd.memory_bytes - BYTES_A_PARAMETER * every
+    left = model_bytes - BYTES_A_PARAMETER * every
+    if not expert:  # of a model of the user's own: what is shared fits, or nothing does
+        return model.experts.routed if left >= 0 else 0
     return max(0, min(model.experts.routed, left // (BYTES_A_PARAMETER * expert)))
+
+
+def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
+    """Return how many examples a node processes at once under a plan: from public shapes and its machine's limits.
+
+    The first call for a kind of plan trains the model on made-up records, see :mod:`privacy.rehearsal`.
+
+    Args:
+        held: the experts it is for; by default as few as a token needs, or all of a model of the user's own.
+
+    Raises:
+        BadInputError: the model cannot be trained as the plan asks, or one example takes more memory than there is.
+    """
+    mechanism = DpSgd.of(
+        plan.privacy,
+        steps=1,
+        learning_rate=plan.training.learning_rate,
+        optimizer=plan.training.optimizer,
+        noise_multiplier=plan.noise_multiplier,
+        load_share=plan.load_share,
+        declared_size=1,
+    )
+    footprint, most = rehearse(plan.model, mechanism, held), _batch_bytes()
+    if footprint.smallest > most:
+        raise BadInputError(
+            f"one example of this model takes {footprint.smallest / 2**20:.1f} MiB in training, "
+            f"must be at most the {most / 2**20:.1f} that a batch may take"
+        )
+    return footprint.room(most)
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """How the memory that the operating system lets a process have is shared out.
+
+    Fixed: how much records take is not public, so nothing may follow from it. Of what ``program_bytes``, interpreter
+    and libraries, leave, a half is for the records, an eighth for a physical batch and the rest for the model.
+    """
+
+    limit_bytes: int
+    program_bytes: int
+
+    @property
+    def _left(self) -> int:
+        return max(0, self.limit_bytes - self.program_bytes)
+
+    @property
+    def before_training(self) -> int:
+        """Bytes that program and records may take."""
+        return self.limit_bytes - self._left + self._left // 2
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes that a physical batch may take."""
+        return self._left // 8
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes that the model's parameters and all that is made of them may take."""
+        return self._left * 3 // 8
+
+
+def process_memory() -> ProcessMemory | None:
+    """Return what the operating system lets this process have (``limits.memory_mb``); None for no limit."""
+    found = []
+    for kind, program_bytes in _PROGRAM_BYTES.items():
+        most, _ = resource.getrlimit(kind)
+        if most != resource.RLIM_INFINITY:
+            found.append(ProcessMemory(most, program_bytes))
+    return min(found, key=lambda memory: memory.batch_bytes, default=None)
+
+
+def _batch_bytes() -> int:
+    process = process_memory()
+    return DpSgd.memory_bytes if process is None else min(DpSgd.memory_bytes, process.batch_bytes)

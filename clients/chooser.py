@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Size, Tensor, nn
 
+from clients.capacity import room_for
 from clients.protocol import Plan
-from clients.whole_pass import whole_pass
+from clients.whole_pass import contained, whole_pass
 from data.sources import Records
-from model import parameters
+from model import Batch, Network, parameters
 from model.building import empty
 from model.moe import MoELayer
 from privacy.choice import choose
@@ -78,11 +80,18 @@ def worths(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[
     network.eval()
     histogram = LoadHistogram(network, noise_multiplier=0.0)
     with torch.inference_mode():
-        for part, batch, units in whole_pass(plan, records):
-            histogram.begin_batch(part)
-            with histogram.watching(part, batch):
-                network(batch)
-            histogram.end_batch(units)
+        for physical, batch in whole_pass(plan, records, room_for(plan)):
+            histogram.begin_batch(physical.example_B)
+            list(contained(partial(_watched, network, histogram), physical.example_B, batch))
+            if physical.of_unit is None:
+                histogram.end_batch(physical.units)
+            else:
+                histogram.end_part(physical.of_unit if physical.last else None)
     sums = histogram.take_sums()
     histogram.close()
     return list(sums.view(plan.model.layers, plan.model.experts.routed))
+
+
+def _watched(network: Network, histogram: LoadHistogram, example_B: Tensor, batch: Batch) -> None:
+    with histogram.watching(example_B, batch):
+        network(batch)

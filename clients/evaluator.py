@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from clients.capacity import room_for
 from clients.protocol import Plan
-from clients.whole_pass import whole_pass
+from clients.whole_pass import contained, whole_pass
 from data.sources import Records
 from model import HeldExperts, Network, from_state, parameters
 from model.network import Batch
@@ -41,9 +42,20 @@ def metric_sums(plan: Plan, held: HeldExperts, tensors: Mapping[str, Tensor], he
     network = from_state(plan.model, held, parameters.join(tensors, held)).eval()
     sums = MetricSums()
     with torch.inference_mode():
-        for _, batch, units in whole_pass(plan, held_out):
-            sums.add(_values(plan, network, batch), units)
+        for physical, batch in whole_pass(plan, held_out, room_for(plan, held)):
+            value_B = _all_values(plan, network, physical.example_B, batch)
+            if physical.of_unit is None:
+                sums.add(value_B, physical.units)
+            else:
+                sums.add_part(value_B, physical.of_unit if physical.last else None)
     return sums
+
+
+def _all_values(plan: Plan, network: Network, example_B: Tensor, batch: Batch) -> Tensor:
+    """As :func:`_values`, and the worst value for a record that the model fails on."""
+    worst = torch.full((1,), 0.0 if plan.metric[0] == "accuracy" else 1.0, dtype=torch.float64)
+    found = contained(lambda _, part: _values(plan, network, part), example_B, batch)
+    return torch.cat([worst if value_B is None else value_B for value_B in found])
 
 
 def _values(plan: Plan, network: Network, batch: Batch) -> Tensor:

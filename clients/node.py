@@ -9,6 +9,7 @@ from functools import partial
 from flwr.app import RecordDict
 
 from clients.approvals import Approvals
+from clients.capacity import room_for
 from clients.charges import choice_charge, evaluation_charge, for_message, training_charge
 from clients.chooser import choice, choice_shapes
 from clients.encodings import encodings_of, wire_form
@@ -79,7 +80,8 @@ class Node:
         Raises:
             ProtocolError: ``not-allowed``, not one expert of the model fits.
         """
-        capacity = self.policy.expert_capacity if model is None else self.policy.capacity(model)
+        with as_codes():
+            capacity = self.policy.expert_capacity if model is None else self.policy.capacity(model)
         if capacity < 1:
             raise ProtocolError("not-allowed", "not one expert of this model fits into policy.memory_mb")
         aside = None
@@ -238,11 +240,15 @@ class Node:
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
         check_held(request.held, plan, self.policy.capacity(plan.model))
-        whole = parameters.shapes(plan.model, request.held)
+        with as_codes():
+            whole = parameters.shapes(plan.model, request.held)
         if sum(shape.numel() for shape in whole.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
+        with as_codes():
+            room_for(plan, request.held)
 
     def _check_plan(self, plan: Plan, scenario: str) -> None:
+        """Check all that public shapes decide, a step on made-up records included; only then is anything charged."""
         self.policy.check(plan, scenario, float(self.ledger.genesis.order))
         if self.approvals is not None:
             self.approvals.check(plan, scenario, needed=not self.policy.unapproved_plans)
@@ -253,6 +259,24 @@ class Node:
         mismatch = self.schema.mismatch(plan.model)
         if mismatch is not None:
             raise ProtocolError("schema-mismatch", mismatch)
+        with as_codes():
+            capacity = self.policy.capacity(plan.model)
+            if capacity < plan.model.experts.top_k:
+                raise ProtocolError("not-allowed", f"{capacity} experts fit, fewer than a token needs")
+            room_for(plan, None if plan.model.source is None else self._part_of_own(plan, capacity))
+
+    def _part_of_own(self, plan: Plan, capacity: int) -> HeldExperts:
+        """Return the largest part that this node would take of a model of the user's own, whose code it may run now.
+
+        Raises:
+            BadInputError: the model cannot be built.
+            ProtocolError: ``not-allowed``, even the smallest part is too large.
+        """
+        most = {layer: ids[:capacity] for layer, ids in plan.model.all_experts.items()}
+        if sum(shape.numel() for shape in parameters.shapes(plan.model, most).values()) <= self.policy.max_parameters:
+            return most
+        self.policy.check_size(plan)
+        return {layer: ids[: plan.model.experts.top_k] for layer, ids in plan.model.all_experts.items()}
 
     def _set_aside(self, plan: Plan, run_id: str) -> None:
         charge = training_charge(plan, run_id, seeded=self.policy.simulation)

@@ -156,6 +156,8 @@ min_noise_multiplier = {policy.min_noise_multiplier!r}
 max_rounds = {policy.max_rounds}
 # Local steps of one round.
 max_steps = {policy.max_steps}
+# Records of one group that take part, where groups are the unit.
+max_records_per_unit = {policy.max_records_per_unit}
 max_parameters = {policy.max_parameters}
 # Experts of one layer that fit into this machine.
 expert_capacity = {policy.expert_capacity}

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from clients.capacity import experts_that_fit
+from clients.capacity import experts_that_fit, experts_within, process_memory
 from clients.protocol import Plan, ProtocolError
 from model.config import Frozen, ModelConfig
 from model.parameters import shapes
@@ -20,8 +20,9 @@ class Policy(Frozen):
     simulation: this node holds no private data. Only then are training without privacy and seeded randomness
         allowed. The owner's side decides it, never a message.
     max_steps: local steps of one round. max_rounds: rounds of one plan.
-    max_parameters: of the part of a model that comes here. A plan is refused where even the smallest part has more; one
-        with a model of the user's own, when that comes.
+    max_records_per_unit: where groups are the unit, records of a group that take part. It bounds a unit's share of the
+        work; its memory is bounded anyway.
+    max_parameters: of the part of a model that comes here. A plan is refused where even the smallest part has more.
     expert_capacity: experts of one layer that this node can hold.
     memory_mb: MiB that training may take, beside program and records; it too bounds the experts, see
         :mod:`clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is allowed.
@@ -40,6 +41,7 @@ class Policy(Frozen):
     min_noise_multiplier: float = Field(default=0.3, ge=0.0)
     max_rounds: int = Field(default=10_000, ge=1)
     max_steps: int = Field(default=10_000, ge=1)
+    max_records_per_unit: int = Field(default=10_000, ge=1)
     max_parameters: int = Field(default=500_000_000, ge=1)
     expert_capacity: int = Field(default=4096, ge=1)
     memory_mb: int | None = Field(default=None, ge=1, le=2**30)
@@ -52,9 +54,15 @@ class Policy(Frozen):
     def capacity(self, model: ModelConfig) -> int:
         """Return how many experts of each layer of a model this node can hold, perhaps none."""
         unknown = model.source is not None and not self.simulation and model.source not in self.models
-        if self.memory_mb is None or unknown:
+        if unknown:
             return self.expert_capacity
-        return min(self.expert_capacity, experts_that_fit(model, self.memory_mb))
+        fits = [self.expert_capacity]
+        if self.memory_mb is not None:
+            fits.append(experts_that_fit(model, self.memory_mb))
+        process = process_memory()
+        if process is not None:
+            fits.append(experts_within(model, process.model_bytes))
+        return min(fits)
 
     def check(self, plan: Plan, scenario: str, order: float) -> None:
         """Check a plan against the policy, before anything is charged.
@@ -83,11 +91,12 @@ class Policy(Frozen):
         for name, value, most in (
             ("rounds", plan.rounds, self.max_rounds),
             ("steps", plan.training.steps, self.max_steps),
+            ("records_per_unit", plan.privacy.records_per_unit or 1, self.max_records_per_unit),
         ):
             if value > most:
                 raise ProtocolError("not-allowed", f"{name} is {value}, must be at most {most}")
         if plan.model.source is None:  # else its code would run, before the owner has approved the plan
-            self._check_size(plan)
+            self.check_size(plan)
         for name, share in plan.releases(order).items():
             allowed = self.releases.get(name, 0.0)
             if share > allowed:
@@ -95,7 +104,13 @@ class Policy(Frozen):
                     "not-allowed", f"{name} takes {share:g} of the budget, policy.releases allows {allowed:g}"
                 )
 
-    def _check_size(self, plan: Plan) -> None:
+    def check_size(self, plan: Plan) -> None:
+        """Check that some part of a plan's model is small enough.
+
+        Raises:
+            BadInputError: the user's own model cannot be built.
+            ProtocolError: as :meth:`check`.
+        """
         least = {layer: tuple(range(plan.model.experts.top_k)) for layer in range(plan.model.layers)}
         smallest = sum(shape.numel() for shape in shapes(plan.model, least).values())
         if smallest > self.max_parameters:  # whatever part the server would send

@@ -36,7 +36,8 @@ class SimulatedCapacities(Frozen):
 
     def policy_of(self, number: int) -> Policy:
         """Return the policy of simulated node ``number``."""
-        policy = Policy(simulation=True, releases={"delta": 1.0, "loads": 1.0, "choice": 1.0, "metrics": 1.0})
+        everything = {"delta": 1.0, "loads": 1.0, "choice": 1.0, "metrics": 1.0}
+        policy = Policy(simulation=True, max_records_per_unit=1_000_000, releases=everything)
         if not self.capacities:
             return policy
         return policy.model_copy(update={"expert_capacity": self.capacities[number % len(self.capacities)]})

@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from clients.capacity import room_for
 from clients.protocol import Plan
 from data.sources import GROUP
 from model import HeldExperts, ModelConfig, Network, parameters
@@ -110,6 +111,8 @@ def train(
         secret,
         group_B=records[GROUP] if plan.privacy.unit == "group" else None,
         scales=_scales(plan, network, held),
+        room=room_for(plan, held),
+        contain=True,
     )
     after = parameters.split(network.state_dict(), held)  # names by this round's experts
     delta = {name: after[name] - tensor for name, tensor in tensors.items()}

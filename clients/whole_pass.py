@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,21 +12,44 @@ from torch import Tensor
 from clients.protocol import Plan
 from data.sources import GROUP, Records
 from model import Batch
-from privacy.bookkeeping import Units
-from privacy.unit_index import UnitIndex
+from privacy.physical_batch import Room
+from privacy.unit_index import PhysicalBatch, UnitIndex
 
-_AT_ONCE = 512
+log = logging.getLogger("conclave.node")
+
+_Found = TypeVar("_Found")
 
 
-def whole_pass(plan: Plan, records: Records) -> Iterator[tuple[Tensor, Batch, Units]]:
-    """Yield physical batches: the numbers of their examples, the examples, and which units these belong to.
+def whole_pass(plan: Plan, records: Records, room: Room) -> Iterator[tuple[PhysicalBatch, Batch]]:
+    """Yield physical batches, and their examples without groups' numbers, which no model sees.
 
-    At level strict each unit comes alone; records without groups' numbers, which no model sees.
+    At level strict each unit comes alone.
+
+    Args:
+        room: what is processed at once, from public shapes.
     """
     count = len(next(iter(records.values())))
     index = UnitIndex(count, records[GROUP] if plan.privacy.unit == "group" else None, plan.privacy.records_per_unit)
     inputs = {name: tensor for name, tensor in records.items() if name != GROUP}
-    at_once = 1 if plan.privacy.numeric == "strict" else _AT_ONCE
-    for part, unit_B in index.parts(torch.arange(index.count), at_once):
-        units = Units.one_each(len(part)) if unit_B is None else Units(len(part), int(unit_B[-1]) + 1, unit_B)
-        yield part, {name: tensor[part] for name, tensor in inputs.items()}, units
+    for physical in index.batches(torch.arange(index.count), room, alone=plan.privacy.numeric == "strict"):
+        yield physical, {name: tensor[physical.example_B] for name, tensor in inputs.items()}
+
+
+def contained(run: Callable[[Tensor, Batch], _Found], example_B: Tensor, batch: Batch) -> Iterator[_Found | None]:
+    """Yield what ``run`` makes of a physical batch; where it fails, of each example alone, None where that fails too.
+
+    The model was tried on made-up records before anything was charged: what fails now depends on records, and must not
+    show in whether the node answers.
+    """
+    try:
+        whole = run(example_B, batch)
+    except Exception:
+        for number in range(len(example_B)):
+            one = slice(number, number + 1)
+            try:
+                yield run(example_B[one], {name: tensor[one] for name, tensor in batch.items()})
+            except Exception:
+                log.exception("a record could not be processed; it counts as nothing")
+                yield None
+        return
+    yield whole

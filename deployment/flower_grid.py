@@ -42,7 +42,7 @@ from flwr.superlink.grid import HttpGrid
 
 from deployment.flower_runtime import BUNDLE, RuntimeApi, beating, release
 from deployment.supernode import PATIENCE_S
-from model.errors import BadInputError
+from model.errors import BadInputError, RunFailedError
 
 _REPLY_POLL_S = 0.2
 _RETRY_FOR_S = 60.0
@@ -168,7 +168,7 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
     """
     grid = QuickGrid(api, token)
     client = grid._runtime_client
-    status, details = SubStatus.FAILED, "the run failed; the server's log says why"
+    status, details = SubStatus.FAILED, f"{RunFailedError.BEGINNING}; the server's log says why"
     with beating(client):
         try:
             given = client.PullTaskInput(PullTaskInputRequest())
@@ -185,7 +185,7 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
                 _check_release(run.fab_id, run.fab_version)
                 work(grid, context, say)
                 status, details = SubStatus.COMPLETED, ""
-            except BadInputError as error:
+            except (BadInputError, RunFailedError) as error:
                 details = str(error)
             except httpx.HTTPStatusError as error:
                 if error.response.status_code != httpx.codes.UNAUTHORIZED:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import httpx
 
 from clients.approvals import Approvals
+from clients.capacity import room_for
 from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
 from clients.node_key import check_node_key
@@ -141,6 +142,7 @@ def _budget(directory: NodeDirectory, scenario: Scenario) -> str:
     try:
         order = float(LedgerFile(directory.training.path).genesis.order)
         directory.config.policy.check(plan, scenario.name, order)
+        room_for(plan)
     except ProtocolError as error:
         raise BadInputError(f"the policy refuses scenario {scenario.name}: {error}") from error
     return _share(directory, scenario.name, plan, "training")

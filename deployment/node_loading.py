@@ -11,6 +11,7 @@ from clients.node_directory import NodeDirectory
 from data.formats.config import FormatConfig
 from data.private_data import PrivateData, read_private
 from deployment.fixed_layout import keep_layout
+from deployment.limits import bytes_in_use, check_room
 from model.errors import BadInputError
 from privacy.ledger.data_place import look_at
 from privacy.randomness import fresh_secret
@@ -33,11 +34,13 @@ def open_node(directory: NodeDirectory) -> Node:
     """Open a node for work.
 
     Raises:
-        BadInputError: the data cannot be read, are stored otherwise than in the first run, are exchanged meanwhile, or
-            a ledger may not be opened; see :meth:`clients.node_directory.NodeDirectory.open_ledger`.
+        BadInputError: the data cannot be read, are stored otherwise than in the first run, are exchanged meanwhile,
+            leave no memory for training, or a ledger may not be opened; see
+            :meth:`clients.node_directory.NodeDirectory.open_ledger`.
     """
     config, before = directory.config, look_at(directory.data)
     data = read_data(directory)
+    check_room(bytes_in_use())
     ledger, held_out = directory.open_ledger(), None
     if not look_at(directory.data).is_still(before):  # the claims are on what lies there now
         raise BadInputError(f"{directory.data}: other files lay there while it was read; start again")

@@ -25,17 +25,21 @@ def empty(config: ModelConfig, held: HeldExperts) -> Network:
         return Network(config, held)
 
 
-def build(config: ModelConfig, seed: int) -> Network:
-    """Build the full model with fresh weights drawn from ``seed`` (public, not private randomness).
+def build(config: ModelConfig, seed: int, held: HeldExperts | None = None) -> Network:
+    """Build a model with fresh weights drawn from ``seed`` (public, not private randomness).
+
+    Args:
+        held: the experts to build it for; all if not given.
 
     Raises:
         BadInputError: the user's own model cannot be built.
     """
+    held = config.all_experts if held is None else held
     if config.source is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return empty(config, config.all_experts)
-    network = empty(config, config.all_experts)
+            return empty(config, held)
+    network = empty(config, held)
     network.to_empty(device="cpu")
     for parameter in network.parameters():
         nn.init.constant_(parameter, float("nan"))  # a layer that nobody initialises must not go unnoticed

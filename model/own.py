@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from model.config import ClassificationConfig, HeldExperts, ModelConfig
 from model.errors import BadInputError
@@ -25,6 +26,7 @@ from model.heads import byte_loss
 from model.network import Batch, Network, Output
 
 PREFIX = "own."
+BYTES = 256
 EXPERT = re.compile(r"own\.(?:.*\.)?layers\.(?P<layer>\d+)\.experts\.(?P<expert>\d+)\..+")
 
 
@@ -35,8 +37,8 @@ class OwnNetwork(Network):
         """Build the module.
 
         Raises:
-            BadInputError: the function cannot be called or returns something else; the module holds buffers, other
-                than float32 parameters, or other experts than it was asked for.
+            BadInputError: the function cannot be called, fails or returns something else; the module holds buffers,
+                parameters without a shape, other than float32 ones, or other experts than it was asked for.
         """
         nn.Module.__init__(self)
         self.config = config
@@ -45,9 +47,22 @@ class OwnNetwork(Network):
         _check(self, config, held)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
-        """Return the module's scores; it has no auxiliary loss, and its routing is its own business."""
+        """Return the module's scores; it has no auxiliary loss, and its routing is its own business.
+
+        Raises:
+            BadInputError: they are not what the head needs.
+        """
         del allowed
-        scores = self.own(batch[self.config.encoder.modality])
+        x = batch[self.config.encoder.modality]
+        scores = self.own(x)
+        head = self.config.head
+        expected = [len(x), head.classes] if isinstance(head, ClassificationConfig) else [*x.shape, BYTES]
+        if not isinstance(scores, Tensor) or list(scores.shape) != expected or not scores.is_floating_point():
+            is_now = f"{list(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise BadInputError(
+                f"model.source {self.config.source}: the scores of {len(x)} examples are {is_now}, must be floats "
+                f"{expected} for model.head.kind {head.kind}"
+            )
         return Output(scores, scores.new_zeros(len(scores)), ())
 
     def task_loss(self, output: Output, batch: Batch) -> Tensor:
@@ -64,12 +79,22 @@ class OwnNetwork(Network):
 def _build(config: ModelConfig, held: HeldExperts) -> nn.Module:
     source = str(config.source)
     try:
-        built = pkgutil.resolve_name(source)(config, dict(held))
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise BadInputError(f"model.source {source} cannot be called: {error}") from error
+        function = pkgutil.resolve_name(source)
+    except Exception as error:  # of whatever kind: importing runs the user's code
+        raise BadInputError(f"model.source {source} cannot be called: {said(error)}") from error
+    try:
+        built = function(config, dict(held))
+    except Exception as error:
+        raise BadInputError(f"model.source {source} cannot be called: {said(error)}") from error
     if not isinstance(built, nn.Module):
         raise BadInputError(f"model.source {source} must return a torch module, not a {type(built).__name__}")
     return built
+
+
+def said(error: Exception) -> str:
+    """Return what an exception of the user's code says, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _check(network: OwnNetwork, config: ModelConfig, held: HeldExperts) -> None:
@@ -81,6 +106,11 @@ def _check(network: OwnNetwork, config: ModelConfig, held: HeldExperts) -> None:
         )
     for name, parameter in network.named_parameters():
         short = name.removeprefix(PREFIX)
+        if is_lazy(parameter):
+            raise BadInputError(
+                f"model.source {source}: {short} has no shape before the first batch, must have one: "
+                "give its layer all sizes, as nn.Linear for nn.LazyLinear"
+            )
         if parameter.dtype != torch.float32 or not parameter.dim() or "/" in name:
             raise BadInputError(
                 f"model.source {source}: {short} must be a float32 tensor with an axis and no / in its name"

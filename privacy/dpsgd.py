@@ -18,6 +18,7 @@ assumes that weights do not amplify rounding across units; at ``strict`` it does
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -44,15 +45,18 @@ from privacy.gradient_modes import (
 )
 from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
-from privacy.physical_batch import MOST, fitting
+from privacy.physical_batch import MOST, TRIED, Footprint, Room, measured
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
-from privacy.unit_index import UnitIndex
+from privacy.unit_index import PhysicalBatch, UnitIndex
+from privacy.units_in_parts import UnitInParts
+
+log = logging.getLogger("conclave.node")
 
 _EXAMPLE = "example number"
 _COUNT_GRID = 2.0**20
 _SMALL = 32
-"""So many examples always fit: how many more would is looked up only for larger batches."""
+"""So many examples are processed at once without a look at what they take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ class DpSgd:
     declared_size: the public number of units; with ``sampling_rate`` it fixes the divisor.
     records_per_unit: cap on a group's records, where groups are the unit.
     physical_batch: examples processed at once; None takes what fits into ``memory_bytes``. It changes the result by
-        rounding only.
+        rounding only. A group with more records is processed in parts, whose gradients are added up before the clip.
     """
 
     steps: int
@@ -219,8 +223,16 @@ class PrivateTraining:
         example_loss: ExampleLoss,
         mechanism: DpSgd,
         secret: bytes,
+        *,
+        room: Room | None = None,
+        contain: bool = False,
     ) -> None:
         """Attach to a module whose trained parameters ``optimizer`` holds.
+
+        Args:
+            room: what is processed at once, where that was worked out before.
+            contain: a unit that cannot be processed contributes nothing, and the step goes on. For a node, which has
+                tried the model on made-up records: what fails after that depends on records, and must not show.
 
         Raises:
             BadInputError: the module holds a layer that cannot be made private, or has no expert loads to release.
@@ -229,9 +241,15 @@ class PrivateTraining:
         self._module, self._loss, self._secret = module, example_loss, secret
         self._optimizer = UnitDPOptimizer(optimizer, mechanism)
         self._trained = [p for p in module.parameters() if p.requires_grad]
-        self._most = mechanism.physical_batch
-        self._mode: GradientMode = mode_for("strict" if mechanism.numeric == "strict" else mechanism.gradients, module)
+        self._contain = contain
+        self._room = room
+        if mechanism.physical_batch is not None:
+            self._room = Room(mechanism.physical_batch)
+        self._mode = self._attached()
         self._loads = LoadHistogram(module, mechanism.noise_parts[LOADS]) if mechanism.load_share else None
+
+    def _attached(self) -> GradientMode:
+        return mode_for("strict" if self.mechanism.numeric == "strict" else self.mechanism.gradients, self._module)
 
     def __enter__(self) -> PrivateTraining:
         return self
@@ -321,21 +339,111 @@ class PrivateTraining:
 
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
         """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
-        inside = 0.0
+        if self._room is None and (index.grouped or len(chosen) > _SMALL):
+            self._room = self._measured_room(records)
+        return self._add_up(records, index, chosen, self._room or Room(_SMALL))
+
+    def footprint(self, made_up: Records) -> Footprint:
+        """Return what examples take, measured on :data:`~privacy.physical_batch.TRIED` made-up ones.
+
+        Raises:
+            BadInputError: the module cannot be trained on them.
+        """
+        strict = self.mechanism.numeric == "strict"
+        # At level strict units come one by one; what a part of one takes is what counts.
+        index = UnitIndex(TRIED, torch.zeros(TRIED, dtype=torch.int64), TRIED) if strict else UnitIndex(TRIED)
+        self._module.train()
+        try:
+            return measured(
+                lambda: self._add_up(made_up, index, torch.arange(index.count), Room(TRIED)),
+                self._module,
+                grams=not strict and self.mechanism.gradients == "bookkeeping",
+            )
+        finally:
+            self._optimizer.forget_sums()
+
+    def _measured_room(self, records: Records) -> Room:
+        """Work out from the shapes of records what is processed at once; their values are not looked at."""
+        made_up = {name: tensor.new_zeros(TRIED, *tensor.shape[1:]) for name, tensor in records.items()}
+        self._mode.close()
+        self._mode = self._attached()  # for the trial alone: what a mode remembers must come from records
+        try:
+            return self.footprint(made_up).room(self.mechanism.memory_bytes)
+        except Exception:  # what the caller's loss makes of zeros is no error of the records'
+            return Room(_SMALL)
+        finally:
+            self._mode.close()
+            self._mode = self._attached()
+
+    def _add_up(self, records: Records, index: UnitIndex, chosen: Tensor, room: Room) -> float:
         self._optimizer.forget_sums()  # of a step that was interrupted
         if self._loads is not None:
             self._loads.begin_step()
-        for batch, part, units in _parts(records, index, chosen, self._physical_batch(records, len(chosen))):
-            batch[_EXAMPLE] = part  # a mode may run a part of the batch alone: each brings its number along
-            clipping = Clipping(self.mechanism.clipping, self.clip)
+        inside, in_parts = 0.0, None
+        for physical in index.batches(chosen, room):
+            batch = _examples(records, physical)
             if self._loads is not None:
-                self._loads.begin_batch(part)
-            found = self._mode.clipped_sum(self._loss_with_draws, batch, units, clipping)
+                self._loads.begin_batch(physical.example_B)
+            if physical.of_unit is None:
+                inside += self._add_units(batch, physical.units.to(next(iter(batch.values())).device))
+                if self._loads is not None:
+                    self._loads.end_batch(physical.units)
+                continue
+            in_parts = in_parts or UnitInParts(self._trained, physical.of_unit)
+            self._add_part(in_parts, batch)
+            if self._loads is not None:
+                self._loads.end_part(physical.of_unit if physical.last else None)
+            if physical.last:
+                found = in_parts.clipped(self._clipping, on_grid=self.mechanism.numeric == "strict")
+                self._optimizer.accumulate(self._trained, found.sums)
+                inside += found.inside
+                in_parts = None
+        return inside
+
+    @property
+    def _clipping(self) -> Clipping:
+        return Clipping(self.mechanism.clipping, self.clip)
+
+    def _add_units(self, batch: Records, units: Units) -> float:
+        """Add the clipped gradients of whole units; return the count for an adaptive clip."""
+        try:
+            found = self._mode.clipped_sum(self._loss_with_draws, batch, units, self._clipping)
+        except Exception:
+            if not self._contain:
+                raise
+            return self._add_one_by_one(batch, units)
+        self._optimizer.accumulate(self._trained, found.sums)
+        return found.inside
+
+    def _add_one_by_one(self, batch: Records, units: Units) -> float:
+        """As :meth:`_add_units`, where that failed: a unit that fails alone, too, contributes nothing."""
+        unit_B = torch.arange(units.examples) if units.unit_B is None else units.unit_B.cpu()
+        inside = 0.0
+        for unit in range(units.count):
+            mine_B = unit_B == unit
+            alone = {name: tensor[mine_B.to(tensor.device)] for name, tensor in batch.items()}
+            size = int(mine_B.sum())
+            one = Units.one_each(1) if units.unit_B is None else Units(size, 1, torch.zeros(size, dtype=torch.int64))
+            try:
+                found = self._mode.clipped_sum(self._loss_with_draws, alone, one, self._clipping)
+            except Exception:
+                log.exception("a unit could not be processed; it contributes nothing to this step")
+                continue
             self._optimizer.accumulate(self._trained, found.sums)
-            if self._loads is not None:
-                self._loads.end_batch(units)
             inside += found.inside
         return inside
+
+    def _add_part(self, unit: UnitInParts, batch: Records) -> None:
+        """Add the gradients of a part of a unit."""
+        bookkeeping = self.mechanism.gradients == "bookkeeping" and self.mechanism.numeric == "fast"
+        try:
+            with self._mode.unwatched():
+                unit.add(self._loss_with_draws(batch), several_tasks=bookkeeping)
+        except Exception:
+            if not self._contain:
+                raise
+            log.exception("a unit could not be processed; it contributes nothing to this step")
+            unit.leave_out()
 
     def _adapt(self, inside: float) -> None:
         rule, divisor = self.mechanism.adaptive, self.mechanism.divisor
@@ -345,17 +453,6 @@ class PrivateTraining:
             noise = round(noise * _COUNT_GRID) / _COUNT_GRID
         self.clip = rule.next(self.clip, inside + noise, divisor)
         self._optimizer.max_grad_norm = self.clip
-
-    def _physical_batch(self, records: Records, examples: int) -> int:
-        if self._most is None:
-            if examples <= _SMALL:
-                return _SMALL
-            hooks = self.mechanism.gradients == "hooks"
-            with self._mode.unwatched():
-                self._most = fitting(
-                    self._loss, records, self._module, self.mechanism.memory_bytes, per_sample_gradients=hooks
-                )
-        return self._most
 
     def _loss_with_draws(self, batch: Records) -> Tensor:
         """Give every example a stream of its own: a function of secret, step, layer and example.
@@ -376,16 +473,11 @@ class PrivateTraining:
             return self._loss(batch)
 
 
-def _parts(
-    records: Records, index: UnitIndex, chosen: Tensor, most: int
-) -> Iterator[tuple[dict[str, Tensor], Tensor, Units]]:
-    """Yield the physical batches of chosen units: records, their numbers, and whose they are."""
-    for part, unit_B in index.parts(chosen, most):
-        batch = {name: tensor[part.to(tensor.device)] for name, tensor in records.items()}
-        units = Units.one_each(len(part))
-        if unit_B is not None:
-            units = Units(len(part), int(unit_B[-1]) + 1, unit_B.to(next(iter(batch.values())).device))
-        yield batch, part, units
+def _examples(records: Records, physical: PhysicalBatch) -> dict[str, Tensor]:
+    """Return the examples of a physical batch. A mode may run a part of it alone: each brings its number along."""
+    example_B = physical.example_B
+    batch = {name: tensor[example_B.to(tensor.device)] for name, tensor in records.items()}
+    return batch | {_EXAMPLE: example_B}
 
 
 class Outcome(NamedTuple):
@@ -404,6 +496,8 @@ def train_privately(
     *,
     group_B: Tensor | None = None,
     scales: dict[str, float] | None = None,
+    room: Room | None = None,
+    contain: bool = False,
 ) -> Outcome:
     """Run ``mechanism.steps`` steps of DP-SGD on ``module`` in place.
 
@@ -415,6 +509,7 @@ def train_privately(
         secret: 256 bits that nobody else knows; the same secret replays the same mechanism.
         group_B: int64, the group of each record, where groups are the unit; None where each record is one.
         scales: parameter name → factor on the learning rate; public.
+        room, contain: see :class:`PrivateTraining`.
 
     Guarantee: the parameters, the clip bound afterwards and the loads are together a release of ``steps`` composed
     Poisson-subsampled Gaussian mechanisms with the given rate and σ; nothing else leaves this function.
@@ -425,9 +520,10 @@ def train_privately(
     optimizer = make_optimizer(module, mechanism.optimizer, mechanism.learning_rate, scales)
     index = UnitIndex(len(next(iter(records.values()))), group_B, mechanism.records_per_unit)
     if mechanism.noise_multiplier is None:
-        _train_without_privacy(module, optimizer, example_loss, records, index, mechanism, secret)
+        most = room or Room(mechanism.physical_batch or MOST)
+        _train_without_privacy(module, optimizer, example_loss, records, index, mechanism, secret, most)
         return Outcome(mechanism.clip, {})
-    with PrivateTraining(module, optimizer, example_loss, mechanism, secret) as training:
+    with PrivateTraining(module, optimizer, example_loss, mechanism, secret, room=room, contain=contain) as training:
         for _ in range(mechanism.steps):
             training.step(records, index)
         return Outcome(training.clip, training.loads)
@@ -441,11 +537,17 @@ def _train_without_privacy(
     index: UnitIndex,
     mechanism: DpSgd,
     secret: bytes,
+    room: Room,
 ) -> None:
     module.train()
     for step in range(mechanism.steps):
         chosen = poisson_sample(index.count, mechanism.sampling_rate, secret, step)
         optimizer.zero_grad()
-        for batch, _, units in _parts(records, index, chosen, mechanism.physical_batch or MOST):
-            (unit_mean(example_loss(batch), units).sum() / mechanism.divisor).backward()
+        for physical in index.batches(chosen, room):
+            batch = {name: tensor[physical.example_B.to(tensor.device)] for name, tensor in records.items()}
+            loss_B = example_loss(batch)
+            mean = unit_mean(loss_B, physical.units.to(loss_B.device)).sum()
+            if physical.of_unit is not None:
+                mean = loss_B.sum() / physical.of_unit
+            (mean / mechanism.divisor).backward()
         optimizer.step()

@@ -175,7 +175,8 @@ class _OpacusMode(ABC):
         """Opacus counts every forward pass it sees, and waits for its backward pass."""
         self._hooks.disable_hooks()
         try:
-            yield
+            with _quiet():
+                yield
         finally:
             self._hooks.enable_hooks()
 

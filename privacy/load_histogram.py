@@ -86,6 +86,7 @@ class LoadHistogram:
         self._sums = [torch.zeros(layer.held, dtype=torch.int64) for layer in layers]
         self._released = [torch.zeros(layer.held, dtype=torch.float64) for layer in layers]
         self._shares: list[Tensor] = []  # of the physical batch, int64 [B, E] for each layer, in steps of the grid
+        self._parts = [torch.zeros_like(total) for total in self._sums]  # of a unit that comes in parts
         self._sorted_B = self._place_B = torch.zeros(0, dtype=torch.int64)
         self._watched: tuple[Tensor, Mapping[str, Tensor]] | None = None
         self._handles = [
@@ -99,7 +100,7 @@ class LoadHistogram:
 
     def begin_step(self) -> None:
         """Forget what was counted and not noised."""
-        for total in self._sums:
+        for total in (*self._sums, *self._parts):
             total.zero_()
 
     def begin_batch(self, example_B: Tensor) -> None:
@@ -126,6 +127,19 @@ class LoadHistogram:
             size_U = torch.bincount(unit_B, minlength=units.count)
             share_UE = share_BE.new_zeros(units.count, len(total)).index_add_(0, unit_B, share_BE)
             total += (share_UE // size_U[:, None]).sum(0)
+        self._shares = []
+
+    def end_part(self, unit_size: int | None) -> None:
+        """Keep the contributions of a batch that is a part of one unit; with the last part, add the unit's to the sums.
+
+        Args:
+            unit_size: examples of the unit, after its last part; None before.
+        """
+        for total, part, share_BE in zip(self._sums, self._parts, self._shares, strict=True):
+            part += share_BE.sum(0)
+            if unit_size is not None:
+                total += part // unit_size
+                part.zero_()
         self._shares = []
 
     def add_noise(self, secret: bytes) -> None:

@@ -34,16 +34,28 @@ class MetricSums:
 
     def __init__(self) -> None:
         self._sums = torch.zeros(2, dtype=torch.int64)
+        self._part = torch.zeros((), dtype=torch.int64)
 
     def add(self, value_B: Tensor, units: Units) -> None:
         """Add examples' values, shape [B]; outside [0, 1] they are moved to its ends, and what is no number to 0."""
-        value_B = torch.nan_to_num(value_B.detach().cpu().double(), nan=0.0).clamp(0.0, 1.0)
-        value_U = (value_B * _ONE).floor().long()
+        value_U = _steps(value_B)
         if units.unit_B is not None:
             unit_B = units.unit_B.cpu()
             size_U = torch.bincount(unit_B, minlength=units.count)
             value_U = value_U.new_zeros(units.count).index_add_(0, unit_B, value_U) // size_U
         self._sums += torch.stack([value_U.sum(), (_ONE - value_U).sum()])
+
+    def add_part(self, value_B: Tensor, unit_size: int | None) -> None:
+        """Add the values of some examples of one unit, which counts with its last part.
+
+        Args:
+            unit_size: examples of the unit, after its last part; None before.
+        """
+        self._part += _steps(value_B).sum()
+        if unit_size is not None:
+            mean = self._part // unit_size
+            self._sums += torch.stack([mean, _ONE - mean])
+            self._part.zero_()
 
     def exact(self) -> Tensor:
         """Return both sums without noise, float64 [2]: for audits. Never release them."""
@@ -61,6 +73,12 @@ class MetricSums:
         if noise_multiplier is not None:
             total += standard_normal(secret, 2).mul_(noise_multiplier * SENSITIVITY * 2.0**GRID_BITS).round_()
         return (total * 2.0**-GRID_BITS).float()
+
+
+def _steps(value_B: Tensor) -> Tensor:
+    """Return values in [0, 1] in whole steps of the grid, rounded toward zero."""
+    value_B = torch.nan_to_num(value_B.detach().cpu().double(), nan=0.0).clamp(0.0, 1.0)
+    return (value_B * _ONE).floor().long()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
 from data.sources import public_test
 from model import BadInputError, build, parameters
+from model.errors import RunFailedError
 from server.averaging import ModelAverage
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
@@ -30,6 +31,7 @@ from server.roster import Roster, counted
 from server.run_directory import RunDirectory
 from server.scenario import Scenario, parse_scenario
 from server.strategy import ExpertStrategy
+from server.trainable import check_trainable
 from server.wishes import Wishes
 
 log = logging.getLogger("conclave.server")
@@ -67,10 +69,12 @@ def run_scenario(
             left to do.
 
     Raises:
-        BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
-            or belongs to another plan.
+        BadInputError: no usable node answered, the scenario cannot be carried out, the model cannot be trained as it
+            asks, or the checkpoint is damaged or belongs to another plan.
+        RunFailedError: every node that was asked refused a round, or no round changed anything.
     """
     plan = scenario.plan()
+    check_trainable(scenario)
     test = public_test(scenario.data)
     network = build(scenario.model, scenario.seed)
     roster = Roster(grid, scenario, plan, run_id)
@@ -140,10 +144,33 @@ def run_scenario(
         log.info(said)
         on_round(line)
         say(said)
+        _check_somebody_took_part(round_number, strategy)
     run.save_model(scenario.model, average.of(strategy.optimizer.snapshot()))
     roster.close()
     if strategy.node_level is not None:
         strategy.node_level.close()
+    _check_something_changed(run.metrics())
+
+
+def _check_somebody_took_part(round_number: int, strategy: ExpertStrategy) -> None:
+    """End a run that every node refuses; not where the node is the unit, whose part in a round must not show."""
+    tally = strategy.tally
+    if strategy.node_level is None and tally.asked and tally.refused.total() == tally.asked:
+        raise RunFailedError(
+            f"in round {round_number} every node refused ({counted(tally.refused)}); nodes' logs say why, "
+            "and with --resume the run goes on after that round"
+        )
+
+
+def _check_something_changed(metrics: Sequence[Mapping[str, Any]]) -> None:
+    if any(line["changed"] for line in metrics):
+        return
+    refused, dropped = Counter[str](), Counter[str]()
+    for line in metrics:
+        refused.update(line["refused"])
+        dropped.update(line["dropped_by"])
+    why = counted(refused + dropped) or "too few nodes answered"
+    raise RunFailedError(f"in {len(metrics)} rounds nothing changed the model ({why})")
 
 
 def _initial(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

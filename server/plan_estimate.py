@@ -18,6 +18,7 @@ from server.coverage import outlook
 from server.receipts import EMPTY_RECEIPT
 from server.scenario import Scenario
 from server.traffic import wire_bytes
+from server.trainable import check_trainable
 
 _MOST_TIMED_RECORDS = 4096
 
@@ -75,8 +76,9 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         units_per_node: public, the mean number of units on a node, for the expected time.
 
     Raises:
-        BadInputError: no noise multiplier satisfies (ε, δ).
+        BadInputError: no noise multiplier satisfies (ε, δ), or the model cannot be trained as the scenario asks.
     """
+    check_trainable(scenario)
     plan = scenario.plan()
     rounds, privacy = scenario.federation.rounds, scenario.privacy
     order = fixed_order(privacy.epsilon, privacy.delta)

@@ -12,6 +12,7 @@ from model.store import write_atomically
 from server.assignment import assign
 from server.plan_estimate import exchange_bytes_of
 from server.scenario import Scenario
+from server.trainable import check_trainable
 from simulations import charts
 
 
@@ -43,6 +44,7 @@ def model_card(scenario: Scenario, plot: Path | None) -> ModelCard:
     Raises:
         BadInputError: the picture cannot be written, or the scenario cannot be carried out.
     """
+    check_trainable(scenario)
     model, federation = scenario.model, scenario.federation
     nodes = [f"node {number}" for number in range(scenario.nodes)]
     held = assign(

@@ -21,6 +21,7 @@ from server.metrics import dropped_by, unchanged
 from server.node_account import NodeAccount
 from server.run_directory import RunDirectory
 from server.scenario import Scenario
+from server.trainable import check_trainable
 from simulations.baseline_note import BaselineNote, read_note
 from simulations.inline_engine import run_inline
 from simulations.ray_engine import run_on_ray
@@ -85,7 +86,8 @@ def simulate(
             one, small products then take a hundred times as long. The result may differ in its last bits.
 
     Raises:
-        BadInputError: the scenario cannot be carried out.
+        BadInputError: the scenario cannot be carried out, or its model cannot be trained as it asks.
+        RunFailedError: every node refused a round, or no round changed anything.
     """
 
     def on_reply(reply: Message) -> None:
@@ -95,6 +97,7 @@ def simulate(
     if scenario.node_privacy is not None:
         NodeAccount.begin_simulated(run.node_account, scenario.node_privacy, scenario.seed)
     deal(scenario.to_toml())  # a partition that cannot be made is the caller's mistake, not each node's
+    check_trainable(scenario)  # nor is a model that cannot be trained, whatever the engine makes of the server's errors
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     nodes, run_id = scenario.nodes, run_number(scenario)

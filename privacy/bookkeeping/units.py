@@ -28,6 +28,10 @@ class Units:
         """Every example is a unit."""
         return Units(examples, examples)
 
+    def to(self, device: torch.device) -> Units:
+        """Return the same on another device."""
+        return self if self.unit_B is None else Units(self.examples, self.count, self.unit_B.to(device))
+
     @cached_property
     def _places(self) -> tuple[Tensor, int]:
         """Each example's place within its unit, and the most examples that a unit has."""

@@ -10,7 +10,8 @@ from conftest import make_batch, make_config, make_text, make_text_config
 from test_protocol import plan
 
 from clients.chooser import choice, choice_shapes, worths
-from model import build, parameters
+from model import Network, build, parameters
+from privacy.physical_batch import Room
 
 AFFINITY = {"epsilon": 0.5, "every": 2, "experts": 3}
 
@@ -83,6 +84,49 @@ def test_a_group_counts_once_whatever_it_holds():
     records = {**make_batch(8), "group": torch.tensor([5] * 6 + [9] * 2)}
     total = torch.stack(worths(of, sent(of), records))
     assert float(total.sum()) == pytest.approx(2 * of.model.experts.top_k, abs=1e-6)
+
+
+def test_a_group_that_comes_in_parts_counts_as_it_does_whole(monkeypatch):
+    privacy = {
+        "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5, "unit": "group", "records_per_unit": 8,
+    }  # fmt: skip
+    of = asked(privacy=privacy)
+    records = {**make_batch(8), "group": torch.tensor([5] * 6 + [9] * 2)}
+    whole = worths(of, sent(of), records)
+    seen = rooms_of(monkeypatch, 2)
+    assert all(map(torch.equal, whole, worths(of, sent(of), records)))
+    assert seen == [2, 2, 2, 2]  # the group of two, then the six in parts
+
+
+def test_a_record_that_the_model_fails_on_counts_as_nothing(monkeypatch):
+    of, records = asked(), make_batch(6)
+    total = torch.stack(worths(of, sent(of), records))
+    whole = Network.forward
+    bad = records["image"][3].clone()
+
+    def failing(self, batch):
+        if (batch["image"] == bad).flatten(1).all(1).any():
+            raise MemoryError("no more")
+        return whole(self, batch)
+
+    monkeypatch.setattr(Network, "forward", failing)
+    others = {name: tensor[[0, 1, 2, 4, 5]] for name, tensor in records.items()}
+    without = torch.stack(worths(of, sent(of), records))
+    assert torch.equal(without, torch.stack(worths(of, sent(of), others)))
+    assert float((total - without).sum()) == pytest.approx(of.model.experts.top_k, abs=1e-6)
+
+
+def rooms_of(monkeypatch, examples):
+    """Let so many examples be processed at once; return how many were, pass by pass."""
+    seen, whole = [], Network.forward
+
+    def watched(self, batch):
+        seen.append(len(batch["label"]))
+        return whole(self, batch)
+
+    monkeypatch.setattr(Network, "forward", watched)
+    monkeypatch.setattr("clients.chooser.room_for", lambda *_: Room(examples))
+    return seen
 
 
 def test_only_an_order_is_released_and_it_is_what_the_bounds_say():

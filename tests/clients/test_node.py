@@ -14,8 +14,10 @@ from ledger_samples import KEY, new_ledger
 from safetensors.torch import load
 from test_protocol import plan, request
 
+import clients.capacity
 import clients.node
 from clients import trainer
+from clients.capacity import ProcessMemory
 from clients.charges import charged_mechanism
 from clients.encodings import WireForm
 from clients.node import Node
@@ -32,7 +34,7 @@ from clients.protocol import (
     unpack,
 )
 from data.schema import ImageSchema
-from model import build, parameters
+from model import Network, build, parameters
 from model.store import write_atomically
 from privacy.accounting import charge_units
 from privacy.canonical import sha256
@@ -505,3 +507,100 @@ def test_a_model_in_bfloat16_is_trained_from_what_arrived(tmp_path):
     assert hashes == {sha256(asked.model_dump_json(include={"held"}).encode() + sent)}
     assert code_of(node, asked, body()) == "bad-request"  # float32 is not what this plan says
     assert code_of(node, request(held=HELD), sent) == "bad-request"
+
+
+def own_plan(source, **changes):
+    document = make_config().model_dump() | {"preset": "own", "source": f"sample_models:{source}"}
+    return plan(model=document, **changes)
+
+
+@pytest.mark.parametrize("source", ["dropout", "loop", "seven", "lazy", "no_file"])
+def test_a_model_that_cannot_be_trained_is_refused_when_admitted_and_nothing_is_charged(tmp_path, monkeypatch, source):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "simulations"))
+    node = make_node(tmp_path)
+    held = make_config().all_experts
+    for ask in (
+        lambda: admit(node, plan=own_plan(source)),
+        lambda: node.train(request(plan=own_plan(source), held=held), encode(request(held=held), b"")),
+    ):
+        with pytest.raises(ProtocolError, match=r"sample_models|Dropout|first axis") as caught:
+            ask()
+        assert caught.value.code == "not-allowed"
+    assert node.ledger.entries() == []
+
+
+def test_a_model_of_ones_own_is_too_large_when_admitted_not_when_it_comes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "simulations"))
+    node = make_node(tmp_path, max_parameters=100)
+    with pytest.raises(ProtocolError, match="parameters with as few experts as a token needs, must be at most 100"):
+        admit(node, plan=own_plan("plain"))
+    assert node.ledger.entries() == []
+
+
+GROUPED = PRIVACY | {"unit": "group", "records_per_unit": 500, "sampling_rate": 1.0}
+
+
+def grouped_node(folder, sizes, **policy) -> Node:
+    node = make_node(folder, **policy)
+    group_B = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64))
+    records = make_batch(len(group_B)) | {"group": group_B}
+    return replace(node, records=records, ledger=new_ledger(folder / "groups", unit="group"))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 30, [1] * 30 + [500], [1] * 300, []])
+def test_with_little_memory_whatever_was_drawn_is_answered_and_never_more_processed_at_once(
+    tmp_path, monkeypatch, sizes
+):
+    """One group more, or one of five hundred records, must not decide whether a node answers."""
+    (tmp_path / "groups").mkdir()
+    node = grouped_node(tmp_path, sizes)
+    asked = request(held=HELD, plan=plan(privacy=GROUPED, noise_multiplier=20.0))
+    memory = ProcessMemory(limit_bytes=1 << 20, program_bytes=0)  # a physical batch gets 128 KiB
+    monkeypatch.setattr(clients.capacity, "process_memory", lambda: memory)
+    seen, whole = [], Network.loss
+    monkeypatch.setattr(Network, "loss", lambda self, batch: seen.append(len(batch["label"])) or whole(self, batch))
+    _, sent = train(node, asked, body())
+    assert all(tensor.isfinite().all() for tensor in unpack(sent, parameters.shapes(make_config(), HELD)).values())
+    assert max(seen, default=0) <= 40
+
+
+def test_where_not_even_one_example_fits_the_plan_is_refused_and_nothing_charged(tmp_path, monkeypatch):
+    node = make_node(tmp_path)
+    monkeypatch.setattr(clients.capacity, "process_memory", lambda: ProcessMemory(1 << 10, 0))
+    monkeypatch.setattr(Policy, "capacity", lambda *_: 6)
+    with pytest.raises(ProtocolError, match=r"one example of this model takes .* MiB in training") as caught:
+        admit(node)
+    assert caught.value.code == "not-allowed"
+    assert node.ledger.entries() == []
+
+
+def test_where_too_few_experts_fit_the_plan_is_refused_and_nothing_charged(tmp_path):
+    node = make_node(tmp_path, memory_mb=1024)
+    with pytest.raises(ProtocolError, match="0 experts fit, fewer than a token needs"):
+        admit(node)
+    assert node.ledger.entries() == []
+
+
+def test_the_owner_caps_the_records_of_a_group(tmp_path):
+    (tmp_path / "groups").mkdir()
+    node = grouped_node(tmp_path, [3, 4], max_records_per_unit=499)
+    with pytest.raises(ProtocolError, match="records_per_unit is 500, must be at most 499"):
+        admit(node, plan=plan(privacy=GROUPED, noise_multiplier=20.0))
+    admit(node, plan=plan(privacy=GROUPED | {"records_per_unit": 499}, noise_multiplier=20.0))
+
+
+def test_a_record_that_cannot_be_processed_does_not_show_in_whether_the_node_answers(node, monkeypatch):
+    """The model was tried before; what fails now is in the records."""
+    marked = node.records["image"][7].clone()
+    whole = Network.loss
+
+    def failing(self, batch):
+        if (batch["image"] == marked).flatten(1).all(1).any():
+            raise IndexError("index 7 is out of bounds")
+        return whole(self, batch)
+
+    monkeypatch.setattr(Network, "loss", failing)
+    asked = plan(privacy=PRIVACY | {"sampling_rate": 1.0}, noise_multiplier=20.0)
+    _, sent = train(node, request(held=HELD, plan=asked), body())
+    delta = unpack(sent, parameters.shapes(make_config(), HELD))
+    assert all(tensor.isfinite().all() and (tensor != 0).all() for tensor in delta.values())

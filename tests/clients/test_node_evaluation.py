@@ -30,11 +30,12 @@ from clients.protocol import (
     pack,
 )
 from data.schema import ImageSchema
-from model import BadInputError, build, from_state, parameters
+from model import BadInputError, Network, build, from_state, parameters
 from privacy.accounting import charge_units
 from privacy.ledger import Ledger, SignedHead
 from privacy.ledger.heads import public_hex
 from privacy.mechanisms import SampledGaussian
+from privacy.physical_batch import Room
 from privacy.randomness import derive
 
 ASIDE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -278,6 +279,26 @@ def test_strict_measures_each_unit_alone_to_the_same_sums(tmp_path):
     privacy = {"mechanism": "none", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5}
     strict = OPEN.model_copy(update={"privacy": type(OPEN.privacy)(**privacy, numeric="strict")})
     assert load(ask(make_node(tmp_path), strict)[1])["metric/accuracy"].tolist() == truth(OPEN)
+
+
+def test_what_is_processed_at_once_changes_no_sum(tmp_path, monkeypatch):
+    monkeypatch.setattr("clients.evaluator.room_for", lambda *_: Room(7))
+    assert load(ask(make_node(tmp_path), OPEN)[1])["metric/accuracy"].tolist() == truth(OPEN)
+
+
+def test_a_record_that_the_model_fails_on_scores_nothing_and_the_node_answers(tmp_path, monkeypatch):
+    right, units = truth(OPEN)[0], sum(truth(OPEN))
+    node, whole, bad = make_node(tmp_path), Network.forward, held_out_batch()["image"][:4]
+
+    def failing(self, batch, *rest):
+        if any((batch["image"] == one).flatten(1).all(1).any() for one in bad):
+            raise MemoryError("no more")
+        return whole(self, batch, *rest)
+
+    monkeypatch.setattr(Network, "forward", failing)
+    sums = load(ask(node, OPEN)[1])["metric/accuracy"].tolist()
+    assert sum(sums) == units
+    assert right - 4 <= sums[0] <= right
 
 
 def test_a_model_that_fails_on_records_scores_nothing_and_leaks_nothing(tmp_path):

@@ -17,12 +17,14 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 MACHINE = "test"
 
 
-def genesis(epsilon: float = 8.0, mode: str = "simulation", key: Ed25519PrivateKey = KEY) -> Genesis:
+def genesis(
+    epsilon: float = 8.0, mode: str = "simulation", key: Ed25519PrivateKey = KEY, unit: str = "record"
+) -> Genesis:
     return Genesis.new(
         public_key=public_hex(key),
         dataset_id="test",
         split_key="00",
-        unit="record",
+        unit=unit,
         epsilon=epsilon,
         delta=DELTA,
         mode=mode,

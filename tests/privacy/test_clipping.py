@@ -135,9 +135,11 @@ def test_physical_batches_change_nothing(unit):
         with PrivateTraining(network, torch.optim.SGD(network.parameters()), network.loss, cut, SECRET) as training:
             training.accumulate(batch, index, torch.arange(index.count))
             sums[size] = [total.double() for total in training._optimizer._sums]
-    for size in (4, 1):
+    # A group that is larger than the batch is in parts, and clipped by its norm itself instead of an upper bound of it.
+    allowed = {4: 1e-6, 1: 1e-6 if unit == "record" else 1e-5}
+    for size, most in allowed.items():
         for total, whole in zip(sums[size], sums[512], strict=True):
-            assert float((total - whole).norm()) <= 1e-6 * float(whole.norm())
+            assert float((total - whole).norm()) <= most * float(whole.norm())
 
 
 def test_the_physical_batch_follows_the_memory():
@@ -148,7 +150,7 @@ def test_the_physical_batch_follows_the_memory():
             network, torch.optim.SGD(network.parameters()), network.loss, replace(FULL, memory_bytes=memory), SECRET
         ) as training:
             training.step(batch)
-            sizes[memory] = training._most
+            sizes[memory] = training._room.examples
     assert sizes[1] == 1
     assert 1 < sizes[1 << 20] < 512
     assert sizes[1 << 34] == 512
@@ -168,7 +170,7 @@ def test_the_physical_batch_does_not_depend_on_how_many_records_there_are():
             SECRET,
         ) as training:
             training.accumulate(batch, UnitIndex(records), torch.arange(200))
-            sizes.append(training._most)
+            sizes.append(training._room.examples)
     assert sizes[0] == sizes[1] > 100
 
 

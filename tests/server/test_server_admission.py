@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from flwr.app import Error, RecordDict
@@ -24,6 +26,7 @@ from clients.protocol import (
 )
 from data.shipped_scenarios import find
 from model import BadInputError, parameters
+from model.errors import RunFailedError
 from privacy.ledger import SignedHead
 from server.app import run_scenario
 from server.run_directory import RunDirectory
@@ -114,3 +117,58 @@ def test_where_nobody_admits_the_plan_nothing_runs(tmp_path):
     refusal = encode(Refusal(code="budget-exhausted"))
     with pytest.raises(BadInputError, match="no node admits the plan"):
         run(tmp_path, dict.fromkeys((11, 12, 13), refusal))
+
+
+class Refusing(Nodes):
+    """Admit the plan, and refuse these rounds."""
+
+    def __init__(self, rounds, code="budget-exhausted"):
+        super().__init__({})
+        self.rounds, self.code = rounds, code
+
+    def answer(self, node, kind, message):
+        if kind == TRAIN and (decode(message.content, TrainRequest).round, node) in self.rounds:
+            return encode(Refusal(code=self.code))
+        return super().answer(node, kind, message)
+
+
+def run_with(nodes, tmp_path, **changes):
+    be_the_server()
+    scenario = read_scenario(find("digits"), CHANGES | changes)
+    directory = RunDirectory.create(scenario, tmp_path / "run")
+    run_scenario(nodes, scenario, directory, "5")
+    return directory
+
+
+def test_a_round_that_everybody_refuses_ends_the_run_and_says_why(tmp_path):
+    nodes = Refusing({(1, 11), (1, 12), (1, 13)})
+    with pytest.raises(
+        RunFailedError, match=r"^the run failed: in round 1 every node refused \(3 × budget-exhausted\)"
+    ):
+        run_with(nodes, tmp_path)
+    assert len(nodes.asked[TRAIN]) == 3  # nobody is asked for the second round
+    (line,) = RunDirectory.open(tmp_path / "run").metrics()
+    assert (line["refused"], line["changed"]) == ({"budget-exhausted": 3}, False)
+
+
+def test_a_round_that_one_node_answers_goes_on(tmp_path):
+    directory = run_with(Refusing({(1, 11), (1, 12), (2, 13)}), tmp_path)
+    assert [line["accepted"] for line in directory.metrics()] == [1, 2]
+
+
+def test_a_run_in_which_nothing_changed_the_model_does_not_end_well(tmp_path):
+    nodes = Refusing({(1, 11), (2, 12)}, code="paused")
+    sentence = r"^the run failed: in 2 rounds nothing changed the model \(2 × paused\)$"
+    with pytest.raises(RunFailedError, match=sentence):
+        run_with(nodes, tmp_path, **{"federation.min_replies": 3})
+    assert nodes.asked[QUERY_CLOSE] == [11, 12, 13]  # what is set aside is free again
+
+
+def test_a_model_that_cannot_be_trained_asks_nobody(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "simulations"))
+    nodes = Nodes({})
+    for source, sentence in (("dropout", "draws from one stream"), ("only_all", "made-up records fails")):
+        own = {"model.preset": "own", "model.source": f"sample_models:{source}"}
+        with pytest.raises(BadInputError, match=sentence):
+            run_with(nodes, tmp_path / source, **own)
+    assert not any(nodes.asked.values())

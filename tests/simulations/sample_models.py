@@ -78,3 +78,99 @@ class Remembering(nn.Module):
 
 def remembering(config, held):
     return Remembering(config.head.classes)
+
+
+def flat(config, *layers):
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(64, config.head.classes))
+
+
+def dropout(config, held):
+    return flat(config, nn.Dropout(0.1))
+
+
+def recurrent(config, held):
+    return Recurrent(config.head.classes)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.rows, self.score = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, classes)
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.score(self.rows(image_BCHW.squeeze(1))[0][:, -1])
+
+
+class Loop(nn.Module):
+    """Sends the rows of a batch to experts one expert after the other: what a layer sees has lost its examples."""
+
+    def __init__(self, config, held) -> None:
+        super().__init__()
+        self.router = nn.Linear(64, config.experts.routed)
+        self.layers = nn.ModuleList([nn.Module()])
+        self.layers[0].experts = nn.ModuleDict({str(e): nn.Linear(64, config.head.classes) for e in held[0]})
+        self.held = held[0]
+        self.classes = config.head.classes
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BD = image_BCHW.flatten(1)
+        weight_BE, chosen_B = self.router(x_BD)[:, list(self.held)].softmax(-1).max(-1)
+        scores = x_BD.new_zeros(len(x_BD), self.classes)
+        for place, expert in enumerate(self.held):
+            mine = chosen_B == place
+            if mine.any():
+                scores[mine] = self.layers[0].experts[str(expert)](x_BD[mine])
+        return scores * weight_BE.unsqueeze(1)
+
+
+def loop(config, held):
+    return Loop(config, held)
+
+
+def lazy(config, held):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(config.head.classes))
+
+
+def no_file(config, held):
+    raise RuntimeError("weights are\nnot there")
+
+
+def seven(config, held):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))
+
+
+def whole_numbers(config, held):
+    class Rounding(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).long()
+
+    return nn.Sequential(nn.Flatten(), Rounding(64, config.head.classes))
+
+
+def too_wide(config, held):
+    return nn.Sequential(nn.Flatten(), nn.Linear(65, config.head.classes))
+
+
+def lost(config, held):
+    model = flat(config)
+    nn.init.constant_(model[1].weight, float("nan"))
+    return model
+
+
+class Growing(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(1.01)
+        return super().forward(x.flatten(1))
+
+
+def growing(config, held):
+    return Growing(64, config.head.classes)
+
+
+def only_all(config, held):
+    """Uses every expert, also where it is given a part."""
+    model = Mixture(config, held)
+    for layer in model.layers:
+        layer.held = tuple(range(config.experts.routed))
+    return model

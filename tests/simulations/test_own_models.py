@@ -9,6 +9,8 @@ import torch
 from conftest import make_config
 from ledger_samples import entries_of
 
+import conclave
+from clients.node import Node
 from clients.policy import Policy
 from clients.protocol import Plan, ProtocolError
 from clients.trainer import _scales, train
@@ -96,6 +98,50 @@ def test_the_audit_attacks_it():
 def test_what_cannot_be_used_is_one_sentence(source, sentence):
     with pytest.raises(BadInputError, match=sentence):
         build(own_config(source), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("dropout", "(Dropout) draws from one stream"),
+        ("lazy", "has no shape before the first batch"),
+        ("no_file", "cannot be called: RuntimeError: weights are not there"),
+        ("seven", "[7, 7] of torch.float32, must be floats [7, 10]"),
+    ],
+)
+@pytest.mark.parametrize("command", ["simulate", "plan", "model"])
+def test_a_model_that_cannot_be_trained_is_one_sentence_before_anything_is_charged(
+    tmp_path, monkeypatch, capsys, command, source, sentence
+):
+    changes = FAST | {"model.preset": "own", "model.source": f"sample_models:{source}"}
+    options = [f"--set={key}={value}" for key, value in changes.items()]
+    options += [f"--out={tmp_path / 'run'}"] if command == "simulate" else []
+    monkeypatch.setattr("sys.argv", ["conclave", command, "digits", *options])
+    with pytest.raises(SystemExit) as caught:
+        conclave.main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert said.startswith("conclave: ")
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.glob("run/ledgers/*"))
+
+
+def test_a_run_that_nobody_takes_part_in_is_exit_status_1(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise ProtocolError("budget-exhausted")
+
+    monkeypatch.setattr(Node, "train", refuse)
+    options = [f"--set={key}={value}" for key, value in FAST.items()]
+    monkeypatch.setattr("sys.argv", ["conclave", "simulate", "digits", *options, f"--out={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as caught:
+        conclave.main()
+    assert caught.value.code == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("conclave: the run failed: in round 1 every node refused (4 × budget-exhausted)")
+    )
 
 
 def test_experts_that_were_not_sent_are_refused():

@@ -1,0 +1,111 @@
+"""A private step on made-up records, before anything is charged: whether a model can be trained, and what it takes.
+
+Whatever a model and a plan alone decide comes to light here: layers that cannot be made private, scores of a wrong
+shape, code of the user's own that fails, more memory than there is. What fails later, on records, depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+
+from model.building import build
+from model.config import HeldExperts, ModelConfig
+from model.errors import BadInputError
+from model.network import Network
+from model.own import said
+from privacy.dpsgd import DpSgd, PrivateTraining
+from privacy.local_optimizers import make_optimizer
+from privacy.physical_batch import TRIED, Footprint, measured
+
+_SEED = 0
+
+
+def rehearse(model: ModelConfig, mechanism: DpSgd, held: HeldExperts | None = None) -> Footprint:
+    """Train a model with fresh weights on made-up records, once per process for each kind of plan.
+
+    Args:
+        mechanism: what trains it. Only how it takes gradients counts.
+        held: the experts it is trained with. By default as few as a token needs; all, of a model of the user's own.
+
+    Returns:
+        What examples take beside the model itself.
+
+    Raises:
+        BadInputError: the model cannot be built, or cannot be trained so; one sentence that says why.
+    """
+    if model.source is None and mechanism.gradients != "hooks":
+        held = None  # a token visits as many experts however many are held, and nobody materialises the others
+    if held is None:
+        held = model.all_experts if model.source is not None else _fewest(model)
+    # What has no say in whether a step succeeds is the same for all plans: it would only be done again.
+    alike = DpSgd(
+        steps=1,
+        learning_rate=1.0,
+        sampling_rate=1.0,
+        clip=1.0,
+        noise_multiplier=None if mechanism.noise_multiplier is None else 1.0,
+        declared_size=TRIED,
+        gradients=mechanism.gradients,
+        numeric=mechanism.numeric,
+        clipping="flat",
+        load_share=0.5 if mechanism.load_share else 0.0,
+    )
+    return _rehearsed(model, alike, tuple(sorted(held.items())))
+
+
+def _fewest(model: ModelConfig) -> HeldExperts:
+    return {layer: tuple(range(model.experts.top_k)) for layer in range(model.layers)}
+
+
+@lru_cache(maxsize=256)
+def _rehearsed(model: ModelConfig, mechanism: DpSgd, held: tuple[tuple[int, tuple[int, ...]], ...]) -> Footprint:
+    try:
+        return _step(build(model, _SEED, dict(held)), mechanism)
+    except BadInputError:
+        raise
+    except Exception as error:
+        if model.source is None and not _no_memory(error):
+            raise  # a defect
+        what = f"model.source {model.source}" if model.source is not None else "model"
+        raise BadInputError(f"{what}: training on {TRIED} made-up records fails: {said(error)}") from error
+
+
+def _no_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _step(network: Network, mechanism: DpSgd) -> Footprint:
+    """Run one physical batch and leave out what follows it, noise and update: these know shapes alone."""
+    batch = network.synthetic_batch(TRIED, _SEED)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer = make_optimizer(network, mechanism.optimizer, mechanism.learning_rate)
+    if mechanism.noise_multiplier is None:
+        network.train()
+        found = measured(lambda: network.loss(batch).sum().backward(), network, grams=False)
+    else:
+        with PrivateTraining(network, optimizer, network.loss, mechanism, bytes(32)) as training:
+            found = training.footprint(batch)
+    _check_untouched(network, before)
+    network.eval()
+    with torch.inference_mode():
+        loss_B = network.task_loss(network(batch), batch)
+    if not bool(loss_B.isfinite().any()):
+        raise BadInputError(
+            f"model: its loss is {float(loss_B[0])} on every made-up record before any training, must be finite"
+        )
+    return found
+
+
+def _check_untouched(network: Network, before: Mapping[str, torch.Tensor]) -> None:
+    after = dict(network.named_parameters())
+    for name in before.keys() | after.keys():
+        if name not in before or name not in after or not _same_bits(before[name], after[name]):
+            raise BadInputError(f"model: its forward pass changes {name}, must change no state")
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal, with NaN equal to itself."""
+    return torch.equal(one.detach().flatten().view(torch.uint8), other.detach().flatten().view(torch.uint8))

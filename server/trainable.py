@@ -1,0 +1,32 @@
+"""Whether a scenario's model can be trained as the scenario asks: told before any node is asked, or charged."""
+
+from __future__ import annotations
+
+from model import HeldExperts
+from privacy.dpsgd import DpSgd
+from privacy.rehearsal import rehearse
+from server.scenario import Scenario
+
+
+def check_trainable(scenario: Scenario) -> None:
+    """Train a scenario's model on made-up records, with all experts and with a node's part of them.
+
+    What a node would refuse for the model's sake is refused here, before any is asked.
+
+    Raises:
+        BadInputError: the model cannot be built, or not be trained as the scenario asks.
+    """
+    plan = scenario.plan()
+    mechanism = DpSgd.of(
+        plan.privacy,
+        steps=1,
+        learning_rate=plan.training.learning_rate,
+        optimizer=plan.training.optimizer,
+        noise_multiplier=plan.noise_multiplier,
+        load_share=plan.load_share,
+        declared_size=1,
+    )
+    every = plan.model.all_experts
+    part: HeldExperts = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in every.items()}
+    for held in (every, part) if plan.model.source is not None else (part,):
+        rehearse(plan.model, mechanism, held)

@@ -54,6 +54,7 @@ Code = Literal[
     "awaiting-approval",
     "paused",
     "budget-exhausted",
+    "already-charged",
     "charge-abandoned",
     "reply-expired",
     "ledger-mismatch",

@@ -73,7 +73,7 @@ class NodeAccount:
         After a crash the same round gets the same secret, or what was committed before: it is published once.
 
         Raises:
-            BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError: see there.
+            AlreadyChargedError, BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError: see there.
         """
         seeded = self.ledger.genesis.mode == "simulation"
         request = ChargeRequest(

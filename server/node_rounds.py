@@ -11,7 +11,14 @@ from clients.protocol import Plan, pack
 from model.config import HeldExperts
 from model.errors import BadInputError
 from privacy.canonical import sha256
-from privacy.ledger import BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError, Reservation, StoredReply
+from privacy.ledger import (
+    AlreadyChargedError,
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    ReplyExpiredError,
+    Reservation,
+    StoredReply,
+)
 from privacy.mechanisms import SampledGaussian
 from server.config import NodePrivacyConfig
 from server.node_account import NodeAccount
@@ -55,6 +62,10 @@ class NodeLevel:
         except BudgetExhaustedError as error:
             raise BadInputError(
                 f"node_privacy: epsilon {self._config.epsilon:g} is spent, must leave room for round {round_number}"
+            ) from error
+        except AlreadyChargedError as error:
+            raise BadInputError(
+                f"node_privacy: round {round_number} was charged for another plan before, must go on with that plan"
             ) from error
         except ReplyExpiredError as error:
             raise BadInputError(

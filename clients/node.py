@@ -9,7 +9,7 @@ from functools import partial
 from flwr.app import RecordDict
 
 from clients.approvals import Approvals
-from clients.charges import choice_charge, evaluation_charge, for_message, training_charge
+from clients.charges import charges_of, choice_charge, evaluation_charge, for_message, training_charge
 from clients.chooser import choice, choice_shapes
 from clients.encodings import encodings_of, wire_form
 from clients.evaluator import evaluate
@@ -255,13 +255,10 @@ class Node:
             raise ProtocolError("schema-mismatch", mismatch)
 
     def _set_aside(self, plan: Plan, run_id: str) -> None:
-        charge = training_charge(plan, run_id, seeded=self.policy.simulation)
-        also = []
-        if plan.affinity is not None:
-            choosing = choice_charge(plan, plan.affinity, run_id, seeded=self.policy.simulation)
-            also.append((choosing, plan.affinity.count(plan.rounds)))
+        planned = charges_of(plan, run_id, seeded=self.policy.simulation)
+        training, *also = [(item.charge, item.count) for item in planned if item.side == "training"]
         with as_codes():
-            self.ledger.admit(charge, plan.rounds, also)
+            self.ledger.admit(*training, also)
 
 
 def _reply(kind: type[TrainReply | EvaluateReply | ChooseReply], stored: StoredReply) -> RecordDict:

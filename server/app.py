@@ -70,6 +70,7 @@ def run_scenario(
         BadInputError: no usable node answered, the scenario cannot be carried out, or the checkpoint is damaged
             or belongs to another plan.
     """
+    run.note_code()
     plan = scenario.plan()
     test = public_test(scenario.data)
     network = build(scenario.model, scenario.seed)

@@ -10,7 +10,6 @@ from torch import Tensor
 from clients.protocol import Plan, pack
 from model.config import HeldExperts
 from model.errors import BadInputError
-from privacy.canonical import sha256
 from privacy.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,
@@ -21,7 +20,7 @@ from privacy.ledger import (
 )
 from privacy.mechanisms import SampledGaussian
 from server.config import NodePrivacyConfig
-from server.node_account import NodeAccount
+from server.node_account import NodeAccount, plan_hash_of
 from server.node_level import NodeLevelSum, own_experts, secret_cohort
 
 
@@ -42,7 +41,7 @@ class NodeLevel:
         """Set up a run; ``mechanism`` is what one round is charged as."""
         self._account, self._config, self._mechanism = account, config, mechanism
         self._plan, self._run_id, self._count, self._seed = plan, run_id, experts_per_node, seed
-        self._plan_hash = sha256((plan.hash + config.json_for_hash()).encode())
+        self._plan_hash = plan_hash_of(plan, config)
         self._paid: Reservation | StoredReply | None = None
 
     def begin(self, nodes: Sequence[str], round_number: int) -> dict[str, HeldExperts]:

@@ -156,7 +156,7 @@ class _Audit:
         except ValueError:
             named = "of a key in hexadecimal"
         if genesis.ledger_id != named:
-            self.say(f"genesis: ledger id {_shown(genesis.ledger_id)}, must be {named}, which belongs to its key")
+            self.say(f"genesis: ledger id {shown(genesis.ledger_id)}, must be {named}, which belongs to its key")
         return budget
 
     def take(self, line: bytes) -> None:
@@ -217,7 +217,7 @@ class _Audit:
         elif state == "RESTORED":
             return self._restored(position, entry)
         elif state != "MIGRATED":
-            self.say(f"entry {position}: state {_shown(state)}, which no entry can have")
+            self.say(f"entry {position}: state {shown(state)}, which no entry can have")
         return 0
 
     def _reserved(self, position: int, entry: dict[str, Any]) -> int:
@@ -259,7 +259,7 @@ class _Audit:
         run_id, round_number, text = entry["run_id"], entry["round"], entry["mechanism"]
         rounds = self.charged[run_id, _kind(entry["releases"])]
         if round_number in rounds:
-            what = f"{_shown(entry['releases'])} of run {_shown(run_id)}"
+            what = f"{shown(entry['releases'])} of run {shown(run_id)}"
             self.say(f"entry {position}: charges {what} in round {round_number} once more, must be once a round")
         rounds.add(round_number)
         plan = (run_id, entry["plan_hash"])
@@ -280,8 +280,7 @@ class _Audit:
         known = self.parsed.get(text)
         if known is None:
             mechanism = parse(text)
-            # Without the rounding margin: another machine's last digit is no violation.
-            price = 0 if mechanism is None else math.floor(rdp_at(mechanism, self.order) * UNITS_PER_NAT)
+            price = 0 if mechanism is None else least_price(mechanism, self.order)
             known = self.parsed[text] = (price, mechanism)
         return known
 
@@ -343,7 +342,7 @@ class _Audit:
             self.total += max(units, price)
         expected = INFINITE if self.without_privacy else str(self.total)
         if total != expected:
-            self.say(f"entry {position}: total {_shown(total)}, must be {expected}")
+            self.say(f"entry {position}: total {shown(total)}, must be {expected}")
         if price and not self.without_privacy and self.total + self.set_aside > self.budget:
             self.say(f"entry {position}: spends more than the budget of {self.genesis.epsilon}, must stay within it")
 
@@ -420,6 +419,17 @@ class _Audit:
         return next(key for since, key in reversed(self.keys) if since <= seq)
 
 
+def least_price(mechanism: Mechanism, order: float) -> int:
+    """Return what a charge must at least cost, in RDP units at ``order``.
+
+    It is without the rounding margin of a charge: another machine's last digit is no violation.
+
+    Raises:
+        BadInputError: no budget could pay for it.
+    """
+    return math.floor(rdp_at(mechanism, order) * UNITS_PER_NAT)
+
+
 def _read(line: bytes) -> dict[str, Any]:
     """Read an entry: its fields in canonical order and of the right types, and nothing after them."""
     text = line.decode()
@@ -442,7 +452,7 @@ def _refuse(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(parse_float=_refuse, parse_constant=_refuse)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Quote what someone else wrote, safe and short enough for a terminal."""
     return ascii(text if len(text) <= 40 else f"{text[:40]}…")
 

@@ -261,7 +261,7 @@ def after_an_earlier_run(plan_hash, mechanism):
 
 def test_what_another_run_was_charged_is_said_to_be_unexamined(run):
     """Its plan is not here, so what it states about itself is all there is."""
-    cheap = SampledGaussian(sampling_rate=0.5, noise_multiplier=1e9, steps=1)
+    cheap = SampledGaussian(sampling_rate=1.0, noise_multiplier=1e9, steps=1)
     paths = exported(run)
     lie(run, paths[0], after_an_earlier_run("9" * 64, spell(cheap, clip=1.0, numeric="fast", parts={})))
     result = audit_run(run, paths)
@@ -272,7 +272,7 @@ def test_what_another_run_was_charged_is_said_to_be_unexamined(run):
 def test_another_run_at_hand_is_compared_with_its_own_plan(run, tmp_path):
     other = RunDirectory.create(read_scenario(find("digits"), {"federation.rounds": 1}), tmp_path / "other")
     plan = other.scenario.plan()
-    cheap = SampledGaussian(sampling_rate=0.5, noise_multiplier=1e9, steps=1)
+    cheap = SampledGaussian(sampling_rate=1.0, noise_multiplier=1e9, steps=1)
     paths = exported(run)
     lie(run, paths[0], after_an_earlier_run(plan.hash, spell(cheap, clip=1.0, numeric="fast", parts={})))
     assert audit_run(run, paths).verdict == "INCOMPLETE"

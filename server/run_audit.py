@@ -260,6 +260,8 @@ class _RunAudit:
             found = differences(entry, charge, float(genesis.order)) if entry.state == "RESERVED" else []
             if not 1 <= entry.round <= self.plan.rounds:
                 found.append(f"round is {entry.round}, the plan has rounds 1 to {self.plan.rounds}")
+            if entry.plan_hash != plan_hash:
+                found.append(f"plan is {shown(entry.plan_hash)}, the scenario's is {plan_hash}")
             if entry.charge_id != charge.charge_id(genesis.ledger_id):
                 found.append("its charge id is not that of its run, round and the scenario's plan")
             if self.codes and entry.code_hash not in self.codes:

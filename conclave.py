@@ -261,6 +261,12 @@ def audit_run(
     ledgers: Annotated[
         list[Path] | None, typer.Option("--ledger", help="A node's ledger or export; a simulation has its own.")
     ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option("--also", help="Another run directory, for what the ledgers paid for its plan.")
+    ] = None,
+    codes: Annotated[
+        list[str] | None, typer.Option("--code", help="The hash of another code that nodes may have run.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a run's receipts with the ledgers and the plan; exit 1 if they tell different stories."""
@@ -268,7 +274,8 @@ def audit_run(
     from server.run_directory import RunDirectory
     from simulations.tables import print_run_audit
 
-    audit = compare(RunDirectory.open(run), ledgers or ())
+    others = [RunDirectory.open(path) for path in also or ()]
+    audit = compare(RunDirectory.open(run), ledgers or (), also=others, codes=codes or ())
     print_run_audit(audit)
     if as_json:
         _print_json(audit)

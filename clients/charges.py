@@ -1,11 +1,12 @@
-"""What a node's ledger is charged for each kind of message."""
+"""What a plan charges a node's ledgers, message by message. Nodes draw it, and audits compare ledgers with it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from clients.protocol import EvaluateRequest, Plan, TrainRequest
+from clients.plan import Plan
 from privacy.affinity_config import AffinityPlan
 from privacy.code_identity import code_hash
 from privacy.evaluation_config import EvaluationPlan
@@ -14,6 +15,54 @@ from privacy.ledger.entry import Side
 from privacy.load_histogram import release_shares
 from privacy.mechanisms import Mechanism, SampledGaussian
 from privacy.private_metrics import SENSITIVITY
+
+if TYPE_CHECKING:
+    from clients.protocol import EvaluateRequest, TrainRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCharges:
+    """What a plan charges one side's ledger for one kind of message.
+
+    charge: what all of them have in common; round and model are those of each message.
+    count: how many there are in a run. is_due: whether a round has one.
+    """
+
+    charge: ChargeRequest
+    side: Side
+    count: int
+    is_due: Callable[[int], bool]
+
+
+def charges_of(plan: Plan, run_id: str, *, seeded: bool) -> tuple[PlannedCharges, ...]:
+    """Return everything that a plan charges a node, training first."""
+    rounds = plan.rounds
+    training = PlannedCharges(
+        charge=training_charge(plan, run_id, seeded=seeded),
+        side="training",
+        count=rounds,
+        is_due=lambda round_number: 1 <= round_number <= rounds,
+    )
+    every = [training]
+    if (affinity := plan.affinity) is not None:
+        every.append(
+            PlannedCharges(
+                charge=choice_charge(plan, affinity, run_id, seeded=seeded),
+                side="training",
+                count=affinity.count(rounds),
+                is_due=lambda round_number: training.is_due(round_number) and affinity.due(round_number),
+            )
+        )
+    if (evaluation := plan.evaluation) is not None:
+        every.append(
+            PlannedCharges(
+                charge=evaluation_charge(plan, evaluation, run_id, seeded=seeded),
+                side="held-out",
+                count=evaluation.count(rounds),
+                is_due=lambda round_number: training.is_due(round_number) and evaluation.due(round_number, rounds),
+            )
+        )
+    return tuple(every)
 
 
 def training_charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
@@ -75,16 +124,11 @@ def charged_mechanism(plan: Plan) -> SampledGaussian | None:
 
 def planned_charges(plan: Plan, side: Side) -> dict[Mechanism, int]:
     """Return what a whole plan is charged as on one side's ledger: mechanism → how often. Nothing without privacy."""
-    if side == "held-out":
-        evaluation = plan.evaluation
-        if evaluation is None or evaluation.mechanism is None:
-            return {}
-        return {evaluation.mechanism: evaluation.count(plan.rounds)}
-    training = charged_mechanism(plan)
-    if training is None:
-        return {}
-    choices = () if plan.affinity is None else plan.affinity.planned(plan.rounds, plan.model.layers)
-    return {training: plan.rounds} | {item.mechanism: item.charges for item in choices}
+    return {
+        planned.charge.mechanism: planned.count
+        for planned in charges_of(plan, "", seeded=False)
+        if planned.side == side and planned.count and planned.charge.mechanism is not None
+    }
 
 
 def _numeric_level(plan: Plan) -> Literal["strict", "fast", "uncertified"]:

@@ -10,7 +10,7 @@ from flwr.app import RecordDict
 
 from clients.approvals import Approvals
 from clients.capacity import room_for
-from clients.charges import choice_charge, evaluation_charge, for_message, training_charge
+from clients.charges import charges_of, choice_charge, evaluation_charge, for_message, training_charge
 from clients.chooser import choice, choice_shapes
 from clients.encodings import encodings_of, wire_form
 from clients.evaluator import evaluate
@@ -279,13 +279,10 @@ class Node:
         return {layer: ids[: plan.model.experts.top_k] for layer, ids in plan.model.all_experts.items()}
 
     def _set_aside(self, plan: Plan, run_id: str) -> None:
-        charge = training_charge(plan, run_id, seeded=self.policy.simulation)
-        also = []
-        if plan.affinity is not None:
-            choosing = choice_charge(plan, plan.affinity, run_id, seeded=self.policy.simulation)
-            also.append((choosing, plan.affinity.count(plan.rounds)))
+        planned = charges_of(plan, run_id, seeded=self.policy.simulation)
+        training, *also = [(item.charge, item.count) for item in planned if item.side == "training"]
         with as_codes():
-            self.ledger.admit(charge, plan.rounds, also)
+            self.ledger.admit(*training, also)
 
 
 def _reply(kind: type[TrainReply | EvaluateReply | ChooseReply], stored: StoredReply) -> RecordDict:

@@ -12,6 +12,7 @@ from clients.protocol import ProtocolError
 from model import BadInputError
 from privacy.canonical import canonical_json, sha256
 from privacy.ledger import (
+    AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
     ChargeConflictError,
@@ -87,6 +88,8 @@ def as_codes() -> Iterator[None]:
         yield
     except BudgetExhaustedError as error:
         raise ProtocolError("budget-exhausted") from error
+    except AlreadyChargedError as error:
+        raise ProtocolError("already-charged", "the plan has no such charge left, or none in this round") from error
     except ChargeAbandonedError as error:
         raise ProtocolError("charge-abandoned") from error
     except ChargeConflictError as error:

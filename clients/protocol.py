@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Size, Tensor
 
+from clients.charges import PlannedCharges, charges_of
 from clients.encodings import (
     Encoding,
     TrafficConfig,
@@ -54,6 +55,7 @@ Code = Literal[
     "awaiting-approval",
     "paused",
     "budget-exhausted",
+    "already-charged",
     "charge-abandoned",
     "reply-expired",
     "ledger-mismatch",
@@ -427,8 +429,8 @@ __all__ = [
     "Admission", "AdmitRequest", "ChooseReply", "ChooseRequest",
     "CloseRequest", "Closed", "Code", "DescribeRequest", "Description", "Encoding", "EvaluateReply", "EvaluateRequest",
     "Flaw", "HeldOutSide", "LedgerIdentity",
-    "Plan", "ProtocolError", "Refusal",
-    "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "decode", "encode",
-    "encode_tensors", "encodings_of", "error_bounds", "fingerprint", "lengths", "norm_growth", "norms", "pack",
-    "tensors_of", "unpack", "wire_form",
+    "Plan", "PlannedCharges", "ProtocolError", "Refusal",
+    "TrafficConfig", "TrainReply", "TrainRequest", "TrainingConfig", "array_of", "body_of", "charges_of", "decode",
+    "encode", "encode_tensors", "encodings_of", "error_bounds", "fingerprint", "lengths", "norm_growth", "norms",
+    "pack", "tensors_of", "unpack", "wire_form",
 ]  # fmt: skip

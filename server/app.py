@@ -73,6 +73,7 @@ def run_scenario(
             asks, or the checkpoint is damaged or belongs to another plan.
         RunFailedError: every node that was asked refused a round, or no round changed anything.
     """
+    run.note_code()
     plan = scenario.plan()
     check_trainable(scenario)
     test = public_test(scenario.data)
@@ -153,9 +154,13 @@ def run_scenario(
 
 
 def _check_somebody_took_part(round_number: int, strategy: ExpertStrategy) -> None:
-    """End a run that every node refuses; not where the node is the unit, whose part in a round must not show."""
+    """End a run that every node refuses; not where the node is the unit, whose part in a round must not show.
+
+    A node that was charged for this round already takes part in the next one: the run goes on for it.
+    """
     tally = strategy.tally
-    if strategy.node_level is None and tally.asked and tally.refused.total() == tally.asked:
+    nobody = tally.asked > 0 and tally.refused.total() == tally.asked
+    if strategy.node_level is None and nobody and not tally.refused["already-charged"]:
         raise RunFailedError(
             f"in round {round_number} every node refused ({counted(tally.refused)}); nodes' logs say why, "
             "and with --resume the run goes on after that round"

@@ -7,7 +7,9 @@ from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from clients.protocol import Plan
 from model.errors import BadInputError
+from privacy.canonical import sha256
 from privacy.code_identity import code_hash
 from privacy.ledger import (
     ChargeRequest,
@@ -73,28 +75,40 @@ class NodeAccount:
         After a crash the same round gets the same secret, or what was committed before: it is published once.
 
         Raises:
-            BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError: see there.
+            AlreadyChargedError, BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError: see there.
         """
         seeded = self.ledger.genesis.mode == "simulation"
-        request = ChargeRequest(
-            kind=KIND,
-            run_id=run_id,
-            round=round_number,
-            plan_hash=plan_hash,
-            model_in_hash="",
-            code_hash=code_hash(),
-            mechanism=mechanism,
-            clip=clip,
-            releases=("model",),
-            numeric="fast",
-            rng="seeded" if seeded else "os-entropy",
-        )
+        request = published_charge(run_id, round_number, plan_hash, mechanism, clip, seeded=seeded)
         secret = derive(self._seed.to_bytes(32, "big"), "node level", round_number) if seeded else fresh_secret()
         return self.ledger.reserve(request, secret)
 
     def commit(self, reservation: Reservation, step: bytes) -> bytes:
         """Keep the noised step, before anybody sees it; return what may be published."""
         return self.ledger.commit(reservation, step).body
+
+
+def plan_hash_of(plan: Plan, config: NodePrivacyConfig) -> str:
+    """Return what names a run's plan in the account: what nodes are asked, and how the node is protected."""
+    return sha256((plan.hash + config.json_for_hash()).encode())
+
+
+def published_charge(
+    run_id: str, round_number: int, plan_hash: str, mechanism: SampledGaussian, clip: float, *, seeded: bool
+) -> ChargeRequest:
+    """Return what publishing a round's model is charged as; the account draws it, and audits compare with it."""
+    return ChargeRequest(
+        kind=KIND,
+        run_id=run_id,
+        round=round_number,
+        plan_hash=plan_hash,
+        model_in_hash="",
+        code_hash=code_hash(),
+        mechanism=mechanism,
+        clip=clip,
+        releases=("model",),
+        numeric="fast",
+        rng="seeded" if seeded else "os-entropy",
+    )
 
 
 def _seeded_key(seed: int) -> Ed25519PrivateKey:

@@ -10,11 +10,17 @@ from torch import Tensor
 from clients.protocol import Plan, pack
 from model.config import HeldExperts
 from model.errors import BadInputError
-from privacy.canonical import sha256
-from privacy.ledger import BudgetExhaustedError, ChargeAbandonedError, ReplyExpiredError, Reservation, StoredReply
+from privacy.ledger import (
+    AlreadyChargedError,
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    ReplyExpiredError,
+    Reservation,
+    StoredReply,
+)
 from privacy.mechanisms import SampledGaussian
 from server.config import NodePrivacyConfig
-from server.node_account import NodeAccount
+from server.node_account import NodeAccount, plan_hash_of
 from server.node_level import NodeLevelSum, own_experts, secret_cohort
 
 
@@ -35,7 +41,7 @@ class NodeLevel:
         """Set up a run; ``mechanism`` is what one round is charged as."""
         self._account, self._config, self._mechanism = account, config, mechanism
         self._plan, self._run_id, self._count, self._seed = plan, run_id, experts_per_node, seed
-        self._plan_hash = sha256((plan.hash + config.json_for_hash()).encode())
+        self._plan_hash = plan_hash_of(plan, config)
         self._paid: Reservation | StoredReply | None = None
 
     def begin(self, nodes: Sequence[str], round_number: int) -> dict[str, HeldExperts]:
@@ -55,6 +61,10 @@ class NodeLevel:
         except BudgetExhaustedError as error:
             raise BadInputError(
                 f"node_privacy: epsilon {self._config.epsilon:g} is spent, must leave room for round {round_number}"
+            ) from error
+        except AlreadyChargedError as error:
+            raise BadInputError(
+                f"node_privacy: round {round_number} was charged for another plan before, must go on with that plan"
             ) from error
         except ReplyExpiredError as error:
             raise BadInputError(

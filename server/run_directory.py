@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import BadInputError, ModelConfig, save_model
 from model.store import append_durably, write_atomically
+from privacy.code_identity import code_hash
 from server.scenario import Scenario, read_scenario
 
 _TESTED_PACKAGES = ("conclave-moe", "torch", "flwr", "flwr-datasets", "opacus", "dp-accounting", "numpy")
@@ -60,6 +61,23 @@ class RunDirectory:
         """Versions and platform of the run."""
         document: dict[str, Any] = json.loads((self.path / "environment.json").read_text())
         return document
+
+    def note_code(self) -> None:
+        """Note which code runs here: a run may be resumed under another version than it began with.
+
+        One that does not say what it began with is left as it is: it could not be completed.
+        """
+        if self.codes and code_hash() not in self.codes:
+            document = self.environment | {"code": sorted({*self.codes, code_hash()})}
+            write_atomically(self.path / "environment.json", json.dumps(document, indent=2).encode())
+
+    @property
+    def codes(self) -> frozenset[str]:
+        """Hashes of the code that ran here; see :mod:`privacy.code_identity`. Empty where the run does not say."""
+        try:
+            return frozenset(map(str, self.environment.get("code", ())))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return frozenset()
 
     @property
     def ledgers(self) -> list[Path]:
@@ -167,6 +185,7 @@ def _environment(seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "seed": seed,
         "commit": _git_commit(),
+        "code": [code_hash()],
         "packages": {name: _version(name) for name in _TESTED_PACKAGES},
     }
 

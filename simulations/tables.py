@@ -214,6 +214,12 @@ def print_run_audit(audit: RunAudit) -> None:
         table.add_row("node level", f"{spent}{', findings below' if audit.node_level.findings else ''}")
     if audit.missing_ledgers:
         table.add_row("missing", f"the ledgers of {', '.join(audit.missing_ledgers)}: give them with --ledger")
+    if audit.unexamined:
+        count = f"{sum(audit.unexamined.values())} charges of other runs in {len(audit.unexamined)} ledgers"
+        table.add_row("unexamined", f"{count}, priced as they state themselves: give those runs with --also")
+    if audit.unknown_code:
+        hashes = ", ".join(sorted({code for codes in audit.unknown_code.values() for code in codes}))
+        table.add_row("code", escape(f"nobody vouches for {hashes}: give those that you trust with --code"))
     table.add_row("verdict", audit.verdict)
     console = _console()
     console.print(table)

@@ -3,6 +3,7 @@
 from privacy.ledger.entry import ChargeRequest, Entry, Genesis
 from privacy.ledger.heads import KeyRotation, SignedHead
 from privacy.ledger.ledger import (
+    AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
     ChargeConflictError,
@@ -17,7 +18,7 @@ from privacy.ledger.store import LedgerMismatchError
 from privacy.ledger.witness import WitnessUnavailableError
 
 __all__ = [
-    "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest", "Entry", "Genesis",
-    "KeyRotation", "Ledger", "LedgerMismatchError", "PlanClosedError", "ReplyExpiredError", "Reservation", "SignedHead",
-    "StoredReply", "WitnessUnavailableError", "state_of",
+    "AlreadyChargedError", "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest",
+    "Entry", "Genesis", "KeyRotation", "Ledger", "LedgerMismatchError", "PlanClosedError", "ReplyExpiredError",
+    "Reservation", "SignedHead", "StoredReply", "WitnessUnavailableError", "state_of",
 ]  # fmt: skip

@@ -12,15 +12,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from model.errors import BadInputError
 from privacy.accounting import charge_units, epsilon_of
 from privacy.canonical import canonical_json, sha256
+from privacy.ledger.drawn import Drawn
 from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
 from privacy.ledger.heads import SignedHead
+from privacy.ledger.plan_text import spell_plan
 from privacy.ledger.store import Store
+from privacy.ledger.witness import Witness
 
 _MOST_ATTEMPTS = 2
+_FOLLOWED_RUNS = 8
 KEPT_REPLIES = 8
 """Replies that a ledger keeps for redelivery, the latest ones. Older requests are answered ``reply-expired``."""
 
@@ -35,6 +42,13 @@ class ChargeAbandonedError(Exception):
 
 class ChargeConflictError(Exception):
     """The charge was made before with another mechanism or other releases; nothing was written."""
+
+
+class AlreadyChargedError(Exception):
+    """The run was charged for this round before, with other content, or its plan has no such charge left.
+
+    Nothing was written. The round is over for this ledger; later ones are not.
+    """
 
 
 class ReplyExpiredError(Exception):
@@ -65,6 +79,13 @@ class StoredReply:
 
 class Ledger(Store):
     """An open ledger. Several processes may reserve and commit at once."""
+
+    def __init__(
+        self, path: Path, key: Ed25519PrivateKey, *, witness: Witness | None = None, machine: str | None = None
+    ) -> None:
+        """Open an existing ledger; see :class:`Store`."""
+        super().__init__(path, key, witness=witness, machine=machine)
+        self._followed: dict[str, Drawn] = {}
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -106,15 +127,11 @@ class Ledger(Store):
                 return
             if price != INFINITE:
                 self._refuse_overspending(self._last()[1], self.units_set_aside + int(set_aside))
-            document: dict[str, object] = {
-                "kind": "plan", "charges": charges, "mechanism": request.mechanism_json(), "units": set_aside,
-            }  # fmt: skip
-            if also:
-                document["also"] = [{"charges": count, "mechanism": other.mechanism_json()} for other, count in also]
+            planned = [(item.mechanism_json(), count) for item, count in ((request, charges), *also)]
             self._append(
                 "ADMITTED",
                 _plan_id(self.genesis.ledger_id, request.run_id, request.plan_hash),
-                canonical_json(document).decode(),
+                spell_plan(planned, set_aside),
                 run_id=request.run_id,
                 plan_hash=request.plan_hash,
                 code_hash=request.code_hash,
@@ -166,7 +183,8 @@ class Ledger(Store):
 
         Raises:
             BudgetExhaustedError: the budget does not allow it.
-            ChargeAbandonedError, ChargeConflictError, ReplyExpiredError: see there.
+            AlreadyChargedError, ChargeAbandonedError, ChargeConflictError, PlanClosedError, ReplyExpiredError: see
+                there.
             LedgerMismatchError: the witness has seen more, or other, than this ledger holds.
             BadInputError: a charge without privacy, or seeded randomness, outside a simulation ledger.
         """
@@ -253,7 +271,8 @@ class Ledger(Store):
         return str(charge_units(request.mechanism, float(self.genesis.order)))
 
     def _charge(self, request: ChargeRequest, charge_id: str) -> None:
-        """Draw a charge from the plan it belongs to, then from the rest of the budget."""
+        """Draw a charge from the plan it belongs to, or from the rest of the budget where none was admitted."""
+        self._refuse_more_than_planned(request)
         price = self._price(request)
         if price != INFINITE:
             plan = (request.run_id, request.plan_hash)
@@ -265,6 +284,25 @@ class Ledger(Store):
                 self._db.execute("UPDATE plans SET drawn = ? WHERE run_id = ? AND plan_hash = ?", (drawn, *plan))
             self._refuse_overspending(add_units(self._last()[1], price), self.units_set_aside)
         self._append_for(request, charge_id, "RESERVED", charge=price)
+
+    def _refuse_more_than_planned(self, request: ChargeRequest) -> None:
+        """Let through one charge a round, and no more than were admitted; inside the transaction that charges."""
+        drawn = self._followed.pop(request.run_id, None) or Drawn(self.genesis.ledger_id, request.run_id)
+        drawn.catch_up(self._db)
+        self._followed[request.run_id] = drawn  # as the latest
+        while len(self._followed) > _FOLLOWED_RUNS:
+            del self._followed[next(iter(self._followed))]
+        if drawn.has_charged(request):
+            raise AlreadyChargedError
+        row = self._db.execute(
+            "SELECT open FROM plans WHERE run_id = ? AND plan_hash = ?", (request.run_id, request.plan_hash)
+        ).fetchone()
+        if row is None:
+            return  # of no plan, as what a server publishes: the budget alone bounds it
+        if not row[0]:
+            raise PlanClosedError
+        if not drawn.is_left(request):
+            raise AlreadyChargedError
 
     def _refuse_overspending(self, total: str, set_aside: int) -> None:
         if total == INFINITE or int(total) + set_aside > int(self.genesis.rdp_budget):

@@ -23,6 +23,7 @@ from privacy.accounting import UNITS_PER_NAT, budget_units, epsilon_of, rdp_at
 from privacy.ledger.entry import ENTRY_TYPES, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
 from privacy.ledger.heads import KeyRotation, SignedHead
 from privacy.ledger.mechanism_text import check_named, parse, parts_of
+from privacy.ledger.plan_text import most_charges, parse_plan
 from privacy.ledger.reading import History
 from privacy.mechanisms import Mechanism, SampledGaussian
 
@@ -121,7 +122,9 @@ class _Audit:
         self.open: dict[str, tuple[object, ...]] = {}
         self.ended: set[str] = set()
         self.plans: dict[tuple[str, str], int] = {}
+        self.left: dict[tuple[str, str], dict[str, int]] = {}
         self.closed: set[tuple[str, str]] = set()
+        self.charged: dict[tuple[str, str], set[int]] = defaultdict(set)
         self.set_aside = 0
         self.mechanisms: Counter[str] = Counter()
         self.parsed: dict[str, tuple[int, Mechanism | None]] = {}
@@ -153,7 +156,7 @@ class _Audit:
         except ValueError:
             named = "of a key in hexadecimal"
         if genesis.ledger_id != named:
-            self.say(f"genesis: ledger id {_shown(genesis.ledger_id)}, must be {named}, which belongs to its key")
+            self.say(f"genesis: ledger id {shown(genesis.ledger_id)}, must be {named}, which belongs to its key")
         return budget
 
     def take(self, line: bytes) -> None:
@@ -194,6 +197,8 @@ class _Audit:
                     f"entry {position}: ends a charge with another mechanism, run, plan, model, release or "
                     "randomness than it began with"
                 )
+            elif state == "ABANDONED":  # nothing was released, so the round may be charged anew
+                self.charged[entry["run_id"], _kind(entry["releases"])].discard(entry["round"])
             self.ended.add(charge_id)
             if state == "COMMITTED":
                 self.found.committed += 1
@@ -212,7 +217,7 @@ class _Audit:
         elif state == "RESTORED":
             return self._restored(position, entry)
         elif state != "MIGRATED":
-            self.say(f"entry {position}: state {_shown(state)}, which no entry can have")
+            self.say(f"entry {position}: state {shown(state)}, which no entry can have")
         return 0
 
     def _reserved(self, position: int, entry: dict[str, Any]) -> int:
@@ -221,6 +226,7 @@ class _Audit:
             self.say(f"entry {position}: state RESERVED cannot follow an earlier entry of the same charge")
         self.open[charge_id] = _content(entry)
         self.found.charges += 1
+        self._drawn(position, entry)
         if entry["rng"] == "seeded":
             self.found.seeded = True
             if self.genesis.mode != "simulation":
@@ -248,28 +254,44 @@ class _Audit:
                 self.set_aside -= drawn
         return price
 
+    def _drawn(self, position: int, entry: dict[str, Any]) -> None:
+        """Check that a plan draws one charge a round, and no more than it was admitted with."""
+        run_id, round_number, text = entry["run_id"], entry["round"], entry["mechanism"]
+        rounds = self.charged[run_id, _kind(entry["releases"])]
+        if round_number in rounds:
+            what = f"{shown(entry['releases'])} of run {shown(run_id)}"
+            self.say(f"entry {position}: charges {what} in round {round_number} once more, must be once a round")
+        rounds.add(round_number)
+        plan = (run_id, entry["plan_hash"])
+        if plan in self.closed:
+            self.say(f"entry {position}: charges a plan that was closed")
+        left = self.left.get(plan)
+        if left is None:
+            return
+        if text not in left:
+            self.say(f"entry {position}: its mechanism is not among those that its plan was admitted with")
+        elif not left[text]:
+            self.say(f"entry {position}: is one charge more than its plan was admitted with")
+        else:
+            left[text] -= 1
+
     def _look_up(self, text: str) -> tuple[int, Mechanism | None]:
         """Return price and mechanism of a spelling; equal spellings are worked out once."""
         known = self.parsed.get(text)
         if known is None:
             mechanism = parse(text)
-            # Without the rounding margin: another machine's last digit is no violation.
-            price = 0 if mechanism is None else math.floor(rdp_at(mechanism, self.order) * UNITS_PER_NAT)
+            price = 0 if mechanism is None else least_price(mechanism, self.order)
             known = self.parsed[text] = (price, mechanism)
         return known
 
     def _admitted(self, position: int, entry: dict[str, Any]) -> None:
         plan = (entry["run_id"], entry["plan_hash"])
-        document = json.loads(entry["mechanism"])
-        units = int(document["units"])
-        asked = [(document["mechanism"], int(document["charges"]))]
-        asked += [(other["mechanism"], int(other["charges"])) for other in document.get("also", ())]
-        if units < 0 or any(charges < 0 for _, charges in asked):
-            raise ValueError("less than nothing")
+        units, planned = parse_plan(entry["mechanism"])
         if plan in self.plans or plan in self.closed:
             self.say(f"entry {position}: admits a plan for the second time")
+        self.left[plan] = most_charges(planned)
         needed = 0
-        for mechanism, charges in asked:
+        for mechanism, charges in planned:
             try:
                 needed += self._look_up(mechanism)[0] * charges
             except BadInputError as error:
@@ -320,7 +342,7 @@ class _Audit:
             self.total += max(units, price)
         expected = INFINITE if self.without_privacy else str(self.total)
         if total != expected:
-            self.say(f"entry {position}: total {_shown(total)}, must be {expected}")
+            self.say(f"entry {position}: total {shown(total)}, must be {expected}")
         if price and not self.without_privacy and self.total + self.set_aside > self.budget:
             self.say(f"entry {position}: spends more than the budget of {self.genesis.epsilon}, must stay within it")
 
@@ -397,6 +419,17 @@ class _Audit:
         return next(key for since, key in reversed(self.keys) if since <= seq)
 
 
+def least_price(mechanism: Mechanism, order: float) -> int:
+    """Return what a charge must at least cost, in RDP units at ``order``.
+
+    It is without the rounding margin of a charge: another machine's last digit is no violation.
+
+    Raises:
+        BadInputError: no budget could pay for it.
+    """
+    return math.floor(rdp_at(mechanism, order) * UNITS_PER_NAT)
+
+
 def _read(line: bytes) -> dict[str, Any]:
     """Read an entry: its fields in canonical order and of the right types, and nothing after them."""
     text = line.decode()
@@ -407,6 +440,11 @@ def _read(line: bytes) -> dict[str, Any]:
     return entry
 
 
+def _kind(releases: str) -> str:
+    """Tell charges of a run apart that may be of one round: with what is released from one sample, the loads are."""
+    return '["delta"]' if '"delta"' in releases else releases
+
+
 def _refuse(text: str) -> NoReturn:
     raise ValueError(f"{text} is a number that no entry has")
 
@@ -414,7 +452,7 @@ def _refuse(text: str) -> NoReturn:
 _DECODER = json.JSONDecoder(parse_float=_refuse, parse_constant=_refuse)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """Quote what someone else wrote, safe and short enough for a terminal."""
     return ascii(text if len(text) <= 40 else f"{text[:40]}…")
 

@@ -38,7 +38,7 @@ from model import Network, build, parameters
 from model.store import write_atomically
 from privacy.accounting import charge_units
 from privacy.canonical import sha256
-from privacy.ledger import SignedHead
+from privacy.ledger import Ledger, SignedHead
 from privacy.ledger.witness import Witness
 from privacy.randomness import derive
 
@@ -128,12 +128,56 @@ def test_the_charge_is_durable_before_training_and_a_crash_replays_the_same_byte
     assert train(make_node(tmp_path / "undisturbed"), request(held=HELD), body())[1] == after_crash[1]
 
 
-def test_other_weights_or_experts_are_another_charge(node):
-    train(node, request(held=HELD), body())
-    train(node, request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)}))
-    changed = unpack(body(), parameters.shapes(make_config(), HELD))
-    train(node, request(held=HELD), pack({name: tensor + 1 for name, tensor in changed.items()}))
-    assert len({entry.charge_id for entry in node.ledger.entries() if entry.state == "RESERVED"}) == 3
+def other_weights(number=1) -> bytes:
+    tensors = unpack(body(), parameters.shapes(make_config(), HELD))
+    return pack({name: tensor + number for name, tensor in tensors.items()})
+
+
+def test_other_weights_or_experts_are_another_charge_and_a_round_has_one(node):
+    first = train(node, request(held=HELD), body())
+    assert code_of(node, request(held={0: (0, 3, 4)}), body({0: (0, 3, 4)})) == "already-charged"
+    assert code_of(node, request(held=HELD), other_weights()) == "already-charged"
+    other = plan(training={"learning_rate": 0.25})
+    before = node.ledger.epsilon_spent
+    with pytest.raises(ProtocolError, match="no such charge left") as caught:  # another plan of the same run
+        train(node, request(held=HELD, plan=other), body())
+    assert (caught.value.code, node.ledger.epsilon_spent) == ("already-charged", before)
+    assert train(node, request(held=HELD), body()) == first
+    train(node, request(held=HELD, round=2), other_weights())
+    assert len({entry.charge_id for entry in node.ledger.entries() if entry.state == "RESERVED"}) == 2
+
+
+def test_a_plan_of_two_rounds_gives_two_releases(tmp_path):
+    """However often a server asks, with ever other weights, and whatever of the budget is free."""
+    node = make_node(tmp_path, epsilon=100.0, max_rounds=2)
+    two = plan(rounds=2)
+    codes = []
+    for number in range(6):
+        for round_number in (1, 2, 3):
+            try:
+                train(node, request(held=HELD, plan=two, round=round_number), other_weights(number))
+            except ProtocolError as error:
+                codes.append(error.code)
+    assert [entry.round for entry in node.ledger.entries() if entry.state == "COMMITTED"] == [1, 2]
+    assert sorted(codes) == ["already-charged"] * 10 + ["bad-request"] * 6
+    assert node.ledger.units_set_aside == 0
+
+
+def test_a_server_that_goes_back_gets_what_it_had_and_the_run_goes_on(tmp_path):
+    """Restored from before round 3, it asks for it again: the same is redelivered, other weights are refused."""
+    node = make_node(tmp_path)
+    replies = [train(node, request(held=HELD, round=number), other_weights(number)) for number in (1, 2, 3)]
+    back = make_node_again(node)
+    assert train(back, request(held=HELD, round=2, receipt=replies[0][0].receipt), other_weights(2)) == replies[1]
+    assert code_of(back, request(held=HELD, round=3), other_weights(9)) == "already-charged"
+    reply, _ = train(back, request(held=HELD, round=4), other_weights(10))
+    assert reply.receipt.seq == replies[2][0].receipt.seq + 2
+
+
+def make_node_again(node: Node) -> Node:
+    """The same node after a start."""
+    node.ledger.close()
+    return replace(node, ledger=Ledger(node.ledger.path, KEY))
 
 
 def test_an_exhausted_budget_is_an_orderly_answer(tmp_path):

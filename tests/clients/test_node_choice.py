@@ -33,10 +33,10 @@ def ask(node, asked=PLAN, round_number=3, seed=1):
     return decode(content, ChooseReply), body_of(content)
 
 
-def refusal(node, asked=PLAN, round_number=3):
+def refusal(node, asked=PLAN, round_number=3, **options):
     before = len(node.ledger.entries())
     with pytest.raises(ProtocolError) as caught:
-        ask(node, asked, round_number)
+        ask(node, asked, round_number, **options)
     assert len(node.ledger.entries()) == before, "a refusal must cost nothing"
     return caught.value.code
 
@@ -105,7 +105,7 @@ def test_a_redelivery_gets_the_same_bytes_and_costs_nothing(tmp_path):
     first, spent = ask(node), node.ledger.epsilon_spent
     assert ask(node) == first
     assert node.ledger.epsilon_spent == spent
-    assert ask(node, seed=2)[0].charge_id != first[0].charge_id  # of other weights: another choice, and another charge
+    assert refusal(node, seed=2) == "already-charged"  # of other weights: a second choice in the plan's one round
 
 
 def test_the_charge_is_durable_before_a_record_is_looked_at_and_a_crash_chooses_the_same(tmp_path, monkeypatch):

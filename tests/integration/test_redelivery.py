@@ -218,8 +218,18 @@ def test_of_runs_that_race_for_the_last_of_the_budget_one_is_admitted(almost_spe
     assert (found.charges, found.committed) == (affordable, affordable)
 
 
+def test_of_messages_that_race_for_one_round_one_is_charged(folder):
+    """There is budget for all, and eight rounds were admitted: the round is one all the same."""
+    tensors = unpack(weights(), parameters.shapes(asked().plan.model, HELD))
+    bodies = [pack({name: tensor + number for name, tensor in tensors.items()}) for number in range(WORKERS)]
+    sent = race(folder, [message(asked(), body) for body in bodies])
+    assert sorted(map(outcome, sent)) == ["already-charged"] * (WORKERS - 1) + ["answered"]
+    found = audit(folder)
+    assert (found.charges, found.committed) == (1, 1)
+
+
 def test_of_messages_that_race_for_what_a_plan_set_aside_one_is_charged(almost_spent):
-    """One round was admitted. Eight crafted ones, with other weights each, are eight charges."""
+    """One round was admitted. Eight crafted messages, with other weights each, would be eight charges."""
     folder, affordable = almost_spent
     node = open_node(folder)
     node.admit(AdmitRequest(run_id="last", scenario="test", plan=ONE_ROUND))
@@ -227,6 +237,6 @@ def test_of_messages_that_race_for_what_a_plan_set_aside_one_is_charged(almost_s
     tensors = unpack(weights(), parameters.shapes(ONE_ROUND.model, HELD))
     bodies = [pack({name: tensor + number for name, tensor in tensors.items()}) for number in range(WORKERS)]
     sent = race(folder, [message(asked(plan=ONE_ROUND, run_id="last"), body) for body in bodies])
-    assert sorted(map(outcome, sent)) == ["answered"] + ["budget-exhausted"] * (WORKERS - 1)
+    assert sorted(map(outcome, sent)) == ["already-charged"] * (WORKERS - 1) + ["answered"]
     found = audit(folder)
     assert (found.charges, found.committed) == (affordable, affordable)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
+from dataclasses import replace
 
 import dp_accounting as dpa
 import pytest
 import torch
 from dp_accounting import rdp
+from lying_ledgers import Told
 from scipy import stats
 from server_samples import ask, delta_for, make_plan, make_strategy, received, reply_with, train_reply
 
@@ -16,11 +19,12 @@ from clients.protocol import Refusal, encode
 from data.shipped_scenarios import find
 from model import BadInputError, parameters
 from privacy.accounting import fixed_order
-from privacy.ledger.reading import LedgerFile
+from privacy.ledger import Entry, SignedHead
+from privacy.ledger.reading import LedgerFile, write_export
 from privacy.mechanisms import SampledGaussian
 from server.aggregation import Contribution
 from server.config import NodePrivacyConfig
-from server.node_account import NodeAccount
+from server.node_account import NodeAccount, _seeded_key
 from server.node_level import NodeLevelSum, clipped, own_experts, secret_cohort
 from server.node_rounds import NodeLevel
 from server.run_audit import audit_run
@@ -340,10 +344,38 @@ def test_a_simulation_is_repeatable_audited_and_states_both_claims(tmp_path):
     assert "node as the unit" in write_report(runs[0]).read_text()
 
 
+def with_account(run, folder, changes) -> RunDirectory:
+    """Copy a run, its account told anew with the server's own key."""
+    shutil.copytree(run.path, folder, dirs_exist_ok=True)
+    history = LedgerFile(run.node_account)
+    previous, told = history.genesis.hash, []
+    for line in history.lines():
+        entry = Entry.parse(line)
+        fields = {name: change(entry) for name, change in changes.items()}
+        told.append(replace(entry, **fields, prev_hash=previous))
+        previous = told[-1].hash
+    head = SignedHead.sign(_seeded_key(run.scenario.seed), history.genesis.ledger_id, len(told), previous)
+    with (folder / run.node_account.name).open("wb") as stream:
+        write_export(Told(history.genesis, told, head), stream)
+    return RunDirectory(folder)
+
+
 def test_the_audit_finds_models_that_nothing_paid_for(tmp_path):
     scenario = read_scenario(find("digits"), FITTING)
     run = RunDirectory.create(scenario, tmp_path / "run")
     simulate(scenario, run)
+    for changes, sentence in (
+        ({"mechanism": lambda e: e.mechanism.replace('"clip":"', '"clip":"9')}, "entry 1: clip is 9"),
+        ({"mechanism": lambda e: e.mechanism.replace('"sigma":"', '"sigma":"9')}, "entry 1: sigma is 9"),
+        ({"rng": lambda e: "os-entropy"}, "rng is 'os-entropy', the plan says seeded"),
+        ({"releases": lambda e: '["model","loads"]'}, """releases is '["model","loads"]', the plan says ["model"]"""),
+        ({"plan_hash": lambda e: "9" * 64}, "entry 1: plan is '999"),
+        ({"run_id": lambda e: "8"}, "its charge id is not that of its run, round and the scenario's plan"),
+        ({"round": lambda e: e.round + 3}, "round is 4, the plan has rounds 1 to 3"),
+        ({"code_hash": lambda e: "c" * 64}, "entry 1: code is 'ccc"),
+    ):
+        findings = audit_run(with_account(run, tmp_path / "lying", changes)).findings
+        assert any(sentence in finding for finding in findings), (sentence, findings)
     run.append_metrics(run.metrics()[-1] | {"round": 4, "accepted": 0})
     assert any("no charge paid for the model of round 4" in finding for finding in audit_run(run).findings)
     run.node_account.unlink()

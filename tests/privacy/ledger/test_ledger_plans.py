@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from ledger_samples import new_ledger, open_ledger, request, spend
 
 from model.errors import BadInputError
 from privacy.accounting import charge_units
 from privacy.ledger import (
+    AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
     ChargeConflictError,
@@ -68,7 +73,7 @@ def test_what_is_set_aside_cannot_be_taken_by_another_run(ledger, price, fits):
         charge(ledger, item(round_number))
     assert ledger.units_set_aside == 0
     with pytest.raises(BudgetExhaustedError):
-        ledger.reserve(item(fits), bytes(32))
+        ledger.reserve(item(1, run_id="9"), bytes(32))
     assert holds(ledger).charges == fits
 
 
@@ -109,31 +114,117 @@ def test_a_closed_plan_gives_back_the_rest_and_stays_closed(ledger, price, fits)
     holds(ledger)
 
 
-def test_charges_beyond_a_plan_draw_from_what_is_free(ledger, price, fits):
-    ledger.admit(item(), 1)
-    ledger.admit(item(**OTHER), fits - 3)
-    for round_number in (1, 2, 3):  # one of the plan, two that are free
+def test_a_plan_draws_no_more_than_it_was_admitted_with(ledger, price, fits):
+    """However much of the budget is free, and whatever round the charge is said to be of."""
+    ledger.admit(item(), 2)
+    for round_number in (1, 2):
         charge(ledger, item(round_number))
-    assert ledger.units_set_aside == (fits - 3) * price
-    with pytest.raises(BudgetExhaustedError):
-        ledger.reserve(item(4), bytes(32))
-    assert ledger.units_set_aside == (fits - 3) * price  # a refusal draws nothing
-    for round_number in range(1, fits - 2):
-        charge(ledger, item(round_number, **OTHER))
+    before = ledger.entries()
+    for round_number in (3, 1, 0, 10**6):
+        with pytest.raises(AlreadyChargedError):
+            ledger.reserve(item(round_number, model_in_hash="n" * 64), bytes(32))
+    assert (ledger.entries(), ledger.units_set_aside) == (before, 0)
+    assert charge(ledger, item(3, **OTHER))  # of no plan: the budget alone bounds it
     holds(ledger)
 
 
-def test_a_refused_charge_draws_nothing_from_its_plan(ledger, price, fits):
+@pytest.mark.parametrize(
+    "changes",
+    [{"sigma": 0.5}, {"sigma": 3.0}, {"clip": 2.0}, {"numeric": "strict"}],
+)
+def test_a_plan_draws_nothing_else_than_it_was_admitted_with(ledger, fits, changes):
     ledger.admit(item(), fits)
-    dear = request(99, sigma=0.5)
-    while True:
-        before = (ledger.units_set_aside, ledger.entries())
-        try:
-            ledger.reserve(dear, bytes(32))
-        except BudgetExhaustedError:
-            break
-        dear = request(dear.round + 1, sigma=0.5)
+    before = (ledger.units_set_aside, ledger.entries())
+    with pytest.raises(AlreadyChargedError):
+        ledger.reserve(request(1, **({"sigma": 2.0} | changes)), bytes(32))
     assert (ledger.units_set_aside, ledger.entries()) == before
+    holds(ledger)
+
+
+@pytest.mark.parametrize("admitted", [True, False])
+@pytest.mark.parametrize("state", ["RESERVED", "COMMITTED"])
+def test_a_round_is_charged_once_whatever_comes_with_it(tmp_path, admitted, state):
+    """Another model, another plan, another open file: the run's round is the same."""
+    ledger = new_ledger(tmp_path)
+    if admitted:
+        ledger.admit(item(), 10)
+    reservation = ledger.reserve(item(), bytes(32))
+    if state == "COMMITTED":
+        ledger.commit(reservation, b"reply")
+    before = ledger.entries()
+    for changes in ({"model_in_hash": "n" * 64}, {"plan_hash": "q" * 64}, {"releases": ("loss",), "plan_hash": "q"}):
+        for other in (ledger, open_ledger(tmp_path)):
+            with pytest.raises(AlreadyChargedError):
+                other.reserve(item(**changes), bytes(32))
+    assert ledger.entries() == before
+    again = ledger.reserve(item(), bytes(32))  # and a redelivery is what it always was
+    assert isinstance(again, StoredReply if state == "COMMITTED" else Reservation)
+    for changes in ({"kind": "choose"}, {"run_id": "8"}, {"round_number": 2}):
+        assert isinstance(ledger.reserve(item(**changes, plan_hash="r" * 64), bytes(32)), Reservation)
+
+
+def test_what_was_abandoned_may_be_charged_anew_within_the_plan(ledger):
+    """It released nothing, and stays spent: the plan's number bounds what is drawn, anew or not."""
+    ledger.admit(item(), 3)
+    ledger.reserve(item(), bytes(32), repeat_key="before")
+    with pytest.raises(ChargeAbandonedError):
+        ledger.reserve(item(), bytes(32), repeat_key="after")
+    with pytest.raises(ChargeAbandonedError):  # the same again is not run again
+        ledger.reserve(item(), bytes(32), repeat_key="after")
+    charge(ledger, item(model_in_hash="n" * 64))
+    with pytest.raises(AlreadyChargedError):  # the round has its release now
+        ledger.reserve(item(model_in_hash="o" * 64), bytes(32))
+    charge(ledger, item(2))
+    assert ledger.units_set_aside == 0
+    with pytest.raises(AlreadyChargedError):
+        ledger.reserve(item(3), bytes(32))
+    audit = holds(ledger)
+    assert (audit.charges, audit.committed, audit.abandoned) == (3, 2, 1)
+
+
+def test_a_closed_plan_draws_nothing(ledger):
+    ledger.admit(item(), 3)
+    ledger.close_plans("7")
+    before = ledger.entries()
+    with pytest.raises(PlanClosedError):
+        ledger.reserve(item(), bytes(32))
+    assert ledger.entries() == before
+
+
+def test_what_was_drawn_is_counted_over_many_runs_and_after_a_rollback(ledger, tmp_path):
+    """A refusal after the count was taken must not be counted; nor may runs in between make one forgotten."""
+    ledger.admit(item(), 2)
+    for number in range(20):
+        charge(ledger, request(1, sigma=100.0, run_id=f"other-{number}"))
+        with pytest.raises(AlreadyChargedError):
+            ledger.reserve(request(1, sigma=100.0, run_id=f"other-{number // 2}", model_in_hash="n" * 64), bytes(32))
+    with pytest.raises(sqlite3.Error):
+        ledger.reserve(item(), object())  # SQLite holds no such secret: the entry is rolled back
+    charge(ledger, item())
+    charge(ledger, item(2))
+    with pytest.raises(AlreadyChargedError):
+        ledger.reserve(item(3), bytes(32))
+    holds(ledger)
+
+
+def test_of_threads_that_race_for_one_round_one_is_charged(tmp_path):
+    """Eight connections to one file, eight models, one round."""
+    ledger = new_ledger(tmp_path)
+    ledger.admit(item(), 5)
+    others = [open_ledger(tmp_path) for _ in range(8)]
+    ready = threading.Barrier(len(others))
+
+    def race(number):
+        ready.wait()
+        try:
+            return others[number].reserve(item(model_in_hash=f"{number:064x}"), bytes(32))
+        except AlreadyChargedError:
+            return None
+
+    with ThreadPoolExecutor(len(others)) as pool:
+        won = [found for found in pool.map(race, range(len(others))) if found is not None]
+    assert len(won) == 1
+    assert [entry.charge_id for entry in ledger.entries() if entry.state == "RESERVED"] == [won[0].charge_id]
     holds(ledger)
 
 

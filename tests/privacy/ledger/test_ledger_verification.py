@@ -398,6 +398,48 @@ def test_spending_what_is_set_aside_for_another_plan_is_found():
 # Charges.
 
 
+def of_round(number, **changes):
+    return request(number, sigma=20.0, **changes)
+
+
+@pytest.mark.parametrize(
+    "other", [{"model_in_hash": "n" * 64}, {"plan_hash": "q" * 64}, {"releases": ("delta", "loads")}]
+)
+@pytest.mark.parametrize("ended", ["RESERVED", "COMMITTED"])
+def test_a_round_that_is_charged_twice_is_found(other, ended):
+    again = replace(of_round(1, plan_hash="r" * 64), **other)
+    if "releases" in other:
+        again = replace(again, parts=(("delta", 30.0), ("loads", 30.0)))
+    forger = Forger().charge(of_round(1))
+    if ended == "COMMITTED":
+        forger.charge(of_round(1), "COMMITTED")
+    result = forger.charge(again).audit()
+    assert says(result, f"entry {len(forger.entries)}", "in round 1 once more")
+
+
+def test_what_may_be_in_one_round_is_not_found_twice():
+    forger = Forger().charge(of_round(1)).charge(of_round(1), "ABANDONED").charge(of_round(1, model_in_hash="n" * 64))
+    forger.charge(of_round(1, kind="choose", releases=("choice",))).charge(of_round(1, run_id="8"))
+    assert forger.charge(of_round(2)).audit().findings == []
+
+
+def test_more_than_a_plan_was_admitted_with_is_found():
+    forger = Forger().admit(of_round(1), 2).charge(of_round(1)).charge(of_round(2))
+    assert forger.audit().findings == []
+    assert says(forger.charge(of_round(3)).audit(), "entry 4", "one charge more than its plan was admitted with")
+
+
+def test_what_a_plan_was_not_admitted_with_is_found():
+    forger = Forger().admit(of_round(1), 2).charge(replace(of_round(1), clip=2.0))
+    assert says(forger.audit(), "entry 2", "not among those that its plan was admitted with")
+
+
+def test_a_charge_after_the_end_of_its_plan_is_found():
+    forger = Forger().admit(of_round(1), 2).charge(of_round(1)).close(of_round(1))
+    assert forger.audit().findings == []
+    assert says(forger.charge(of_round(2)).audit(), "entry 4", "charges a plan that was closed")
+
+
 def test_an_abandoned_charge_stays_spent():
     forger = Forger().charge(CHEAP).charge(CHEAP, "ABANDONED")
     result = forger.audit()

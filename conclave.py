@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands that need them, so that ``concl
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -894,6 +895,9 @@ def _print_json(document: Any) -> None:
 
 def main() -> None:
     """Run the command line: bad input, or what the system does not let it do, is one sentence and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal has no character for is spelled out, not fatal
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         app()

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from model.errors import BadInputError
+from model.text_file import without_mark
 from model.whole_file import new_file
 
 
@@ -24,7 +25,7 @@ def check_node_key(path: Path) -> None:
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), password=None)
         public = path.with_name(f"{path.name}.pub")
-        stated = serialization.load_ssh_public_key(public.read_bytes()) if public.exists() else None
+        stated = serialization.load_ssh_public_key(_public_line(public)) if public.exists() else None
     except (FileNotFoundError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadInputError(f"{path}: missing or no key; copy it back, or {again}") from error
     except OSError as error:  # it may be right: another one would lock the node out
@@ -36,6 +37,11 @@ def check_node_key(path: Path) -> None:
         raise BadInputError(f"{path}: others can read it; chmod 600 {path}")
     if stated is not None and stated != key.public_key():
         raise BadInputError(f"{path}: is not the private half of {public}, which an operator enrolled; copy it back")
+
+
+def _public_line(path: Path) -> bytes:
+    """Return what a ``.pub`` file says, however an editor or a mail program saved it."""
+    return without_mark(path.read_bytes()).strip()
 
 
 def create_node_key(path: Path) -> Path:

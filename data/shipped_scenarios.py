@@ -29,7 +29,8 @@ def find(name: str) -> Path:
         path = Path(name)
         if path.is_file():
             return path
-        raise BadInputError(f"{name}: no such file, must be a scenario in TOML")
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise BadInputError(f"{name}: {found}, must be a scenario in TOML")
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise BadInputError(f"{name}: no such scenario, must be a .toml file or one of {', '.join(known)}{hint}")

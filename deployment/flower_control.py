@@ -37,6 +37,7 @@ from deployment.flower_runtime import TESTED, check_flower, release
 from deployment.operator import Operator
 from deployment.outward_proxy import check_outward_proxy
 from model.errors import BadInputError
+from model.text_file import read_text
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,11 @@ class Control:
             BadInputError: that is no such key, or the server refuses or cannot be reached.
         """
         try:
-            key = serialization.load_ssh_public_key(public_key.read_bytes())
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
+            text = read_text(public_key, "a node's public key (.pub)")
+            key = serialization.load_ssh_public_key(text.strip().encode())
+        except BadInputError:
+            raise
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise BadInputError(f"{public_key}: cannot be read, must be a node's public key (.pub)") from error
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise BadInputError(f"{public_key}: another kind of key, must be an elliptic curve's")

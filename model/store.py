@@ -17,6 +17,7 @@ from model.building import from_state
 from model.config import ModelConfig
 from model.errors import BadInputError
 from model.network import Network
+from model.text_file import read_text
 from model.whole_file import replaced_file, sync_folder
 
 
@@ -65,7 +66,7 @@ def load(folder: Path) -> Network:
         if not (folder / name).is_file():
             raise BadInputError(f"{folder}: no {name} here, must be a folder that holds a saved model")
     try:
-        config = ModelConfig.model_validate_json((folder / "model.json").read_bytes())
+        config = ModelConfig.model_validate_json(read_text(folder / "model.json", "a model's configuration"))
     except ValidationError as error:
         raise BadInputError(
             f"{folder / 'model.json'}: {error.error_count()} key(s) do not fit this version of Conclave"

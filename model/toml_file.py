@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import BadInputError
+from model.text_file import read_text
 
 _MOST_BITS = 64
 _DEEPEST = 64
@@ -21,11 +22,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     Raises:
         BadInputError: it cannot be read, or see :func:`parse_toml`.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be {what} in TOML") from error
-    return parse_toml(text, where=str(path))
+    return parse_toml(read_text(path, f"{what} in TOML"), where=str(path))
 
 
 def parse_toml(text: str, *, where: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from clients.protocol import LedgerIdentity
 from model.config import Frozen
 from model.errors import BadInputError
 from model.store import append_durably
+from model.text_file import read_text
 from privacy.ledger import SignedHead
 from privacy.ledger.heads import HEX_KEY
 
@@ -140,15 +141,17 @@ def read_receipts(path: Path, *, forgive_last: bool = False) -> Iterable[KeptRec
     Raises:
         BadInputError: the file cannot be read, or a line is no receipt.
     """
-    try:
-        lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read, must hold one receipt a line") from error
-    last = lines.pop()  # what comes after the last line feed: nothing, or a line that was cut short
-    if last and not forgive_last:
-        raise BadInputError(f"{path}: line {len(lines) + 1} is cut short, must hold one receipt a line")
+    text = read_text(path, "a run's receipts, one a line")
+    lines = text.split("\n")
+    if forgive_last:
+        lines.pop()  # what comes after the last line feed: nothing, or a line that was cut short
+    while lines and not lines[-1]:
+        lines.pop()  # an editor may leave empty lines at the end
     for number, line in enumerate(lines, start=1):
         try:
             yield KeptReceipt.model_validate_json(line)
         except ValidationError as error:
-            raise BadInputError(f"{path}: line {number} is damaged, must be a receipt") from error
+            cut = number == len(lines) and not text.endswith("\n")
+            raise BadInputError(
+                f"{path}: line {number} is {'cut short' if cut else 'damaged'}, must be a receipt"
+            ) from error

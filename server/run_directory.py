@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import BadInputError, ModelConfig, save_model
 from model.store import append_durably, write_atomically
+from model.text_file import read_text
 from privacy.code_identity import code_hash
 from server.scenario import Scenario, read_scenario
 
@@ -58,8 +59,18 @@ class RunDirectory:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions and platform of the run."""
-        document: dict[str, Any] = json.loads((self.path / "environment.json").read_text())
+        """Versions and platform of the run.
+
+        Raises:
+            BadInputError: the file is missing or damaged.
+        """
+        path = self.path / "environment.json"
+        try:
+            document = json.loads(read_text(path, "the run's environment"))
+        except json.JSONDecodeError as error:
+            raise BadInputError(f"{path}: damaged, must be as the run left it") from error
+        if not isinstance(document, dict):
+            raise BadInputError(f"{path}: damaged, must be as the run left it")
         return document
 
     def note_code(self) -> None:
@@ -76,7 +87,7 @@ class RunDirectory:
         """Hashes of the code that ran here; see :mod:`privacy.code_identity`. Empty where the run does not say."""
         try:
             return frozenset(map(str, self.environment.get("code", ())))
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (BadInputError, TypeError):  # missing or damaged: it says nothing
             return frozenset()
 
     @property
@@ -116,10 +127,14 @@ class RunDirectory:
             BadInputError: the run has no finished round, or a line is damaged.
         """
         path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line")
         try:
-            rounds = [json.loads(line) for line in path.read_text().splitlines()]
-        except (OSError, ValueError) as error:
+            rounds = [json.loads(line) for line in read_text(path, "one JSON object a line").splitlines()]
+        except json.JSONDecodeError as error:
             raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line") from error
+        if not all(isinstance(line, dict) for line in rounds):
+            raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line")
         if not rounds:
             raise BadInputError(f"{path}: empty, the run must have finished a round")
         return rounds

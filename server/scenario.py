@@ -17,6 +17,7 @@ from data.sources import schema_of
 from model.config import Frozen, ModelConfig
 from model.errors import BadInputError
 from model.explain import explain, keys_of
+from model.text_file import read_text
 from model.toml_file import load_toml, parse_toml, refuse_extremes
 from privacy.affinity_config import AffinityPlan
 from privacy.calibration import calibrate_noise
@@ -277,11 +278,7 @@ def read_scenario(path: Path, overrides: Overrides | None = None) -> Scenario:
     Raises:
         BadInputError: one sentence that names the file, the key, the value and what is allowed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be a scenario file in TOML") from error
-    return parse_scenario(text, where=str(path), overrides=overrides)
+    return parse_scenario(read_text(path, "a scenario file in TOML"), where=str(path), overrides=overrides)
 
 
 def parse_scenario(text: str, *, where: str, overrides: Overrides | None = None) -> Scenario:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from model.config import Frozen
 from model.errors import BadInputError
 from model.store import write_atomically
+from model.text_file import read_text
 
 
 class BaselineNote(Frozen):
@@ -45,6 +46,6 @@ def read_note(folder: Path) -> BaselineNote | None:
     if not path.is_file():
         return None
     try:
-        return BaselineNote.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return BaselineNote.model_validate_json(read_text(path, "a baseline's note"))
+    except ValidationError as error:
         raise BadInputError(f"{path}: damaged, must be as the baseline's run left it") from error

@@ -112,8 +112,8 @@ def load(shares: Sequence[float], title: str, private: Sequence[float | None] | 
     with mpl.rc_context(_STYLE):
         figure, axes = _new("expert", "share of routed tokens")
         axes.bar(range(len(shares)), shares, color=_ACCENT, width=0.6, label="public test records")
-        if private is not None:
-            known = [(expert, value / len(shares)) for expert, value in enumerate(private) if value is not None]
+        known = [(expert, value / len(shares)) for expert, value in enumerate(private or ()) if value is not None]
+        if known:
             axes.plot(*zip(*known, strict=True), "D", color=_INK, markersize=4, label="released by nodes, noised")
         axes.axhline(1 / len(shares), color=_SECOND, linewidth=1.2, linestyle="--", label="even share")
         _name_ticks(axes, [str(index) for index in range(len(shares))])

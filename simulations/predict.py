@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data.config import DataConfig
+from data.formats.config_parts import PictureConfig
+from data.formats.npz_file import array_from
+from data.formats.picture import picture_from, picture_of_array
+from data.formats.rows import BadValueError
+from data.formats.values import number_of
 from data.sources import load as load_data
 from model import BadInputError, Network, load
 from model.config import BytesConfig, ImageConfig, TableConfig
 
-_LARGEST_SIDE = 8192
+_MOST_BYTES = 1 << 30
 _TESTS = {"digits": DataConfig(source="digits"), "mnist": DataConfig(source="mnist", test_records=10_000)}
 
 
@@ -45,9 +50,9 @@ def predict(
 
     Args:
         model: a model folder, or a run directory.
-        source: for images a file, a ``.npy`` array [H, W] or [C, H, W] with values in [0, 1], or ``digits:N`` or
-            ``mnist:N`` for the N-th public test record; for text the prompt; for tables the row's standardised
-            numbers, separated by commas.
+        source: for images a picture or a ``.npy`` array [H, W] or [C, H, W], read as training reads those of private
+            data (see :mod:`data.formats.picture`), or ``digits:N`` or ``mnist:N`` for the N-th public test record; for
+            text the prompt; for tables the row's standardised numbers, separated by commas.
         max_bytes: text only, how many bytes to generate, 1 to 65,536.
         temperature: text only, above 0: the scores are divided by it before drawing.
         seed: text only, fixes the draw.
@@ -90,51 +95,79 @@ def _continue(
 
 
 def _read_row(source: str, config: TableConfig) -> Tensor:
+    refusal = f"the input must be {config.features} finite numbers, separated by commas"
     try:
-        row_F = torch.tensor([float(value) for value in source.split(",")], dtype=torch.float32)
-    except ValueError:
-        row_F = torch.empty(0)
-    if len(row_F) != config.features or not row_F.isfinite().all():
-        raise BadInputError(f"the input must be {config.features} finite numbers, separated by commas")
+        values = [number_of(value, frozenset()) for value in source.split(",")]
+    except BadValueError as error:
+        raise BadInputError(refusal) from error
+    if len(values) != config.features or None in values:
+        raise BadInputError(refusal)
+    row_F = torch.tensor(values, dtype=torch.float64).float()
+    if not row_F.isfinite().all():
+        raise BadInputError(refusal)
     return row_F
 
 
 def _read(source: str, config: ImageConfig) -> tuple[Tensor, int | None]:
     name, colon, number = source.partition(":")
     if colon and name in _TESTS:
-        return _read_test_record(name, number)
-    path = Path(source)
+        image_CHW, truth = _read_test_record(name, number)
+    else:
+        image_CHW, truth = _read_file(Path(source), config), None
+    shape, wanted = list(image_CHW.shape), [config.channels, config.height, config.width]
+    if shape != wanted:
+        raise BadInputError(f"{source}: has the shape {shape}, must be {wanted} for this model")
+    return image_CHW, truth
+
+
+def _read_file(path: Path, config: ImageConfig) -> Tensor:
     if not path.is_file():
-        raise BadInputError(f"{source}: no such file, must be an image, a .npy array, digits:N or mnist:N")
-    array = _read_npy(path) if path.suffix == ".npy" else _read_image(path, config)
-    image_CHW = torch.from_numpy(array)
-    return (image_CHW.unsqueeze(0) if image_CHW.ndim == 2 else image_CHW), None
+        found = "is a folder" if path.is_dir() else "no such file"
+        raise BadInputError(f"{path}: {found}, must be a picture, a .npy array, digits:N or mnist:N")
+    array = _read_npy(path) if path.suffix.lower() == ".npy" else _read_image(path, config)
+    return torch.from_numpy(array if array.ndim == 3 else array[np.newaxis])
 
 
 def _read_test_record(name: str, number: str) -> tuple[Tensor, int]:
     test = load_data(_TESTS[name]).test
-    if not number.isdecimal() or int(number) >= len(test["label"]):
-        raise BadInputError(f"{name}:{number}: must be {name}:0 to {name}:{len(test['label']) - 1}")
+    last = len(test["label"]) - 1
+    if not (number.isascii() and number.isdecimal() and len(number) <= len(str(last)) and int(number) <= last):
+        raise BadInputError(f"{name}:{number}: must be {name}:0 to {name}:{last}")
     return test["image"][int(number)], int(test["label"][int(number)])
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    """Return an array as training reads those of ``.npz`` files, float32 [H, W] or [C, H, W] in [0, 1]."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be a .npy array of numbers") from error
-    if array.dtype.kind not in "fiu" or array.ndim not in (2, 3) or not np.isfinite(array).all():
-        raise BadInputError(f"{path}: must be a finite array [H, W] or [C, H, W] of numbers")
-    return np.asarray(array, dtype=np.float32)
+        array = array_from(_content(path))
+    except BadValueError as error:
+        raise BadInputError(f"{path}: cannot be read, {error}") from error
+    if array.ndim not in (2, 3):
+        raise BadInputError(f"{path}: has the shape {list(array.shape)}, must be [H, W] or [C, H, W]")
+    try:
+        return picture_of_array(array)
+    except BadValueError as error:
+        raise BadInputError(f"{path}: {error}") from error
 
 
 def _read_image(path: Path, config: ImageConfig) -> np.ndarray:
+    """Return a picture as training reads those of private data, float32 [C, H, W] in [0, 1]."""
+    if config.channels not in (1, 3):
+        raise BadInputError(f"{path}: is no array, must be one (.npy) for a model of {config.channels} channels")
+    channels: Literal[1, 3] = 1 if config.channels == 1 else 3
+    as_trained = PictureConfig(height=config.height, width=config.width, channels=channels)
     try:
-        with Image.open(path) as image:
-            if max(image.size) > _LARGEST_SIDE:
-                raise BadInputError(f"{path}: {image.size} pixels, each side must be at most {_LARGEST_SIDE}")
-            resized = image.convert("L" if config.channels == 1 else "RGB").resize((config.width, config.height))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadInputError(f"{path}: cannot be read, must be an image file") from error
-    array = np.asarray(resized, dtype=np.float32) / 255.0
-    return array if array.ndim == 2 else array.transpose(2, 0, 1)
+        return picture_from(_content(path), as_trained)
+    except BadValueError as error:
+        raise BadInputError(f"{path}: cannot be read, {error}") from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be read ({error.strerror}), must be an input of the model's") from error
+    if len(content) > _MOST_BYTES:
+        raise BadInputError(f"{path}: has more than {_MOST_BYTES} bytes, must be at most that")
+    return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from model.store import write_atomically
+from model.text_file import read_text
+from privacy.accounting import fixed_order
 from privacy.ledger.verification import LedgerAudit
 from server.metrics import dropped_by, unchanged
 from server.run_audit import audit_run
@@ -18,6 +21,7 @@ from simulations import charts
 from simulations.tables import said_of_held_out
 
 _TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,20 @@ def write_report(run: RunDirectory) -> Path:
     Raises:
         BadInputError: the run has no finished round, or a file of it is damaged.
     """
+    write_atomically(run.report, render(contents_of(run)).encode())
+    return run.report
+
+
+def render(contents: Mapping[str, Any]) -> str:
+    """Fill the template; a name that it asks for and ``contents`` has not is an error."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(TEMPLATE).render(contents)
+
+
+def contents_of(run: RunDirectory) -> dict[str, Any]:
+    """Return what the template asks for, by name. Raises as :func:`write_report`."""
     scenario, metrics = run.scenario, run.metrics()
     audit = audit_run(run)
     nodes = [_node_row(Path(path), ledger) for path, ledger in audit.ledgers.items()]
@@ -66,35 +84,32 @@ def write_report(run: RunDirectory) -> Path:
         for layer, (mean, without) in enumerate(zip(last.get("holders_mean", []), without_holder, strict=True))
     ]
     exchanged = last["bytes_down_per_node"] + last["bytes_up_per_node"]
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template("report.html.j2").render(
-        scenario=scenario,
-        toml=(run.path / "scenario.toml").read_text(),
-        environment=run.environment,
-        plan=scenario.plan(),
-        last=last,
-        rounds=last["round"],
-        private=private,
-        nodes=nodes,
-        audit=audit,
-        figures={name: Markup(svg) for name, svg in figures.items()},  # noqa: S704  (our own SVG)
-        layers=[Markup(svg) for svg in layers],  # noqa: S704
-        holders=[Markup(svg) for svg in holders],  # noqa: S704
-        without_holder=sum(map(sum, without_holder)),
-        traffic_share=exchanged / last["bytes_full_model"],
-        exchanged=exchanged,
-        held_out=last.get("private_evaluation"),
-        held_out_said=said_of_held_out(last["private_evaluation"]) if "private_evaluation" in last else "",
-        refused=sum(sum(line["refused"].values()) for line in metrics),
-        dropped_by=dropped_by(metrics),
-        missing=sum(line["missing"] for line in metrics),
-        unchanged=unchanged(metrics),
-        seconds=sum(line["seconds"] for line in metrics),
-    )
-    write_atomically(run.report, page.encode())
-    return run.report
+    plan = scenario.plan()
+    return {
+        "scenario": scenario,
+        "toml": read_text(run.path / "scenario.toml", "the run's scenario"),
+        "environment": run.environment,
+        "plan": plan,
+        "choice_share": plan.choice_share(fixed_order(scenario.privacy.epsilon, scenario.privacy.delta)),
+        "last": last,
+        "rounds": last["round"],
+        "private": private,
+        "nodes": nodes,
+        "audit": audit,
+        "figures": {name: Markup(svg) for name, svg in figures.items()},  # noqa: S704  (our own SVG)
+        "layers": [Markup(svg) for svg in layers],  # noqa: S704
+        "holders": [Markup(svg) for svg in holders],  # noqa: S704
+        "without_holder": sum(map(sum, without_holder)),
+        "traffic_share": exchanged / last["bytes_full_model"],
+        "exchanged": exchanged,
+        "held_out": last.get("private_evaluation"),
+        "held_out_said": said_of_held_out(last["private_evaluation"]) if "private_evaluation" in last else "",
+        "refused": sum(sum(line["refused"].values()) for line in metrics),
+        "dropped_by": dropped_by(metrics),
+        "missing": sum(line["missing"] for line in metrics),
+        "unchanged": unchanged(metrics),
+        "seconds": sum(line["seconds"] for line in metrics),
+    }
 
 
 def _quality(rounds: list[int], metrics: list[dict[str, Any]]) -> str:

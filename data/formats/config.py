@@ -213,9 +213,10 @@ class ImageFolderConfig(FolderConfig, LabelledConfig, PictureConfig):
 
 
 class WavFolderConfig(FolderConfig, LabelledConfig, LogMelConfig):
-    """A folder of ``.wav`` files (PCM of 8, 16, 24 or 32 bits) in sub-folders that are named like their labels.
+    """A folder of ``.wav`` files in sub-folders that are named like their labels.
 
-    Each becomes a picture, [1, mels, frames]; see :class:`data.formats.log_mel.LogMelConfig`.
+    PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64. Each becomes a picture, [1, mels, frames]; see
+    :class:`data.formats.log_mel.LogMelConfig`.
 
     resample: other rates are resampled linearly, rather than being bad rows.
     """

@@ -15,6 +15,9 @@ from data.formats.identity import of_content
 from data.formats.rows import BadRow, BadValueError, Row, attempt
 from data.formats.values import class_of, group_of
 
+MOST_BYTES = 1 << 32
+"""What a file may have: it is read into memory as a whole, since its identity is that of all its bytes."""
+
 
 class _Place(NamedTuple):
     label: str | None
@@ -48,9 +51,12 @@ def folder_rows(
         label = None if known is None else class_of(place.label, known)
         group = None if place.group is None else group_of(place.group)
         try:
-            content = file.read_bytes()
+            with file.open("rb") as stream:
+                content = stream.read(MOST_BYTES + 1)
         except OSError:
             raise BadValueError("must be a file that can be read") from None
+        if len(content) > MOST_BYTES:
+            raise BadValueError(f"must have at most {MOST_BYTES} bytes")
         return Row(records(content), of_content(content), label, group)
 
     return (attempt(str(file.relative_to(path)), lambda file=file: make(file)) for file in files)  # type: ignore[misc]

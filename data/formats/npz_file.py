@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import tokenize
 import zipfile
@@ -13,6 +14,7 @@ import numpy as np
 
 from data.formats.config import NpzConfig
 from data.formats.identity import of_content
+from data.formats.picture import picture_of_array
 from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
 from data.formats.values import class_of, group_of
 from data.schema import ImageSchema, Schema, TableSchema, TextSchema
@@ -58,6 +60,21 @@ def read_npz(path: Path, config: NpzConfig) -> Reading:
     return Reading(schema, _rows(config, values, record, arrays), stored_as)
 
 
+def array_from(content: bytes) -> np.ndarray:
+    """Return the array that a ``.npy`` file holds.
+
+    Raises:
+        BadValueError: it is damaged, or no array of numbers.
+    """
+    try:
+        array = np.load(io.BytesIO(content), allow_pickle=False)
+    except _DAMAGED:
+        array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        raise BadValueError("must be an undamaged .npy array of numbers")
+    return array
+
+
 def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as opened:
@@ -101,12 +118,7 @@ def _records(
 
 
 def _picture(row: np.ndarray, config: NpzConfig) -> np.ndarray:
-    if row.dtype == np.uint8:
-        picture = row.astype(np.float32) / 255.0
-    elif not (np.isfinite(row).all() and row.min() >= 0.0 and row.max() <= 1.0):
-        raise BadValueError("a picture's values must be in [0, 1]")
-    else:
-        picture = row.astype(np.float32)
+    picture = picture_of_array(row)
     return picture.transpose(2, 0, 1) if config.axes == "HWC" else picture
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO, Protocol
 from pydantic import ValidationError
 
 from model.errors import BadInputError
+from model.text_file import other_encoding, without_mark
 from privacy.canonical import canonical_json
 from privacy.ledger.entry import FORMAT_VERSION, Genesis
 from privacy.ledger.heads import SignedHead
@@ -85,7 +86,8 @@ class LedgerExport:
         """Read the first and the last line.
 
         Raises:
-            BadInputError: the file cannot be read, or one of the two is not what an export has there.
+            BadInputError: the file cannot be read, was saved by a program that changed its bytes, was cut off, or one
+                of the two lines is not what an export has there.
         """
         self.path = path
         try:
@@ -95,6 +97,7 @@ class LedgerExport:
                 self._end, last = _last_line(stream)
         except OSError as error:
             raise BadInputError(f"{path}: cannot be read ({error.strerror}), must be a ledger's export") from error
+        _refuse_other_bytes(path, first, last)
         if self._end < self._start:
             raise BadInputError(f"{path}: not a whole export, must begin with a genesis and end with a signed head")
         self.genesis = _read_genesis_line(path, first)
@@ -104,17 +107,21 @@ class LedgerExport:
         """Yield the entries' lines.
 
         Raises:
-            BadInputError: the file cannot be read.
+            BadInputError: the file cannot be read, or a line has another line end than an export's.
         """
         try:
             with self.path.open("rb") as stream:
                 stream.seek(self._start)
                 left = self._end - self._start
+                number = 1
                 while left > 0:
                     line = stream.readline(min(left, _LONGEST_LINE))
                     left -= len(line)
+                    number += 1
                     if not line:
                         return  # the file was cut while it was read
+                    if b"\r" in line:
+                        raise _other_line_ends(self.path, f"line {number}")
                     yield line[:-1] if line.endswith(b"\n") else line
         except OSError as error:
             raise BadInputError(f"{self.path}: cannot be read ({error.strerror}), must be a ledger's export") from error
@@ -177,6 +184,36 @@ def _last_line(stream: BinaryIO) -> tuple[int, bytes]:
     return start + begin, tail[begin:]
 
 
+def _refuse_other_bytes(path: Path, first: bytes, last: bytes) -> None:
+    """Name what editors, mail and copying do to text, where what was signed are the bytes.
+
+    Args:
+        first, last: the first and the last line, with their line ends.
+    """
+    again = "must be the very bytes that conclave node export wrote: copy the file as binary"
+    if without_mark(first) != first:
+        raise BadInputError(f"{path}: begins with a byte order mark, {again}")
+    if (encoding := other_encoding(first)) is not None:
+        raise BadInputError(f"{path}: is text in {encoding}, {again}")
+    if b"\r" in first:
+        raise _other_line_ends(path, "line 1")
+    if b"\r" in last:
+        raise _other_line_ends(path, "the last line")
+    if first.startswith(b"{") and not last.strip():
+        raise BadInputError(f"{path}: has an empty line at its end, {again}")
+    if first.startswith(b"{") and not last.endswith(b"\n"):
+        whole = last.endswith(b"}")
+        what = "the line feed after its last line is missing" if whole else "it was cut off within its last line"
+        raise BadInputError(f"{path}: {what}, {again}")
+
+
+def _other_line_ends(path: Path, where: str) -> BadInputError:
+    return BadInputError(
+        f"{path}: {where} has other line ends (CR or CR LF, as Windows has), must end in a line feed alone, as "
+        "conclave node export wrote it: copy the file as binary"
+    )
+
+
 def _read_genesis_line(path: Path, line: bytes) -> Genesis:
     try:
         genesis = Genesis.parse(line)
@@ -191,7 +228,9 @@ def _read_head_line(path: Path, line: bytes) -> SignedHead:
     try:
         head = SignedHead.model_validate_json(line)
     except ValidationError as error:
-        raise BadInputError(f"{path}: its last line cannot be read, must be a signed head") from error
+        raise BadInputError(
+            f"{path}: its last line is no signed head, must end with one: the file was cut off or altered"
+        ) from error
     if canonical_json(json.loads(line)) + b"\n" != line:
         raise BadInputError(f"{path}: its signed head is not spelled canonically, so it was altered")
     return head

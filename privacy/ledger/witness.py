@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from model.errors import BadInputError
 from model.store import write_atomically
+from model.text_file import without_mark
 from privacy.ledger.heads import SignedHead
 
 
@@ -44,7 +45,7 @@ class Witness:
                 f"{self.path}: cannot be read ({error.strerror}), must be a ledger's witness"
             ) from error
         try:
-            head = SignedHead.model_validate_json(line)
+            head = SignedHead.model_validate_json(without_mark(line))
         except ValidationError as error:
             raise BadInputError(f"{self.path}: not a witness, must hold one signed head of a ledger") from error
         return head

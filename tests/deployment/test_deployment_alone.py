@@ -83,6 +83,13 @@ def test_a_key_that_a_node_cannot_use_is_named(tmp_path, flaw):
         check_node_key(path)
 
 
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"", b" owner@ward-7\r\n\r\n"])
+def test_a_public_key_is_the_same_however_it_was_saved(tmp_path, end):
+    public = create_node_key(tmp_path / "node.key")
+    public.write_bytes(b"\xef\xbb\xbf" + public.read_bytes().strip() + end)
+    check_node_key(tmp_path / "node.key")
+
+
 @pytest.mark.parametrize("unread", ["node.key", "node.key.pub"])
 def test_a_key_that_this_user_cannot_read_is_not_to_be_replaced(tmp_path, monkeypatch, unread):
     path, read = create_node_key(tmp_path / "node.key").with_suffix(""), Path.read_bytes

@@ -333,3 +333,12 @@ def test_only_a_nodes_public_key_is_enrolled(tmp_path, wrong):
         pytest.raises(BadInputError, match=r"must be a node's public key"),
     ):
         control.register(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_public_key_may_have_been_saved_with_a_mark_but_in_no_other_encoding(tmp_path, encoding):
+    public = create_node_key(tmp_path / "node.key")
+    public.write_text(public.read_text().replace("\n", "\r\n"), encoding=encoding)
+    said = "must be a node's public key" if encoding == "utf-16" else "register the node"
+    with Control("localhost:1", ssl.create_default_context()) as control, pytest.raises(BadInputError, match=said):
+        control.register(public)

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 
 import conclave
+from data.shipped_scenarios import find
 from deployment.alone import alone
 
 
@@ -605,6 +606,21 @@ def test_a_closed_pipe_ends_a_command_without_a_word():
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_terminal_without_the_characters_is_shown_others(tmp_path):
+    """The ledger's name has characters that ASCII has not, and the model's picture too."""
+    (tmp_path / "wärd.toml").write_bytes(b"\xef\xbb\xbf" + Path(find("digits")).read_bytes().replace(b"\n", b"\r\n"))
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "40"}
+    for arguments in (("model", "wärd.toml", "--plot", "wärd.svg"), ("model", "ä.toml")):
+        done = subprocess.run(
+            [sys.executable, "-m", "conclave", *arguments],
+            cwd=tmp_path, env=ascii_only, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (0 if "--plot" in arguments else 2)
+        assert (r"w\xe4rd.svg" in done.stdout) == ("--plot" in arguments)
+        assert ("#" in done.stdout) == ("--plot" in arguments)
 
 
 @pytest.mark.parametrize("command", ["rotate-key", "restore"])

@@ -132,3 +132,9 @@ def test_a_failed_write_leaves_no_partial_file(tmp_path):
     with pytest.raises(OSError, match="taken"):
         write_atomically(tmp_path / "taken", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_configuration_may_have_been_saved_with_a_mark_and_other_line_ends(saved, config):
+    path = saved[0] / "model.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert load(saved[0]).config == config

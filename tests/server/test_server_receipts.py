@@ -58,6 +58,25 @@ def test_after_a_rotation_the_new_key_counts():
             Description.model_validate(NODE.model_dump() | {"rotations": bad})
 
 
+def test_receipts_are_read_however_their_file_was_copied(tmp_path):
+    path = tmp_path / "receipts.jsonl"
+    book = ReceiptBook(path)
+    book.keep(kept(2))
+    book.keep(kept(4, 2))
+    book.save()
+    whole = path.read_bytes()
+    expected = list(read_receipts(path))
+    for content in (whole.replace(b"\n", b"\r\n"), b"\xef\xbb\xbf" + whole, whole[:-1], whole + b"\n\n"):
+        path.write_bytes(content)
+        assert list(read_receipts(path)) == expected
+    path.write_bytes(whole.replace(b"\n", b"\n\n", 1))
+    with pytest.raises(BadInputError, match="line 2 is damaged"):
+        list(read_receipts(path))
+    path.write_bytes(whole.decode().encode("utf-16"))
+    with pytest.raises(BadInputError, match="UTF-16"):
+        list(read_receipts(path))
+
+
 def test_the_file_only_grows_and_a_torn_last_line_is_dropped(tmp_path):
     path = tmp_path / "receipts.jsonl"
     book = ReceiptBook(path)

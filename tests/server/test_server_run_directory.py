@@ -63,7 +63,8 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [(None, "missing or damaged"), ('{"a": 1}\n{"b', "damaged"), ("", "empty")]
+    ("content", "sentence"),
+    [(None, "missing or damaged"), ('{"a": 1}\n{"b', "damaged"), ("", "empty"), ("1\n", "damaged")],
 )
 def test_damaged_metrics_are_bad_input(tmp_path, scenario, content, sentence):
     run = RunDirectory.create(scenario, tmp_path)
@@ -71,6 +72,19 @@ def test_damaged_metrics_are_bad_input(tmp_path, scenario, content, sentence):
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(BadInputError, match=sentence):
         run.metrics()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"a": "\ud800"}'])
+def test_a_damaged_environment_is_bad_input(tmp_path, scenario, content):
+    run = RunDirectory.create(scenario, tmp_path)
+    path = tmp_path / "environment.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert run.environment["seed"] == scenario.seed
+    path.unlink()
+    if content is not None:
+        path.write_text(content, errors="surrogatepass")
+    with pytest.raises(BadInputError, match=r"environment\.json: (damaged|cannot be read), must be"):
+        _ = run.environment
 
 
 def test_metrics_are_durable_once_they_are_written(tmp_path, scenario, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zlib
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from format_samples import SAMPLES, png, read, sine, write_wav
-from PIL import Image
+from PIL import Image, ImageOps
+from wav_samples import chunk, extensible_fmt, fmt, riff
 
 from data.formats.config import WavFolderConfig
+from data.formats.config_parts import PictureConfig
 from data.formats.log_mel import log_mel, mel_bands
+from data.formats.picture import picture_from
 from data.formats.values import group_number
 from data.schema import ImageSchema, TextSchema
 from model.errors import BadInputError
@@ -22,7 +26,7 @@ DRAW = np.random.default_rng(0)
 PICTURE = {"kind": "image-folder", "height": 4, "width": 5, "labels": ["cat", "dog"]}
 SOUND = {"kind": "wav-folder", "rate": 8000, "seconds": 0.5, "classes": 2}
 DAMAGED_PICTURE = "must be an undamaged picture (PNG, JPEG or BMP)"
-DAMAGED_SOUND = "must be an undamaged WAV file of PCM samples"
+DAMAGED_SOUND = "must be an undamaged WAV file of PCM samples or floats"
 
 
 def put(folder, name, content):
@@ -87,6 +91,85 @@ def test_every_usual_mode_of_colour_can_be_read(mode, tmp_path):
     for channels in (1, 3):
         data = read(tmp_path, **PICTURE, channels=channels)
         torch.testing.assert_close(data.records["image"], torch.ones(1, channels, 4, 5), atol=0.02, rtol=0)
+
+
+ARROW = np.zeros((4, 5), dtype=np.uint8)  # no two of its eight turns look alike
+ARROW[0, :], ARROW[1, 0], ARROW[3, 4] = 255, 128, 64
+TURNS = {  # what a viewer does to what is stored: EXIF 2.32, 4.6.4, rows and columns of the stored picture
+    1: ARROW, 2: ARROW[:, ::-1], 3: ARROW[::-1, ::-1], 4: ARROW[::-1],
+    5: ARROW.T, 6: ARROW[::-1].T, 7: ARROW[::-1, ::-1].T, 8: ARROW[:, ::-1].T,
+}  # fmt: skip
+
+
+def turned(orientation: object, kind: str = "PNG", mode: str = "L", array: np.ndarray = ARROW) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(array)
+    image = image if mode == "I;16" else image.convert(mode)
+    image.save(file, kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_camera_was_held(orientation, kind):
+    config = PictureConfig(height=TURNS[orientation].shape[0], width=TURNS[orientation].shape[1])
+    content = turned(orientation, kind)
+    found = picture_from(content, config)[0]
+    np.testing.assert_allclose(found, TURNS[orientation] / 255, atol=0.05 if kind == "JPEG" else 1e-6)
+    with Image.open(io.BytesIO(content)) as image:
+        np.testing.assert_array_equal(found, np.asarray(ImageOps.exif_transpose(image), dtype=np.float32) / 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_pictures_of_every_mode_are_turned_before_they_are_resized(mode):
+    wide = np.zeros((10, 20), dtype=np.uint16 if mode == "I;16" else np.uint8)
+    wide[:, :10] = np.iinfo(wide.dtype).max  # the left half is above once it is upright
+    found = picture_from(turned(6, mode=mode, array=wide), PictureConfig(height=20, width=10))[0]
+    np.testing.assert_allclose(found, np.repeat([[1.0], [0.0]], 10, axis=0) * np.ones(10), atol=1e-6)
+    small = picture_from(turned(6, mode=mode, array=wide), PictureConfig(height=4, width=4, channels=3))
+    assert small[:, 0].min() > 0.99
+    assert small[:, 3].max() < 0.01
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_what_is_no_orientation_leaves_a_picture_as_it_is(orientation):
+    found = picture_from(turned(orientation), PictureConfig(height=4, width=5))
+    np.testing.assert_array_equal(found[0], ARROW.astype(np.float32) / 255)
+
+
+def test_damaged_exif_leaves_a_picture_as_it_is():
+    whole = turned(6, "JPEG")
+    at = whole.index(b"Exif\0\0") + 6
+    for damage in (b"XX", b"MM\xff\xff\xff\xff\xff\xff", b"II*\0\xff\xff\xff\x7f"):
+        content = whole[:at] + damage + whole[at + len(damage) :]
+        found = picture_from(content, PictureConfig(height=4, width=5))
+        np.testing.assert_allclose(found[0], ARROW / 255, atol=0.05)
+
+
+def test_of_several_pictures_in_a_file_the_first_is_taken():
+    """Telephones write two into a JPEG file (MPO), browsers several into PNG files that move (APNG)."""
+    for kind in ("MPO", "PNG"):
+        file = io.BytesIO()
+        Image.fromarray(ARROW).convert("RGB").save(
+            file, kind, save_all=True, append_images=[Image.new("RGB", (5, 4), "white")], quality=100
+        )
+        found = picture_from(file.getvalue(), PictureConfig(height=4, width=5))
+        np.testing.assert_allclose(found[0], ARROW / 255, atol=0.05)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparency_is_dropped_and_lays_nothing_over_a_background(mode):
+    """The colours that are stored count, also where nothing of them is seen."""
+    hidden = Image.new("RGBA", (5, 4), (200, 200, 200, 0))
+    file = io.BytesIO()
+    if mode == "P":
+        hidden.convert("RGB").quantize(2).save(file, "PNG", transparency=0)
+    else:
+        hidden.convert(mode).save(file, "PNG")
+    for channels in (1, 3):
+        found = picture_from(file.getvalue(), PictureConfig(height=4, width=5, channels=channels))
+        np.testing.assert_allclose(found, 200 / 255, atol=1e-6)
 
 
 def bomb() -> bytes:
@@ -287,23 +370,18 @@ def test_silence_of_every_width_is_silence(width, silence, tmp_path):
     assert (read(tmp_path, **SOUND).records["image"] == 0).all()
 
 
-def extensible(content: bytes, guid: bytes) -> bytes:
-    """The same samples under the longer header that many programs write for more than 16 bits."""
-    fmt = content[20:36]
-    longer = b"\xfe\xff" + fmt[2:] + struct.pack("<HHI", 22, 24, 4) + guid
-    body = b"WAVE" + b"fmt " + struct.pack("<I", len(longer)) + longer + content[36:]
-    return b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def test_the_longer_header_is_read_where_it_says_pcm(tmp_path):
-    guid = bytes.fromhex("0100000000001000800000aa00389b71")
-    write_wav(tmp_path / "1" / "plain.wav", np.round(sine(1000) * (2**23 - 1)).astype(np.int64), width=3)
-    plain = (tmp_path / "1" / "plain.wav").read_bytes()
-    put(tmp_path, "1/other.wav", extensible(plain, b"\x03" + guid[1:]))  # floats
-    put(tmp_path, "1/longer.wav", extensible(plain, guid))
-    data = read(tmp_path, **SOUND)
-    assert reasons(data) == {"1/other.wav": DAMAGED_SOUND}
-    assert torch.equal(data.records["image"][0], data.records["image"][1])
+def test_a_sound_is_what_its_samples_are_however_they_are_stored(tmp_path):
+    """The headers are in :mod:`test_formats_wav`; here a float file and one under the longer header become pictures."""
+    sound = np.round(sine(1000) * (2**23 - 1)).astype(np.int64)
+    write_wav(tmp_path / "1" / "0.wav", sound, width=3)
+    stored = (tmp_path / "1" / "0.wav").read_bytes()
+    raw, floats = stored[44:], (sound / 2**23).astype("<f4").tobytes()
+    put(tmp_path, "1/1.wav", riff(extensible_fmt(1, bits=24), chunk(b"data", raw)))
+    put(tmp_path, "1/2.wav", riff(fmt(3, bits=32), chunk(b"data", floats)))
+    pictures = read(tmp_path, **SOUND).records["image"]
+    assert len(pictures) == 3
+    assert torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[0], pictures[2])
 
 
 def test_every_kind_of_bad_sound_is_told_apart_and_left_out(tmp_path):
@@ -319,7 +397,7 @@ def test_every_kind_of_bad_sound_is_told_apart_and_left_out(tmp_path):
         "0/empty.wav": (b"", DAMAGED_SOUND),
         "0/text.wav": (b"no sound", DAMAGED_SOUND),
         "0/header.wav": (good[:30], DAMAGED_SOUND),
-        "0/floats.wav": (floats, DAMAGED_SOUND),
+        "0/floats.wav": (floats, "must have samples of 8, 16, 24 or 32 bits, or floats of 32 or 64"),
         "7/label.wav": (good, "the label must be one of labels, or a number below classes"),
         "nowhere.wav": (good, "must lie in a sub-folder that is named like its label"),
     }

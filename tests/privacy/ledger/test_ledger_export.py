@@ -197,6 +197,31 @@ def test_bytes_that_do_not_belong_are_found(whole, tmp_path):
     assert detected == tried
 
 
+COPIED = {
+    "a byte order mark": lambda whole: b"\xef\xbb\xbf" + whole,
+    "text in UTF-16": lambda whole: whole.decode().encode("utf-16"),
+    "line 1 has other line ends": lambda whole: whole.replace(b"\n", b"\r\n"),
+    "line 1 has other line ends (CR": lambda whole: whole.replace(b"\n", b"\r"),
+    "the last line has other line ends": lambda whole: whole[:-1] + b"\r\n",
+    "line 3 has other line ends": lambda whole: whole.replace(b"\n", b"\r\n", 3).replace(b"\r\n", b"\n", 2),
+    "the line feed after its last line is missing": lambda whole: whole[:-1],
+    "an empty line at its end": lambda whole: whole + b"\n",
+    "it was cut off within its last line": lambda whole: whole[: len(whole) * 2 // 3],
+    "its last line is no signed head": lambda whole: whole[: whole.rindex(b"\n", 0, -1) + 1],
+}
+
+
+@pytest.mark.parametrize("said", COPIED)
+def test_what_copying_does_to_an_export_is_said_to_be_that(whole, tmp_path, said):
+    """Nobody is called a forger because a mail program turned line feeds into those of another system."""
+    path = tmp_path / "export.jsonl"
+    path.write_bytes(COPIED[said](whole))
+    with pytest.raises(BadInputError) as caught:
+        audit_history(open_history(path))
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_an_older_export_is_found_by_what_others_kept_and_by_nothing_else(life, whole, tmp_path):
     """The export as it was at 60 entries is true in itself; only a receipt or the witness can tell that it is old."""
     lines = whole.splitlines(keepends=True)

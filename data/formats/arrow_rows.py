@@ -201,7 +201,9 @@ def _moments(column: pa.Array) -> list[object]:
     """Return days and times, in UTC; pyarrow's own way would load pandas, and has no day before the year 1."""
     unit = "D" if pa.types.is_date32(column.type) else "ms" if pa.types.is_date64(column.type) else column.type.unit
     numbers = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64()).to_pylist()
-    return [None if number is None else np.datetime64(number, unit) for number in numbers]
+    nothing = np.iinfo(np.int64).min  # what numpy calls not a time
+    values = np.array([nothing if number is None else number for number in numbers], dtype=np.int64)
+    return list(values.view(f"datetime64[{unit}]"))
 
 
 def _value(cell: pa.Scalar) -> object:

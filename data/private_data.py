@@ -24,6 +24,7 @@ from data.formats.hugging_face import read_hugging_face
 from data.formats.identity import SCHEME, SIZE
 from data.formats.idx_files import read_idx_pair
 from data.formats.image_folder import read_image_folder
+from data.formats.names import NAMING
 from data.formats.npz_file import read_npz
 from data.formats.parquet_files import read_parquet
 from data.formats.rows import BadRow, Reading, Row
@@ -93,7 +94,12 @@ def read_private(path: Path, config: FormatConfig, unit: Literal["record", "grou
         raise BadInputError(f"{path}: cannot be read, must be data of format {config.kind}") from error
     _report(path, len(rows), bad)
     if not rows:
-        raise BadInputError(f"{path}: none of its rows can be used, must have one; the node's log says why")
+        raise BadInputError(
+            f"{path}: none of its rows can be used, must have one; the node's log says why"
+            if bad
+            else f"{path}: has no rows, must have one that can be used"
+        )
+    _report_groups_alike(path, rows)
     return PrivateData(
         records=_records(reading.schema, rows),
         schema=reading.schema,
@@ -111,7 +117,7 @@ def _grouped(config: FormatConfig) -> bool:
 def _groups_named_by(config: FormatConfig) -> tuple[str, ...]:
     """Return the parts of a format that say which name a group has."""
     keys = {"group_by", "pattern", "columns", "delimiter"}
-    return (json.dumps(config.model_dump(mode="json", include=keys), sort_keys=True),)
+    return (NAMING, json.dumps(config.model_dump(mode="json", include=keys), sort_keys=True))
 
 
 def _sort(reading: Reading) -> tuple[list[Row], list[BadRow]]:
@@ -123,6 +129,20 @@ def _sort(reading: Reading) -> tuple[list[Row], list[BadRow]]:
         else:
             rows.append(row)
     return rows, bad
+
+
+def _report_groups_alike(path: Path, rows: list[Row]) -> None:
+    """Tell the owner of groups like 007 and 7: a program that took the one for a number wrote the other."""
+    names = {row.group for row in rows if row.group is not None}
+    padded = [name for name in names if name.startswith("0") and len(name) > 1 and name.isdecimal()]
+    alike = sum((name.lstrip("0") or "0") in names for name in padded)
+    if alike:
+        log.warning(
+            "%s: %d groups have another's name but for zeros before it, as 007 and 7; where they are one person's, "
+            "write them alike: each is a unit of its own",
+            path,
+            alike,
+        )
 
 
 def _report(path: Path, usable: int, bad: list[BadRow]) -> None:

@@ -17,6 +17,8 @@ from clients.charges import planned_charges
 from clients.node_directory import NodeDirectory
 from clients.node_key import check_node_key
 from clients.protocol import Plan, ProtocolError
+from data.private_data import PrivateData
+from data.sources import GROUP
 from deployment.certificates import days_left
 from deployment.fixed_layout import check_layout
 from deployment.flower_runtime import check_flower
@@ -98,7 +100,15 @@ def _data(directory: NodeDirectory, scenario: Scenario | None) -> str:
         entries = sum(LedgerFile(directory.files(side).path).head.seq for side in directory.sides)
         check_layout(directory.layout, data.stored_as, entries)
     bad = f", {len(data.bad)} bad rows are left out (the log names them)" if data.bad else ""
-    return f"{len(next(iter(data.records.values())))} records{bad}"
+    return f"{len(next(iter(data.records.values())))} records{_groups(data)}{bad}"
+
+
+def _groups(data: PrivateData) -> str:
+    """Return how many groups there are and how large: for the owner, who may see that one person has become two."""
+    if GROUP not in data.records:
+        return ""
+    sizes = data.records[GROUP].unique(return_counts=True)[1]
+    return f" in {len(sizes)} groups, the largest of {int(sizes.max())}"
 
 
 def _ledger(directory: NodeDirectory) -> str:

@@ -14,6 +14,7 @@ from data.formats.config import ColumnsConfig
 from data.formats.config_parts import PictureColumnConfig, TextColumnConfig
 from data.formats.features import Features
 from data.formats.identity import BYTES_OF_TEXT, cells_of, of_cells
+from data.formats.names import column_name
 from data.formats.picture import picture_from
 from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
 from data.formats.text import windows
@@ -24,6 +25,7 @@ from model.errors import BadInputError
 Values = Mapping[str, object]
 _UNREADABLE = object()
 """A value that is none of the kinds any column may hold."""
+_PRECISE = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
 class Stored(NamedTuple):
@@ -58,8 +60,8 @@ def read_columns(
 
     Args:
         path: for errors.
-        names: of all columns.
-        numbers: the columns that hold numbers, as far as the file's own types tell and never its rows.
+        names: of all columns, as they are called.
+        numbers: the columns that are features by default, as far as the file's own types tell and never its rows.
         rows: given the columns to read, yields rows, and those that cannot even be taken apart.
         stored_as: what identities depend on beside what a row holds.
 
@@ -72,9 +74,16 @@ def read_columns(
         if names.count(name) != 1:
             raise BadInputError(
                 f"{path}: has {names.count(name)} columns named {name!r}, must have one; it has {', '.join(names)}"
+                + _other_delimiter(names)
             )
     wanted = tuple(dict.fromkeys((*columns.names, *extra)))
     return Reading(columns.schema, _rows(config, columns, rows(wanted)), stored_as)
+
+
+def _other_delimiter(names: Sequence[str]) -> str:
+    """Return what may be the cause where the only name looks like several."""
+    several = [sign for sign in (";", "\t", ",", "|") if len(names) == 1 and sign in names[0]]
+    return f", which looks like columns divided by {several[0]!r}: see delimiter" if several else ""
 
 
 def _columns(path: Path, config: ColumnsConfig, names: Sequence[str], numbers: Collection[str]) -> Columns:
@@ -113,11 +122,12 @@ def _pictures(config: PictureColumnConfig, classes: int) -> Columns:
 
 def _rows(config: ColumnsConfig, columns: Columns, rows: Iterable[Numbered | BadRow]) -> Iterator[Row | BadRow]:
     known = None if config.label is None else config.labelled.known()
+    spelled_missing = frozenset(config.missing_values)
 
     def make(row: Stored) -> Row:
         values = row.values
         label = None if known is None or config.label is None else class_of(values[config.label], known)
-        group = None if config.group_by is None else group_of(values[config.group_by])
+        group = None if config.group_by is None else group_of(values[config.group_by], spelled_missing)
         return Row(columns.record(values), row.identity, label, group)
 
     for row in rows:
@@ -128,27 +138,11 @@ def _rows(config: ColumnsConfig, columns: Columns, rows: Iterable[Numbered | Bad
             yield attempt(where, lambda stored=stored: make(stored))  # type: ignore[misc]  # bound at once
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The columns of a typed file; ``numbers`` are those whose type is a number's, or true and false."""
-
-    types: pa.Schema
-    names: tuple[str, ...]
-    numbers: frozenset[str]
-
-    @classmethod
-    def of(cls, types: pa.Schema) -> Layout:
-        """Return the layout; raises a UnicodeError where names are damaged."""
-        kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
-        numbers = (field.name for field in types if any(is_kind(field.type) for is_kind in kinds))
-        return cls(types, tuple(types.names), frozenset(numbers))
-
-
 def rows_of(batches: Iterable[pa.RecordBatch], wanted: Sequence[str]) -> Iterator[Stored]:
     """Yield the rows of batches of all columns; text comes as bytes.
 
     Args:
-        wanted: the columns whose values are read, each there once.
+        wanted: the columns whose values are read, by what they are called, each there once.
 
     Raises:
         BadInputError: a column is of a type that no identity is defined for.
@@ -158,8 +152,9 @@ def rows_of(batches: Iterable[pa.RecordBatch], wanted: Sequence[str]) -> Iterato
         columns = [_undecoded(column) for column in batch.columns]
         for column in columns:
             column.validate(full=True)
+        names = list(map(column_name, batch.schema.names))
         identities = map(of_cells, zip(*map(cells_of, columns, batch.schema.names), strict=True))
-        values_by_column = [_values(columns[batch.schema.names.index(name)]) for name in wanted]
+        values_by_column = [_values(columns[names.index(name)]) for name in wanted]
         for identity, values in zip(identities, zip(*values_by_column, strict=True), strict=True):
             yield Stored(identity, dict(zip(wanted, values, strict=True)))
 
@@ -185,11 +180,30 @@ def _without_text(kind: pa.DataType) -> pa.DataType:
 
 
 def _values(column: pa.Array) -> list[object]:
-    """Return the values of a column; one that cannot be had must not keep the others back."""
+    """Return the values of a column; one that cannot be had must not keep the others back.
+
+    Numbers of less precision than Python's, days and times come as numpy's: what a value is called depends on its own
+    precision.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if column.type in _PRECISE:
+        return list(np.array(column.to_pylist(), dtype=_PRECISE[column.type]))  # no value becomes not a number
+    if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+        return _moments(column)
     try:
         return list(column.to_pylist())
     except (pa.ArrowException, ValueError, OverflowError):  # a date of no calendar, say
         return [_value(cell) for cell in column]
+
+
+def _moments(column: pa.Array) -> list[object]:
+    """Return days and times, in UTC; pyarrow's own way would load pandas, and has no day before the year 1."""
+    unit = "D" if pa.types.is_date32(column.type) else "ms" if pa.types.is_date64(column.type) else column.type.unit
+    numbers = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64()).to_pylist()
+    nothing = np.iinfo(np.int64).min  # what numpy calls not a time
+    values = np.array([nothing if number is None else number for number in numbers], dtype=np.int64)
+    return list(values.view(f"datetime64[{unit}]"))
 
 
 def _value(cell: pa.Scalar) -> object:

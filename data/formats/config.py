@@ -8,12 +8,15 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from data.formats.config_parts import (
+    MISSING,
     Classes,
+    Column,
+    Columns,
     Constant,
-    Distinct,
     FeaturesConfig,
     LabelledConfig,
     Labels,
+    MissingValues,
     Name,
     PictureColumnConfig,
     PictureConfig,
@@ -37,10 +40,10 @@ class ColumnsConfig(FeaturesConfig):
     group_by: the column that says which group (patient, author) a row belongs to.
     """
 
-    label: Name | None = None
+    label: Column | None = None
     labels: Labels | None = None
     classes: Classes | None = None
-    group_by: Name | None = None
+    group_by: Column | None = None
     text: TextColumnConfig | None = None
 
     @property
@@ -55,7 +58,7 @@ class ColumnsConfig(FeaturesConfig):
 
     @model_validator(mode="after")
     def _one_kind_of_record(self) -> Self:
-        table = first_given(self, FeaturesConfig.model_fields)
+        table = first_given(self, (key for key in FeaturesConfig.model_fields if key != "missing_values"))
         if self.text is not None and self.picture is not None:
             raise ValueError("text and image are both given, must be one of them")
         kind = "text" if self.text is not None else "image" if self.picture is not None else None
@@ -83,7 +86,7 @@ class CsvConfig(ColumnsConfig):
     """
 
     kind: Literal["csv"]
-    columns: Distinct | None = None
+    columns: Columns | None = None
     delimiter: str = Field(default=",", pattern=r"^[\t !#-/:-@\[-`{-~]$")
 
 
@@ -115,10 +118,10 @@ class NpzConfig(Frozen):
     """A ``.npz`` file of arrays whose first axis is the record. ``image``, ``table`` or ``text`` names the records.
 
     image: uint8, or floats in [0, 1], with the axes that ``axes`` says.
-    table: numbers [records, features]; ``center`` and ``scale``, one for each feature or one for all, and ``missing``
-        are as in :class:`FeaturesConfig`.
+    table: numbers [records, features]; ``center`` and ``scale``, one for each feature or one for all, ``missing`` and
+        ``missing_values`` are as in :class:`FeaturesConfig`.
     text: uint8 [records, window].
-    label, group_by: the names of the arrays of labels and groups, numbers or strings.
+    label, group_by: the names of the arrays of labels and groups, numbers, strings or dates.
     """
 
     kind: Literal["npz"]
@@ -133,6 +136,7 @@ class NpzConfig(Frozen):
     center: Annotated[Constant | Annotated[tuple[Constant, ...], Field(strict=False)], Stated] = 0.0
     scale: Annotated[Scale | Annotated[tuple[Scale, ...], Field(strict=False)], Stated] = 1.0
     missing: Constant | None = None
+    missing_values: MissingValues = MISSING
 
     @property
     def labelled(self) -> LabelledConfig:
@@ -183,8 +187,9 @@ class FolderConfig(Frozen):
 
     pattern: a regular expression that fits the whole name of a file without its suffix. ``(?P<label>…)`` in it is the
         label, instead of the sub-folder's name; ``(?P<group>…)`` the group.
-    group_by: ``folder``: all files of a folder are a group; under a label's sub-folder, the folder within it, so that a
-        group may have files of several labels. ``file``: each file is a group.
+    group_by: ``folder``: a group is a folder with all that lies below it: the folder directly within the label's, so
+        that a group may have files of several labels; where folders tell no label, the first folder. ``file``: each
+        file is a group.
     """
 
     pattern: Annotated[str, BeforeValidator(_pattern), Field(max_length=1000)] | None = None

@@ -7,10 +7,11 @@ one record holds would otherwise change how others are seen, and whether the mod
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from data.formats.names import column_name, name_of
 from model.config import Frozen
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -21,7 +22,8 @@ Constant = Annotated[float, Field(ge=-1e9, le=1e9)]
 Scale = Annotated[float, Field(gt=0.0, le=1e9)]
 
 MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
-"""What stands for a missing value in text, unless the owner says otherwise."""
+"""What stands for a missing value, unless the owner says otherwise."""
+MissingValues = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 def first_given(config: Frozen, keys: Iterable[str]) -> str | None:
@@ -42,12 +44,50 @@ def _stated(value: object) -> object:
     return value
 
 
+def _column(name: str) -> str:
+    if not (column := column_name(name)):
+        raise ValueError("is blank, must name a column")
+    return column
+
+
+def _known(value: str) -> str:
+    return name_of(value) if value.strip() else ""
+
+
+_Values = TypeVar("_Values", tuple[str, ...], dict[str, int])
+
+
+def _distinct_values(values: _Values) -> _Values:
+    """Refuse lists in which one value stands twice, as 1 and 1.0 or with and without a space, and means two things."""
+    meant: dict[str, int] = {}
+    for place, value in enumerate(values):
+        means = values[value] if isinstance(values, dict) else place
+        if meant.setdefault(_known(value), means) != means:
+            raise ValueError("names one value twice, must name each once")
+    return values
+
+
+def _not_blank(values: _Values) -> _Values:
+    if not all(value.strip() for value in values):
+        raise ValueError("names a blank value, must name values: a row without a label is left out")
+    return values
+
+
 Stated = BeforeValidator(_stated)
-Distinct = Annotated[Names, AfterValidator(_distinct)]
-Categories = Annotated[tuple[str, ...], Field(strict=False, min_length=1, max_length=65_536), AfterValidator(_distinct)]
+Column = Annotated[Name, AfterValidator(_column)]
+Columns = Annotated[tuple[Column, ...], Field(strict=False, min_length=1, max_length=65_536), AfterValidator(_distinct)]
+Categories = Annotated[
+    tuple[str, ...], Field(strict=False, min_length=1, max_length=65_536), AfterValidator(_distinct_values)
+]
 
-
-Labels = Distinct | dict[Name, Annotated[int, Field(ge=0, lt=1_000_000)]]
+Labels = (
+    Annotated[Names, AfterValidator(_not_blank), AfterValidator(_distinct_values)]
+    | Annotated[
+        dict[Name, Annotated[int, Field(ge=0, lt=1_000_000)]],
+        AfterValidator(_not_blank),
+        AfterValidator(_distinct_values),
+    ]
+)
 Classes = Annotated[int, Field(ge=2, le=1_000_000)]
 
 
@@ -55,7 +95,7 @@ class LabelledConfig(Frozen):
     """What a label may be: either ``labels`` or ``classes`` is given.
 
     labels: the names of all classes in their order, or a map from each name to its class, where several may share one.
-        A number's name is its shortest spelling: 1 for 1.0.
+        A value has one name in every format: 1 for 1.0, and no spaces around it; see :mod:`data.formats.names`.
     classes: how many there are, where labels are the numbers 0, 1, … themselves.
     """
 
@@ -80,10 +120,10 @@ class LabelledConfig(Frozen):
         return len(self.labels or ())
 
     def known(self) -> dict[str, int]:
-        """Return the class of every label by its name."""
+        """Return the class of every label by its name, which is that of :func:`data.formats.names.name_of`."""
         if isinstance(self.labels, dict):
-            return dict(self.labels)
-        names = map(str, range(self.class_count)) if self.labels is None else self.labels
+            return {name_of(label): number for label, number in self.labels.items()}
+        names = map(str, range(self.class_count)) if self.labels is None else map(name_of, self.labels)
         return {name: number for number, name in enumerate(names)}
 
 
@@ -102,22 +142,23 @@ class PictureConfig(Frozen):
 class FeaturesConfig(Frozen):
     """Which columns of a row are its features, and how they become numbers.
 
-    features: the columns, in the order of the model's features. Default: all that are neither label nor group; of typed
-        files, those of numbers.
+    features: the columns, in the order of the model's features. Default: all with a name that are neither label nor
+        group; of typed files, those of numbers that are neither an index of pandas nor hidden by ``datasets``.
     categories: column → all values it may have, the empty one for none. It becomes one feature for each: 1 for the
         row's own, 0 for the others.
     center, scale: a number enters as ``(value − center)/scale``: one constant for all columns of numbers, or one for
         each column named, the others having 0 and 1.
     missing: what the model sees where a number is missing (0 is the center). Not given, such a row is a bad row.
-    missing_values: how text spells that a value is missing.
+    missing_values: what stands for a missing value, beside nothing at all: text as it is spelled, and numbers however
+        they are spelled or stored. A row whose group is missing is a bad row.
     """
 
-    features: Distinct | None = None
-    categories: dict[Name, Categories] = Field(default_factory=dict)
-    center: Annotated[Constant | dict[Name, Constant], Stated] = 0.0
-    scale: Annotated[Scale | dict[Name, Scale], Stated] = 1.0
+    features: Columns | None = None
+    categories: dict[Column, Categories] = Field(default_factory=dict)
+    center: Annotated[Constant | dict[Column, Constant], Stated] = 0.0
+    scale: Annotated[Scale | dict[Column, Scale], Stated] = 1.0
     missing: Constant | None = None
-    missing_values: Annotated[tuple[str, ...], Field(strict=False)] = MISSING
+    missing_values: MissingValues = MISSING
 
     @model_validator(mode="after")
     def _columns_are_features(self) -> Self:
@@ -136,11 +177,11 @@ class FeaturesConfig(Frozen):
 class TextColumnConfig(Frozen):
     """A column of text, cut into disjoint windows of ``window`` bytes; each is a record."""
 
-    column: Name
+    column: Column
     window: Window
 
 
 class PictureColumnConfig(PictureConfig):
     """A column of encoded pictures (PNG, JPEG, BMP): bytes, or a struct with a field ``bytes`` as ``datasets`` has."""
 
-    column: Name
+    column: Column

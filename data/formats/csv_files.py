@@ -7,10 +7,8 @@ looked at by itself, so one that cannot be used costs its own row only.
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,12 +18,22 @@ from data.formats.arrow_rows import Numbered, Stored, read_columns
 from data.formats.config import CsvConfig
 from data.formats.files import files_in
 from data.formats.identity import of_cells
+from data.formats.layout import is_index, same_columns
+from data.formats.names import column_name
 from data.formats.rows import BadRow, Reading
 from model.errors import BadInputError
 
 _BLOCK_BYTES = 1 << 24
 """What is parsed at once, and so the longest row."""
+_ROWS_AT_ONCE = 4096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_OTHER_MARKS = {
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"PK\x03\x04": "a workbook",
+    b"\xd0\xcf\x11\xe0": "a workbook",
+}
+"""How files begin that programs save beside CSV."""
 
 
 def read_csv(path: Path, config: CsvConfig) -> Reading:
@@ -36,30 +44,71 @@ def read_csv(path: Path, config: CsvConfig) -> Reading:
     """
     files = files_in(path, (".csv", ".csv.gz"))
     headers = {file: _header(file, config) for file in files}
-    names = headers[files[0]]
+    stored = headers[files[0]]
+    names = tuple(map(column_name, stored))
     for file, header in headers.items():
-        if header != names:
-            raise BadInputError(f"{file}: has other columns than {files[0].name}, must have the same in the same order")
+        same_columns(file, list(map(column_name, header)), files[0], names)
 
     def rows(columns: tuple[str, ...]) -> Iterator[Numbered | BadRow]:
         for file in files:
             where = f"{file.relative_to(path)}, " if file != path else ""
-            yield from _rows(file, config, names, columns, where)
+            yield from _rows(file, config, headers[file], columns, where)
 
     # What an owner calls columns that have no header changes no row.
-    named = names if config.columns is None else [str(len(names))]
-    return read_columns(path, config, names, set(names), rows, (config.delimiter, *named))
+    named = stored if config.columns is None else [str(len(names))]
+    usable = {name for name in names if not is_index(name)}
+    return read_columns(path, config, names, usable, rows, (config.delimiter, *named))
 
 
-@contextmanager
-def _reader(
-    file: Path, config: CsvConfig, names: Sequence[str], bad: dict[int, str]
-) -> Iterator[csv.CSVStreamingReader]:
-    """Open a file; ``bad`` collects, by number, the rows that have more or fewer columns.
+def _content(file: Path, config: CsvConfig) -> bytes:
+    """Return what a file holds, without a byte order mark.
+
+    Raises:
+        BadInputError: it cannot be read, is empty, or begins as files do that are no text in UTF-8.
+    """
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
+        raise _unreadable(file, config) from error
+    if not content.strip():
+        raise BadInputError(f"{file}: is empty, must be an undamaged CSV file with {_expected(config)}")
+    for mark, kind in _OTHER_MARKS.items():
+        if content.startswith(mark):
+            raise BadInputError(f"{file}: is {kind}, must be CSV in UTF-8: save it as that")
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    if b"\0" in _first_record(content):
+        raise BadInputError(
+            f"{file}: begins with zero bytes, as UTF-16 has them, must be CSV in UTF-8: save it as that"
+        )
+    return content
+
+
+def _first_record(content: bytes) -> bytes:
+    """Return a file's first row, with the blank lines before it; quotation marks may enclose ends of lines."""
+    end = len(content) - len(content.lstrip(b"\r\n"))
+    while True:
+        ends = [place for place in (content.find(b"\n", end), content.find(b"\r", end)) if place >= 0]
+        if not ends:
+            return content
+        end = min(ends) + 1
+        if content.count(b'"', 0, end) % 2 == 0:
+            return content[:end]
+
+
+def _parsed(file: Path, content: bytes, config: CsvConfig, names: Sequence[str], bad: dict[int, str]) -> pa.Table:
+    """Parse what a file holds; ``bad`` collects, by number, the rows that have more or fewer columns.
 
     Nothing is made of the cells of the columns ``names``: they come as bytes.
     pyarrow decodes such a row before it hands it over, and prints it where it is no UTF-8. So it never sees any such
     byte: every byte is given to it as the character of its number, names and cells are turned back by :func:`_bytes`.
+    It reads from memory of its own: its threads let go of an object of Python's whenever they come to it, and where
+    the interpreter ends in the meantime, they abort the process.
+
+    Args:
+        names: of all columns, as they are stored.
+
+    Raises:
+        BadInputError: it is damaged.
     """
     first = 0 if config.columns is not None else 1  # pyarrow counts the header
 
@@ -68,25 +117,35 @@ def _reader(
         return "skip"
 
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
-        yield csv.open_csv(
-            io.BytesIO(content.removeprefix(_BYTE_ORDER_MARK).decode("latin-1").encode()),
-            read_options=csv.ReadOptions(
-                use_threads=False,  # with threads rows have no numbers
-                block_size=_BLOCK_BYTES,
-                column_names=None if config.columns is None else [_spelled(name) for name in config.columns],
-            ),
-            parse_options=csv.ParseOptions(
-                delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=skip
-            ),
-            convert_options=csv.ConvertOptions(
-                column_types={_spelled(name): pa.binary() for name in names},
-                strings_can_be_null=False,
-            ),
-        )
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeError, MemoryError) as error:
-        header = "a header" if config.columns is None else "rows"
-        raise BadInputError(f"{file}: cannot be read, must be an undamaged CSV file with {header}") from error
+        with pa.BufferOutputStream() as memory:
+            memory.write(content.decode("latin-1").encode())
+            own = memory.getvalue()
+        with pa.BufferReader(own) as source:
+            return csv.read_csv(
+                source,
+                read_options=csv.ReadOptions(
+                    use_threads=False,  # with threads rows have no numbers
+                    block_size=_BLOCK_BYTES,
+                    column_names=None if config.columns is None else [_spelled(name) for name in config.columns],
+                ),
+                parse_options=csv.ParseOptions(
+                    delimiter=config.delimiter, newlines_in_values=True, invalid_row_handler=skip
+                ),
+                convert_options=csv.ConvertOptions(
+                    column_types={_spelled(name): pa.binary() for name in names},
+                    strings_can_be_null=False,
+                ),
+            )
+    except (pa.ArrowException, MemoryError) as error:
+        raise _unreadable(file, config) from error
+
+
+def _unreadable(file: Path, config: CsvConfig) -> BadInputError:
+    return BadInputError(f"{file}: cannot be read, must be an undamaged CSV file with {_expected(config)}")
+
+
+def _expected(config: CsvConfig) -> str:
+    return "a header" if config.columns is None else "rows"
 
 
 def _spelled(name: str) -> str:
@@ -100,14 +159,20 @@ def _bytes(spelled: str) -> bytes:
 def _header(file: Path, config: CsvConfig) -> list[str]:
     if config.columns is not None:
         return list(config.columns)
-    with _reader(file, config, (), {}) as reader:
-        return [_bytes(name).decode() for name in reader.schema.names]
+    header = _first_record(_content(file, config))
+    names = _parsed(file, header.rstrip(b"\r\n") + b"\n", config, (), {}).schema.names
+    try:
+        return [_bytes(name).decode() for name in names]
+    except UnicodeError as error:
+        raise BadInputError(f"{file}: its header is not text in UTF-8, must be: save the file as that") from error
 
 
 def _rows(
     file: Path, config: CsvConfig, names: Sequence[str], wanted: tuple[str, ...], where: str
 ) -> Iterator[Numbered | BadRow]:
-    places = [names.index(name) for name in wanted]
+    """Yield a file's rows; ``names`` are its columns as they are stored, ``wanted`` as they are called."""
+    called = list(map(column_name, names))
+    places = [called.index(name) for name in wanted]
     bad: dict[int, str] = {}
     number = 0
 
@@ -118,11 +183,14 @@ def _rows(
             yield BadRow(f"{where}row {number}", bad[number])
             number += 1
 
-    with _reader(file, config, names, bad) as reader:
-        for batch in reader:
-            columns = [[_bytes(cell.decode()) for cell in column.to_pylist()] for column in batch.columns]
-            for cells in zip(*columns, strict=True):
-                yield from skipped()
-                values = {name: cells[place] for name, place in zip(wanted, places, strict=True)}
-                yield f"{where}row {number}", Stored(of_cells(cells), values)
+    content = _content(file, config)
+    if config.columns is None and len(_first_record(content)) == len(content):
+        return  # a header alone, which pyarrow takes for damage where no end of line follows
+    table = _parsed(file, content, config, names, bad)
+    for batch in table.to_batches(_ROWS_AT_ONCE):
+        columns = [[_bytes(cell.decode()) for cell in column.to_pylist()] for column in batch.columns]
+        for cells in zip(*columns, strict=True):
+            yield from skipped()
+            values = {name: cells[place] for name, place in zip(wanted, places, strict=True)}
+            yield f"{where}row {number}", Stored(of_cells(cells), values)
     yield from skipped()

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from data.formats.config_parts import FeaturesConfig
+from data.formats.names import name_of
 from data.formats.rows import BadValueError
-from data.formats.values import is_missing, number_of, place_of
+from data.formats.values import is_missing, means_missing, number_of, place_of
 from model.errors import BadInputError
 
 
@@ -36,7 +37,7 @@ class Features:
                     raise BadInputError(f"{path}: {key} names the column {column!r}, must be one of its features")
         self._missing = config.missing
         self._spelled_missing = frozenset(config.missing_values)
-        self._categories = {c: {name: i for i, name in enumerate(v)} for c, v in config.categories.items()}
+        self._categories = {column: _places(listed) for column, listed in config.categories.items()}
         self._center = {c: _constant(config.center, c, 0.0) for c in self.columns}
         self._scale = {c: _constant(config.scale, c, 1.0) for c in self.columns}
         self.count = sum(len(self._categories.get(column, "1")) for column in self.columns)
@@ -62,7 +63,9 @@ class Features:
     def _features_of(self, column: str, value: object) -> list[float]:
         known = self._categories.get(column)
         if known is not None:
-            place = known.get("") if is_missing(value) else place_of(value, known)
+            place = None if is_missing(value) else place_of(value, known)
+            if place is None and means_missing(value, self._spelled_missing):
+                place = known.get("")
             if place is None:
                 raise BadValueError("must be one of its categories")
             return [float(i == place) for i in range(len(known))]
@@ -72,6 +75,11 @@ class Features:
         if self._missing is None:
             raise BadValueError("is missing, must be given where missing is not set")
         return [self._missing]
+
+
+def _places(listed: Sequence[str]) -> dict[str, int]:
+    """Return the place of every category by its name; the empty one stands for no value."""
+    return {name_of(value) if value.strip() else "": place for place, value in enumerate(listed)}
 
 
 def _constant(given: float | Mapping[str, float], column: str, otherwise: float) -> float:

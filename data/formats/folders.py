@@ -81,5 +81,5 @@ def _place(file: PurePath, config: FolderConfig, *, labelled: bool) -> _Place:
         return _Place(label, (match["group"] if match else None) or "")
     if config.group_by == "folder" and not folders:
         raise BadValueError("must lie in a folder of its group")
-    by = {"folder": "/".join(folders), "file": file.as_posix(), None: None}
+    by = {"folder": folders[0] if folders else None, "file": file.as_posix(), None: None}
     return _Place(label, by[config.group_by])

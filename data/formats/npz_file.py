@@ -16,7 +16,7 @@ from data.formats.config import NpzConfig
 from data.formats.identity import of_content
 from data.formats.picture import picture_of_array
 from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
-from data.formats.values import class_of, group_of
+from data.formats.values import class_of, group_of, missing_numbers
 from data.schema import ImageSchema, Schema, TableSchema, TextSchema
 from model.errors import BadInputError
 
@@ -92,7 +92,7 @@ def _load(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     except _DAMAGED as error:
         raise BadInputError(f"{path}: cannot be read, must be an undamaged .npz file without Python objects") from error
     for name, array in arrays.items():
-        if array.dtype.kind not in "biufUS" or array.ndim == 0:
+        if array.dtype.kind not in "biufUSM" or array.ndim == 0:
             raise BadInputError(f"{path}: {name!r} holds {array.dtype}, must be an array of numbers or strings")
     return arrays
 
@@ -133,9 +133,12 @@ def _table(
         if isinstance(given, tuple) and len(given) != shape[0]:
             raise BadInputError(f"{path}: {key} has {len(given)} constants, must have one or {shape[0]}")
     center, scale = np.asarray(config.center, np.float64), np.asarray(config.scale, np.float64)
+    stand_for_none = sorted(missing_numbers(config.missing_values))
 
     def record(row: np.ndarray) -> np.ndarray:
         missing = np.isnan(row) if row.dtype.kind == "f" else np.zeros(shape, dtype=bool)
+        for number in stand_for_none:
+            missing |= row == number  # compared in the row's own precision
         if config.missing is None and missing.any():
             raise BadValueError("a value is missing, must be given where missing is not set")
         with np.errstate(over="ignore", invalid="ignore"):
@@ -155,10 +158,11 @@ def _rows(
     arrays: dict[str, np.ndarray],
 ) -> Iterator[Row | BadRow]:
     known = {} if config.label is None else config.labelled.known()
+    spelled_missing = frozenset(config.missing_values)
 
     def make(number: int) -> Row:
         label = None if config.label is None else class_of(arrays[config.label][number], known)
-        group = None if config.group_by is None else group_of(arrays[config.group_by][number])
+        group = None if config.group_by is None else group_of(arrays[config.group_by][number], spelled_missing)
         return Row(record(values[number])[np.newaxis], of_content(values[number].tobytes()), label, group)
 
     for number in range(len(values)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,27 +10,34 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from data.formats.arrow_rows import Layout, Numbered, read_columns, rows_of
+from data.formats.arrow_rows import Numbered, read_columns, rows_of
 from data.formats.config import ParquetConfig
 from data.formats.files import files_in
+from data.formats.layout import layout_of
 from data.formats.rows import Reading
 from model.errors import BadInputError
 
 _ROWS_AT_ONCE = 4096
+_TABLE_FORMATS = {"_delta_log": "Delta", "metadata/*.metadata.json": "Iceberg", ".hoodie": "Hudi"}
+"""What lies beside the files of a table whose rows, by a log of its own, do not all count any more."""
 
 
 def read_parquet(path: Path, config: ParquetConfig) -> Reading:
     """Return the rows of a Parquet file, or of all in a folder.
 
     Raises:
-        BadInputError: a file cannot be read, files have different columns, or as :func:`read_columns` says.
+        BadInputError: a file cannot be read, files have different columns, the folder is a table with a log of its own,
+            or as :func:`read_columns` says.
     """
+    for mark, kind in _TABLE_FORMATS.items():
+        if next(path.glob(mark), None) is not None:
+            raise BadInputError(
+                f"{path}: is a {kind} table, whose log says which rows were deleted; must be plain Parquet files: "
+                "export the rows that count"
+            )
     files = files_in(path, (".parquet",))
-    layouts = {file: _layout(file) for file in files}
-    layout = layouts[files[0]]
-    for file, other in layouts.items():
-        if not other.types.equals(layout.types):
-            raise BadInputError(f"{file}: has other columns than {files[0].name}, must have the same in the same order")
+    types = {file: _types(file) for file in files}
+    layout = layout_of(types)
 
     def rows(columns: tuple[str, ...]) -> Iterator[Numbered]:
         for file in files:
@@ -39,18 +47,25 @@ def read_parquet(path: Path, config: ParquetConfig) -> Reading:
                 for number, row in enumerate(rows_of(batches, columns), start=1):
                     yield f"{where}row {number}", row
 
-    return read_columns(path, config, layout.names, layout.numbers, rows, layout.names)
+    return read_columns(path, config, layout.names, layout.numbers, rows, layout.stored)
 
 
-def _layout(file: Path) -> Layout:
+def _types(file: Path) -> pa.Schema:
     with _opened(file) as opened:
-        return Layout.of(opened.schema_arrow)
+        types = opened.schema_arrow
+        types.names  # noqa: B018  # decoded here, where a damaged name is an error of this file
+        return types
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[parquet.ParquetFile]:
+    """Open a file, by pyarrow's own means and without reading ahead.
+
+    Reading ahead is done by threads of pyarrow. They let go of a file of Python's whenever they come to it; where the
+    interpreter ends in the meantime, they abort the process.
+    """
     try:
-        with file.open("rb") as content:
-            yield parquet.ParquetFile(content)
+        with pa.OSFile(os.fsencode(file)) as content, parquet.ParquetFile(content, pre_buffer=False) as opened:
+            yield opened
     except (pa.ArrowException, OSError, UnicodeError, MemoryError) as error:
         raise BadInputError(f"{file}: cannot be read, must be an undamaged Parquet file") from error

@@ -1,4 +1,4 @@
-"""What a single value means: a name, a class, a number, a group.
+"""What a single value means: a class, a number, a group; :mod:`data.formats.names` says what it is called.
 
 No message here may repeat the value: it is private.
 """
@@ -8,45 +8,20 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from functools import lru_cache
 
 import numpy as np
 
+from data.formats.names import is_missing as is_missing
+from data.formats.names import name_of as name_of
+from data.formats.names import number_in
 from data.formats.rows import BadValueError
 
-_WHOLE = re.compile(r"(?P<number>[+-]?[0-9]{1,18})(\.0*)?")
-
-
-def name_of(value: object) -> str:
-    """Return how a value is called in label maps, categories and groups: a whole number as 1, whatever its type.
-
-    Raises:
-        BadValueError: it is missing, or neither text nor a number nor true or false.
-    """
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise BadValueError("must be text in UTF-8") from None
-    if isinstance(value, str):
-        if not (name := value.strip()):
-            raise BadValueError("is missing, must be given")
-        return name
-    if isinstance(value, bool | np.bool_):
-        return str(bool(value)).lower()
-    if isinstance(value, int | np.integer):
-        return str(int(value))
-    if isinstance(value, float | np.floating | Decimal) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else repr(float(value))
-    raise BadValueError("is missing, must be given" if is_missing(value) else "must be text or a finite number")
-
-
-def is_missing(value: object) -> bool:
-    """Whether there is no value: none at all, not a number, or blank text."""
-    if isinstance(value, str | bytes):
-        return not value.strip()
-    return value is None or (isinstance(value, float | np.floating | Decimal) and math.isnan(value))
+_PADDED = re.compile(r"[+-]?0[0-9]{1,17}(\.0*)?")
+_ALSO = {"true": "1", "false": "0", "1": "true", "0": "false"}
+"""Programs store true and false as 1 and 0, and a column of both as numbers where one is missing."""
 
 
 def class_of(value: object, known: Mapping[str, int]) -> int:
@@ -65,27 +40,40 @@ def class_of(value: object, known: Mapping[str, int]) -> int:
 
 
 def place_of(value: object, known: Mapping[str, int]) -> int | None:
-    """Return what ``known`` has for a value's name; text may also spell a whole number as 1.0, which is 1.
+    """Return what ``known``, by names, has for a value's name.
+
+    Where that name is unknown, true and false also stand for 1 and 0 and the reverse, and 01 for 1: nothing else of the
+    list could be meant.
 
     Raises:
         BadValueError: the value has no name.
     """
     name = name_of(value)
-    if name not in known and (whole := _WHOLE.fullmatch(name)):
-        name = str(int(whole["number"]))
-    return known.get(name)
+    if name in known:
+        return known[name]
+    if name in _ALSO:
+        return known.get(_ALSO[name])
+    if _PADDED.fullmatch(name) is not None:
+        return known.get(str(int(name.partition(".")[0])))
+    return None
 
 
-def group_of(value: object) -> str:
+def group_of(value: object, spelled_missing: frozenset[str] = frozenset()) -> str:
     """Return a group's name.
+
+    Args:
+        spelled_missing: as for :func:`number_of`.
 
     Raises:
         BadValueError: it has none.
     """
     try:
-        return name_of(value)
+        name = name_of(value)
     except BadValueError as error:
         raise BadValueError(f"the group {error}") from None
+    if name in _missing(spelled_missing).names:
+        raise BadValueError("the group is missing, must be given")
+    return name
 
 
 def group_number(name: str) -> int:
@@ -96,14 +84,20 @@ def group_number(name: str) -> int:
 def number_of(value: object, spelled_missing: frozenset[str]) -> float | None:
     """Return a finite number, or None where it is missing.
 
+    Args:
+        spelled_missing: what stands for a missing value. A number among them does so however it is spelled or stored.
+
     Raises:
         BadValueError: it is neither.
     """
-    if isinstance(value, bytes | bytearray):
-        value = bytes(value).decode("utf-8", "replace")
-    if isinstance(value, str):
-        text = value.strip()
-        if text in spelled_missing:
+    number, missing = math.nan, _missing(spelled_missing)
+    if type(value) is float:
+        if math.isnan(value):
+            return None
+        number = value
+    elif isinstance(value, str | bytes | bytearray):
+        text = (value if isinstance(value, str) else bytes(value).decode("utf-8", "replace")).strip()
+        if not text or text in spelled_missing:
             return None
         try:
             number = math.nan if "_" in text else float(text)  # Python alone takes 1_000 for a number
@@ -111,13 +105,44 @@ def number_of(value: object, spelled_missing: frozenset[str]) -> float | None:
             number = math.nan
     elif is_missing(value):
         return None
-    elif isinstance(value, bool | int | float | Decimal | np.bool_ | np.integer | np.floating):
+    elif isinstance(value, bool | np.bool_):
+        return float(value)
+    elif isinstance(value, int | float | Decimal | np.integer | np.floating):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
-    else:
-        number = math.nan
     if not math.isfinite(number):
         raise BadValueError("must be a finite number")
+    if missing.numbers:
+        spelled = float(str(value)) if isinstance(value, np.floating) else number  # in its own precision
+        if spelled in missing.numbers:
+            return None
     return number
+
+
+def means_missing(value: object, spelled_missing: frozenset[str]) -> bool:
+    """Whether there is no value, or one that stands for none; ``spelled_missing`` is as for :func:`number_of`."""
+    try:
+        return is_missing(value) or name_of(value) in _missing(spelled_missing).names
+    except BadValueError:
+        return False
+
+
+def missing_numbers(spelled_missing: Iterable[str]) -> frozenset[float]:
+    """Return the numbers that stand for a missing value."""
+    return _missing(frozenset(spelled_missing)).numbers
+
+
+class _Missing:
+    """What stands for a missing value, by names and by numbers."""
+
+    def __init__(self, spelled: frozenset[str]) -> None:
+        self.names = frozenset(name_of(text) for text in spelled if not is_missing(text))
+        found = (number_in(name) for name in self.names)
+        self.numbers = frozenset(number for number in found if number is not None)
+
+
+@lru_cache(maxsize=64)
+def _missing(spelled: frozenset[str]) -> _Missing:
+    return _Missing(spelled)

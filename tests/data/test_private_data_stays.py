@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from format_samples import SAMPLES
+from format_samples import SAMPLES, parse
+from pyarrow import csv, parquet
+
+from data.private_data import read_private
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
@@ -122,3 +126,32 @@ def test_the_test_would_see_what_a_library_in_c_leaves_behind(tmp_path):
     assert any("here/copy" in entry[0] for entry in left)
     with pytest.raises(AssertionError):
         run(tmp_path / "again", ["parquet"], sabotage.format("f.write(b'x'); "))
+
+
+def test_pyarrow_holds_nothing_of_pythons_once_a_data_set_is_read(tmp_path, monkeypatch):
+    """Its threads would let go of it whenever they come to it, and abort a process that ends in the meantime."""
+    given, read = [], []
+
+    def watched(module, name):
+        original = getattr(module, name)
+
+        def opened(source, *args, **options):
+            given.append(source)
+            options_of_its_own = options.get("options") or options.get("read_options")
+            read.append(options.get("pre_buffer", False) or getattr(options_of_its_own, "use_threads", False))
+            return original(source, *args, **options)
+
+        monkeypatch.setattr(module, name, opened)
+
+    watched(csv, "read_csv")
+    watched(csv, "open_csv")
+    watched(parquet, "ParquetFile")
+    watched(pa.ipc, "open_stream")
+    for name in ("csv", "csv, gz", "parquet", "hugging-face"):
+        (tmp_path / name).mkdir()
+        path, document = SAMPLES[name](tmp_path / name)
+        read_private(path, parse(document), "group")
+    assert len(given) >= 8
+    assert all(isinstance(source, pa.NativeFile) and not isinstance(source, pa.PythonFile) for source in given)
+    assert all(source.closed for source in given)
+    assert not any(read), "nothing may be read ahead or by threads"

@@ -160,6 +160,16 @@ def test_what_is_not_in_order_says_what_to_do(folder, old, new, what, sentence):
     assert sentence in problems(folder, scenario())[what]
 
 
+def test_its_owner_is_shown_how_many_groups_there_are(folder):
+    """One person whom two spellings made two shows in the number."""
+    stored = np.load(folder.parent / "rows.npz")
+    patients = np.array(["12", "12.0", *map(str, range(20, 39))])[np.minimum(np.arange(60), 20)]
+    np.savez(folder.parent / "rows.npz", **stored, who=patients)
+    edit(folder, 'label = "y"', 'label = "y"\ngroup_by = "who"')
+    (found,) = (check.found for check in check_node(NodeDirectory(folder), None) if check.what == "data")
+    assert found == "60 records in 20 groups, the largest of 40"
+
+
 def test_data_of_another_shape_are_named(folder):
     found = problems(folder, scenario(**{"model.encoder.features": 7}))
     assert "features" in found["data"]

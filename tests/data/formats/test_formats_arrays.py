@@ -140,7 +140,7 @@ def test_python_objects_are_refused_and_never_unpickled(name, tmp_path, capsys):
         ({"x": np.zeros((2, 3))}, {"kind": "npz", "text": "x"}, r"must be uint8 \[window\]"),
         ({"x": np.zeros((2, 3)), "y": np.zeros(2, complex)}, TABLE, "must be an array of numbers or strings"),
         ({"x": np.float64(1.0), "y": [0, 1]}, TABLE, "must be an array of numbers or strings"),
-        ({"x": np.zeros((0, 3)), "y": []}, TABLE, "none of its rows can be used"),
+        ({"x": np.zeros((0, 3)), "y": []}, TABLE, "has no rows, must have one that can be used"),
     ],
 )  # fmt: skip
 def test_arrays_that_do_not_fit_are_one_sentence(arrays, document, expected, tmp_path):

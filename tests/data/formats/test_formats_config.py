@@ -36,6 +36,14 @@ def changed(document, change):
         (CSV, {"classes": None, "labels": {"no": 0, "never": 0}}, "labels name 1 class, must name at least 2"),
         (CSV, {"classes": None, "labels": {"no": -1, "yes": 1}}, "greater than or equal to 0"),
         (CSV, {"classes": None, "labels": ["no", "no"]}, "names one value twice"),
+        (CSV, {"classes": None, "labels": ["1", "1.0"]}, "names one value twice"),
+        (CSV, {"classes": None, "labels": ["no", " no"]}, "names one value twice"),
+        (CSV, {"classes": None, "labels": {"1": 0, "1.0": 1}}, "names one value twice"),
+        (CSV, {"classes": None, "labels": ["no", " "]}, "names a blank value"),
+        (CSV, {"categories": {"b": ["1.5", "1.50"]}}, "names one value twice"),
+        (CSV, {"label": " "}, "is blank, must name a column"),
+        (CSV, {"features": ["a", " a"]}, "names one value twice"),
+        (CSV, {"group_by": " y"}, "label and group_by are both 'y', must be two columns"),
         (CSV, {"label": None}, "label is missing, must name the column of the label"),
         (CSV, {"group_by": "y"}, "label and group_by are both 'y', must be two columns"),
         (CSV, {"features": ["y", "z"]}, "the column 'y' is label or group, must not be a feature"),
@@ -98,6 +106,11 @@ def test_configurations_are_kept_whole_as_json_and_cannot_be_changed(name, tmp_p
     assert type(config).model_validate_json(config.model_dump_json()) == config
     with pytest.raises(ValidationError, match="frozen"):
         config.kind = "csv"
+
+
+def test_one_class_may_have_several_spellings_of_a_label():
+    config = parse(changed(CSV, {"classes": None, "labels": {"1": 1, "1.0": 1, " 0": 0}}))
+    assert config.labelled.known() == {"1": 1, "0": 0}
 
 
 def test_whole_numbers_may_stand_for_constants():

@@ -252,10 +252,30 @@ def test_names_may_tell_label_and_group(tmp_path):
     for file in tmp_path.glob("*.png"):
         file.unlink()
     data = read(tmp_path, "group", **PICTURE, pattern=r"(?P<label>[a-z]+)-.*", group_by="folder")
-    assert data.records["group"].tolist() == [group_number("x"), group_number("y/z")]
+    assert data.records["group"].tolist() == [group_number("x"), group_number("y")]
     data = read(tmp_path, "record", **PICTURE | {"labels": ["x", "y"]}, pattern=r".*-(?P<group>[a-z]+)(-\d+)?")
     assert data.records["label"].tolist() == [0, 1]
     assert "group" in data.records
+
+
+@pytest.mark.parametrize("kind", ["image-folder", "wav-folder", "text-folder"])
+def test_all_that_lies_below_a_persons_folder_is_one_group(kind, tmp_path):
+    """In studies and sides of several labels, and whatever form of Unicode a file system keeps."""
+    places = ("1/jos\u00e9/left/a", "1/jos\u00e9/right/2020/b", "0/jose\u0301/c", "0/eve/d/d")
+    for place in places:
+        place = place.partition("/")[2] if kind == "text-folder" else place
+        if kind == "wav-folder":
+            write_wav(tmp_path / f"{place}.wav", np.zeros(4000, dtype=np.int64))
+        else:
+            content = png(np.zeros((4, 5), np.uint8)) if kind == "image-folder" else b"abcd"
+            put(tmp_path, f"{place}.{'png' if kind == 'image-folder' else 'txt'}", content)
+    document = {
+        "image-folder": PICTURE | {"labels": ["0", "1"]},
+        "wav-folder": SOUND,
+        "text-folder": {"kind": kind, "window": 4},
+    }
+    data = read(tmp_path, "group", **document[kind], group_by="folder")
+    assert sorted(data.records["group"].tolist()) == sorted(map(group_number, ["jos\u00e9"] * 3 + ["eve"]))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

@@ -7,6 +7,7 @@ import gzip
 from decimal import Decimal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -306,15 +307,16 @@ def test_what_the_library_itself_saves_can_be_read(tmp_path):
 
 def test_files_of_one_data_set_must_have_the_same_columns(tmp_path):
     write_hugging_face(tmp_path / "a", {"x": [1, 2], "y": [0, 1]}, shards=2)
-    write_hugging_face(tmp_path / "b", {"x": [1.5, 2.5], "y": [0, 1]}, shards=2)
+    write_hugging_face(tmp_path / "b", {"z": [1.5, 2.5], "y": [0, 1]}, shards=2)
     name = "data-00001-of-00002.arrow"
     (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    with pytest.raises(BadInputError, match=r"data-00001-of-00002\.arrow: has other columns"):
+    with pytest.raises(BadInputError, match=r"data-00001-of-00002\.arrow: has other columns.*has 'z'; lacks 'x'"):
         read(tmp_path / "a", kind="hugging-face", label="y", classes=2)
     pq.write_table(pa.table({"x": [1, 2], "y": [0, 1]}), tmp_path / "1.parquet")
-    pq.write_table(pa.table({"x": [1.5, 2.5], "y": [0, 1]}), tmp_path / "2.parquet")
-    with pytest.raises(BadInputError, match=r"2\.parquet: has other columns than 1\.parquet"):
-        read(tmp_path, kind="parquet", label="y", classes=2)
+    for table, found in (({"y": [0, 1], "x": [1, 2]}, "column 1 is 'y', and 'x' there"), ({"y": [0]}, "lacks 'x'")):
+        pq.write_table(pa.table(table), tmp_path / "2.parquet")
+        with pytest.raises(BadInputError, match=rf"2\.parquet: has other columns than 1\.parquet.*{found}"):
+            read(tmp_path, kind="parquet", label="y", classes=2)
 
 
 @pytest.mark.parametrize(
@@ -396,9 +398,61 @@ def test_damaged_files_are_one_sentence_or_lose_rows_but_never_a_traceback(name,
     assert len(read(path, **document).records["table"]) == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"a,y", b"a,y\n", b"\n\n", b"\xff\xfe\n1\n"])
-def test_a_csv_file_without_rows_is_refused(content, tmp_path):
-    with pytest.raises(
-        BadInputError, match=r"must be an undamaged CSV file with a header|none of its rows can be used"
-    ):
-        read(write_csv(tmp_path, content), kind="csv", label="y", classes=2)
+@pytest.mark.parametrize("kind", ["csv", "parquet", "hugging-face"])
+def test_a_column_that_only_numbers_rows_is_no_feature_unless_named(kind, tmp_path):
+    frame = pd.DataFrame({"x": [5.0, 6.0], "y": [0, 1]}, index=[7, 9])
+    unnamed = "__index_level_0__"
+    if kind == "csv":
+        frame.to_csv(tmp_path / "first.csv")
+        pd.read_csv(tmp_path / "first.csv").to_csv(tmp_path / "a.csv", index=False)
+        path, unnamed = tmp_path / "a.csv", "Unnamed: 0"
+        data = read(tmp_path / "first.csv", kind=kind, label="y", classes=2)
+        assert data.records["table"].flatten().tolist() == [5, 6]
+    elif kind == "parquet":
+        path = tmp_path / "a.parquet"
+        frame.to_parquet(path)
+        frame.rename_axis("visit").to_parquet(tmp_path / "named.parquet")
+        data = read(tmp_path / "named.parquet", kind=kind, label="y", classes=2, group_by="visit")
+        assert data.records["table"].flatten().tolist() == [5, 6]
+        assert data.records["group"].tolist() == [group_number("7"), group_number("9")]
+    else:
+        path = tmp_path / "a"
+        write_hugging_face(path, pa.Table.from_pandas(frame))
+    assert read(path, kind=kind, label="y", classes=2).records["table"].flatten().tolist() == [5, 6]
+    data = read(path, kind=kind, label="y", classes=2, features=["x", unnamed])
+    assert data.records["table"].tolist() == [[5, 7], [6, 9]]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "hugging-face", "npz"])
+def test_missing_values_that_an_owner_states_hold_in_every_format(kind, tmp_path):
+    document = {"kind": kind, "label": "y", "classes": 2, "missing": 7.0, "missing_values": ["-999"]}
+    table = {"x": [-999.0, 2.5, -99.0], "n": [1, -999, 3], "y": [0, 1, 1], "g": [4, 5, -999]}
+    grouped = document | {"group_by": "g"}
+    path = tmp_path / "a"
+    if kind == "csv":
+        path.write_text(csv_text(table))
+    elif kind == "npz":
+        path = path.with_suffix(".npz")
+        x = np.stack([table["x"], table["n"]], axis=1).astype(np.float32)
+        np.savez(path, x=x, y=table["y"], g=np.array(table["g"], np.float32))
+        document, grouped = document | {"table": "x"}, grouped | {"table": "x"}
+    elif kind == "parquet":
+        pq.write_table(pa.table(table | {"x": pa.array(table["x"], pa.float32())}), path)
+    else:
+        write_hugging_face(path, table | {"n": pa.array(table["n"], pa.decimal128(9, 2))})
+    chosen = {} if kind == "npz" else {"features": ["x", "n"]}
+    expected = [[7, 1], [2.5, 7], [-99, 3]]
+    assert read(path, **document, **chosen).records["table"].tolist() == expected
+    data = read(path, **grouped, **chosen)
+    assert data.records["table"].tolist() == expected[:2]
+    assert reasons(data) == {"row 3": "the group is missing, must be given"}
+
+
+def test_a_category_that_stands_for_none_is_the_empty_one_unless_it_is_listed(tmp_path):
+    path = write_csv(tmp_path, "k,y\nu,0\nNA,1\n?,1\n,0\n")
+    data = read(path, kind="csv", label="y", classes=2, categories={"k": ["u", "?", ""]})
+    assert data.records["table"].tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]]
+    pq.write_table(pa.table({"k": [1.0, -999.0, None], "y": [0, 1, 1]}), tmp_path / "a.parquet")
+    document = {"categories": {"k": ["1", ""]}, "missing_values": ["-999"]}
+    data = read(tmp_path / "a.parquet", kind="parquet", label="y", classes=2, **document)
+    assert data.records["table"].tolist() == [[1, 0], [0, 1], [0, 1]]

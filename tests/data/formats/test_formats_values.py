@@ -18,7 +18,7 @@ SPELLED = frozenset({"", "?"})
 @pytest.mark.parametrize(
     ("value", "name"),
     [
-        ("x", "x"), (" x y\t", "x y"), (b" caf\xc3\xa9 ", "café"), ("007", "007"), ("1.0", "1.0"),
+        ("x", "x"), (" x y\t", "x y"), (b" caf\xc3\xa9 ", "café"), ("007", "007"), ("1.0", "1"),
         (7, "7"), (7.0, "7"), (np.float32(7), "7"), (np.int8(-7), "-7"), (Decimal("7.00"), "7"), (-0.0, "0"),
         (0.5, "0.5"), (Decimal("0.5"), "0.5"), (2**70, str(2**70)), (True, "true"), (np.bool_(False), "false"),
     ],
@@ -52,10 +52,31 @@ def test_classes_by_name_and_by_number():
         assert class_of(value, known) == 1
     for value in ("-0", 0.0, "0.000"):
         assert class_of(value, known) == 0
-    for value in ("2", -1, 0.5, "1.5", "1e0", "true", True, "Yes", "1" * 30):
+    for value in ("2", -1, 0.5, "1.5", "0x1", "yes!", "Yes", "1" * 30, "02"):
         with pytest.raises(BadValueError, match="the label must be one of labels, or a number below classes"):
             class_of(value, known)
-    assert class_of("1.0", {"1.0": 5, "1": 6}) == 5  # the name itself comes first
+    assert class_of("01", {"01": 5, "1": 6}) == 5  # the name itself comes first
+
+
+def test_true_and_false_are_1_and_0_where_only_those_are_listed_and_the_reverse():
+    for true, false in ((True, False), (np.bool_(True), np.bool_(False)), ("True", "FALSE"), (b"true", b"false")):
+        assert [class_of(value, {"0": 0, "1": 1}) for value in (true, false)] == [1, 0]
+        assert [class_of(value, {"true": 0, "false": 1}) for value in (true, false)] == [0, 1]
+        assert class_of(true, {"1": 0, "true": 1}) == 1
+    assert [class_of(value, {"true": 0, "false": 1}) for value in (1, 0.0, "1.0")] == [0, 1, 0]
+
+
+def test_a_number_that_stands_for_a_missing_one_does_so_however_it_is_stored():
+    spelled = frozenset({"-999", "9.9", "none"})
+    stored = [-999, -999.0, np.float32(-999), np.int16(-999), Decimal("-999.00"), "-999.0", b" -9.99e2 ", "none", ""]
+    stored += [9.9, np.float32(9.9), np.float16(9.9), Decimal("9.90"), "9.900"]
+    assert [number_of(value, spelled) for value in stored] == [None] * len(stored)
+    for value in (-999, "-999.0", np.float32(9.9), "none"):
+        with pytest.raises(BadValueError, match="the group is missing"):
+            group_of(value, spelled)
+    assert number_of(np.float32(9.8), spelled) == float(np.float32(9.8))
+    assert number_of(True, frozenset({"1"})) == 1.0
+    assert group_of("NA") == "NA"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from model.errors import BadInputError
 from model.unit_random import drawing_from
+from privacy import allowed
+from privacy.accounted import check_accounted, check_unchanged
 from privacy.bookkeeping import Units
-from privacy.clipping import AdaptiveClip, Kind
+from privacy.clipping import LARGEST_NORM, SMALLEST_CLIP, AdaptiveClip, Kind
 from privacy.config import PrivacyConfig
 from privacy.gradient_modes import (
     GRID_BITS,
@@ -44,10 +46,14 @@ from privacy.gradient_modes import (
 )
 from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
+from privacy.mechanisms import LARGEST_NOISE, MOST_STEPS
 from privacy.physical_batch import MOST, fitting
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
 from privacy.unit_index import UnitIndex
+
+Gradients = Literal["bookkeeping", "hooks", "ghost"]
+Numeric = Literal["fast", "strict"]
 
 _EXAMPLE = "example number"
 _COUNT_GRID = 2.0**20
@@ -74,8 +80,8 @@ class DpSgd:
     clip: float
     noise_multiplier: float | None
     declared_size: int
-    gradients: Literal["bookkeeping", "hooks", "ghost"] = "bookkeeping"
-    numeric: Literal["fast", "strict"] = "fast"
+    gradients: Gradients = "bookkeeping"
+    numeric: Numeric = "fast"
     clipping: Kind = "flat"
     adaptive: AdaptiveClip = field(default_factory=AdaptiveClip)
     records_per_unit: int | None = None
@@ -83,6 +89,29 @@ class DpSgd:
     physical_batch: int | None = None
     memory_bytes: int = 1 << 30
     load_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            BadInputError: a word that is none of the allowed, a number out of range, or another type.
+        """
+        allowed.check_word("gradients", self.gradients, get_args(Gradients))
+        allowed.check_word("numeric", self.numeric, get_args(Numeric))
+        allowed.check_word("clipping", self.clipping, get_args(Kind))
+        allowed.check_whole("steps", self.steps, 1, MOST_STEPS)
+        allowed.check_number("learning_rate", self.learning_rate, 0.0, allowed.FINITE)
+        allowed.check_number("sampling_rate", self.sampling_rate, 0.0, 1.0, above=True)
+        allowed.check_number("clip", self.clip, SMALLEST_CLIP, LARGEST_NORM)
+        if self.noise_multiplier is not None:
+            allowed.check_number("noise_multiplier", self.noise_multiplier, 0.0, LARGEST_NOISE, above=True)
+        allowed.check_whole("declared_size", self.declared_size, 1, allowed.MOST_UNITS)
+        allowed.check_whole("records_per_unit", self.records_per_unit, 1, allowed.MOST_UNITS, may_be_none=True)
+        allowed.check_whole("physical_batch", self.physical_batch, 1, allowed.MOST_UNITS, may_be_none=True)
+        allowed.check_whole("memory_bytes", self.memory_bytes, 1, allowed.MOST_BYTES)
+        allowed.check_number("load_share", self.load_share, 0.0, 1.0)
+        if not isinstance(self.adaptive, AdaptiveClip):
+            raise BadInputError(f"adaptive is {self.adaptive!r}, must be a privacy.clipping.AdaptiveClip")
 
     @classmethod
     def of(
@@ -232,6 +261,7 @@ class PrivateTraining:
         self._most = mechanism.physical_batch
         self._mode: GradientMode = mode_for("strict" if mechanism.numeric == "strict" else mechanism.gradients, module)
         self._loads = LoadHistogram(module, mechanism.noise_parts[LOADS]) if mechanism.load_share else None
+        self._accounted = False
 
     def __enter__(self) -> PrivateTraining:
         return self
@@ -320,7 +350,16 @@ class PrivateTraining:
         return self._loss_with_draws({**batch, _EXAMPLE: example_B})
 
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
-        """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
+        """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip.
+
+        Raises:
+            BadInputError: other parameters are trained than at first; before the first step, a gradient is not
+                accounted for.
+        """
+        check_unchanged(self._module, self._trained)
+        if not self._accounted:
+            check_accounted(self._mode, self._module, self._loss, records)
+            self._accounted = True
         inside = 0.0
         self._optimizer.forget_sums()  # of a step that was interrupted
         if self._loads is not None:

@@ -3,7 +3,8 @@
 The function is called with the model's configuration and the experts to hold, ``build(config, held) -> nn.Module``. The
 module maps a batch's ``image``, ``text`` or ``table`` to scores: [B, classes], or [B, T, 256] for the next byte.
 Parameters named ``…layers.<layer>.experts.<id>.…`` belong to that expert, with global ids, and only those of ``held``
-may be there; all others are shared weights.
+may be there; all others are shared weights. A parameter that several layers use (``head.weight = embed.weight``) is one
+parameter: it travels once, under its first name, and is one parameter again wherever the model is built.
 
 Naming code is naming what runs beside private data. A node therefore builds only what its owner allows by name
 (``policy.models``), and never because a server says so.
@@ -14,10 +15,12 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
 from model.config import ClassificationConfig, HeldExperts, ModelConfig
@@ -38,13 +41,45 @@ class OwnNetwork(Network):
 
         Raises:
             BadInputError: the function cannot be called, fails or returns something else; the module holds buffers,
-                parameters without a shape, other than float32 ones, or other experts than it was asked for.
+                parameters without a shape, other than float32 ones, other experts than it was asked for, or parameters
+                that share memory.
         """
         nn.Module.__init__(self)
         self.config = config
         self.held = held
         self.own = _build(config, held)
         _check(self, config, held)
+        self._first_name = _first_names(self)
+        self.register_state_dict_post_hook(_once)  # type: ignore[no-untyped-call]  # of torch
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load every parameter under its first name, as :meth:`state_dict` gives them; arguments as torch's.
+
+        torch would load each name by itself: one parameter of several names would come apart where tensors are
+        assigned, and layers that rename parameters (Opacus's recurrent ones) would keep some of their old ones.
+
+        Raises:
+            RuntimeError: a name is missing or unexpected, or a shape differs.
+        """
+        places: dict[str, list[str]] = {name: [name] for name, _ in self.named_parameters()}
+        for name, first in self._first_name.items():
+            places[first].append(name)
+        missing, unexpected = sorted(places.keys() - state_dict.keys()), sorted(state_dict.keys() - places.keys())
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"missing: {missing}; unexpected: {unexpected}")
+        for first in places.keys() & state_dict.keys():
+            before, after = self.get_parameter(first), state_dict[first]
+            if before.shape != after.shape:
+                raise RuntimeError(f"{first} has shape {list(after.shape)}, must have {list(before.shape)}")
+            if not assign:
+                with torch.no_grad():
+                    before.copy_(after)
+                continue
+            one = nn.Parameter(after, requires_grad=before.requires_grad)
+            for name in places[first]:
+                owner, _, key = name.rpartition(".")
+                self.get_submodule(owner)._parameters[key] = one
+        return _IncompatibleKeys(missing, unexpected)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
         """Return the module's scores; it has no auxiliary loss, and its routing is its own business.
@@ -118,3 +153,42 @@ def _check(network: OwnNetwork, config: ModelConfig, held: HeldExperts) -> None:
         match = EXPERT.fullmatch(name)
         if match is not None and int(match["expert"]) not in held.get(int(match["layer"]), ()):
             raise BadInputError(f"model.source {source}: {short} is of an expert that is not held, must be left out")
+    _check_shared(network, source)
+
+
+def _check_shared(network: OwnNetwork, source: str | None) -> None:
+    """Refuse what could not be put together again: one parameter of two owners, two parameters of one memory."""
+    for name, first in _first_names(network).items():
+        if _expert(name) != _expert(first):
+            raise BadInputError(
+                f"model.source {source}: {name.removeprefix(PREFIX)} and {first.removeprefix(PREFIX)} are one "
+                "parameter, must belong to the same expert, or both to none"
+            )
+    holder: dict[int, str] = {}
+    for name, parameter in network.named_parameters():
+        other = holder.setdefault(parameter.untyped_storage().data_ptr(), name)
+        if other != name and parameter.numel():
+            raise BadInputError(
+                f"model.source {source}: {name.removeprefix(PREFIX)} and {other.removeprefix(PREFIX)} share their "
+                "memory, must be one parameter (b.weight = a.weight) or two"
+            )
+
+
+def _expert(name: str) -> tuple[str, str] | None:
+    match = EXPERT.fullmatch(name)
+    return None if match is None else (match["layer"], match["expert"])
+
+
+def _first_names(network: OwnNetwork) -> dict[str, str]:
+    """Return the further names of parameters that have several, each with the first."""
+    first: dict[int, str] = {}
+    further = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            further[name] = first[id(parameter)]
+    return further
+
+
+def _once(network: OwnNetwork, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name in network._first_name:
+        state.pop(prefix + name, None)

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from privacy.allowed import check_number, check_word
 
 LARGEST_NORM = 2.0**60
 SMALLEST_CLIP = 1e-12
@@ -50,8 +52,12 @@ def unit_factors(squared_PU: Tensor, kind: Kind, clip: float, parameters: int) -
     Args:
         squared_PU: upper bounds of squared norms, float64, of the parameters that a unit may have reached.
         parameters: how many are trained, reached or not: public, unlike the number of rows.
+
+    Raises:
+        BadInputError: there is no such kind.
     """
     norm_U = squared_PU.sum(0).sqrt()
+    check_word("clipping", kind, get_args(Kind))
     if kind == "per-layer":
         factor_PU = clip_factors(squared_PU.sqrt(), clip / math.sqrt(parameters))
         return torch.where(usable(norm_U), factor_PU, 0.0)  # a unit is in or out as a whole
@@ -76,6 +82,16 @@ class AdaptiveClip:
     quantile: float = 0.5
     rate: float = 0.2
     lowest: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            BadInputError: a number out of range.
+        """
+        check_number("quantile", self.quantile, 0.0, 1.0)
+        check_number("rate", self.rate, 0.0, 10.0)
+        check_number("lowest", self.lowest, SMALLEST_CLIP, LARGEST_NORM)
 
     @staticmethod
     def count_noise(noise_multiplier: float, divisor: float) -> float:

@@ -22,7 +22,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 from model.errors import BadInputError
 from model.unit_random import drawing_from
+from privacy import allowed
+from privacy.accounted import check_accounted, check_unchanged
 from privacy.bookkeeping import Units
-from privacy.clipping import AdaptiveClip, Kind
+from privacy.clipping import LARGEST_NORM, SMALLEST_CLIP, AdaptiveClip, Kind
 from privacy.config import PrivacyConfig
 from privacy.gradient_modes import (
     GRID_BITS,
@@ -45,6 +47,7 @@ from privacy.gradient_modes import (
 )
 from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
+from privacy.mechanisms import LARGEST_NOISE, MOST_STEPS
 from privacy.physical_batch import MOST, TRIED, Footprint, Room, measured
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
@@ -52,6 +55,9 @@ from privacy.unit_index import PhysicalBatch, UnitIndex
 from privacy.units_in_parts import UnitInParts
 
 log = logging.getLogger("conclave.node")
+
+Gradients = Literal["bookkeeping", "hooks", "ghost"]
+Numeric = Literal["fast", "strict"]
 
 _EXAMPLE = "example number"
 _COUNT_GRID = 2.0**20
@@ -78,8 +84,8 @@ class DpSgd:
     clip: float
     noise_multiplier: float | None
     declared_size: int
-    gradients: Literal["bookkeeping", "hooks", "ghost"] = "bookkeeping"
-    numeric: Literal["fast", "strict"] = "fast"
+    gradients: Gradients = "bookkeeping"
+    numeric: Numeric = "fast"
     clipping: Kind = "flat"
     adaptive: AdaptiveClip = field(default_factory=AdaptiveClip)
     records_per_unit: int | None = None
@@ -87,6 +93,29 @@ class DpSgd:
     physical_batch: int | None = None
     memory_bytes: int = 1 << 30
     load_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            BadInputError: a word that is none of the allowed, a number out of range, or another type.
+        """
+        allowed.check_word("gradients", self.gradients, get_args(Gradients))
+        allowed.check_word("numeric", self.numeric, get_args(Numeric))
+        allowed.check_word("clipping", self.clipping, get_args(Kind))
+        allowed.check_whole("steps", self.steps, 1, MOST_STEPS)
+        allowed.check_number("learning_rate", self.learning_rate, 0.0, allowed.FINITE)
+        allowed.check_number("sampling_rate", self.sampling_rate, 0.0, 1.0, above=True)
+        allowed.check_number("clip", self.clip, SMALLEST_CLIP, LARGEST_NORM)
+        if self.noise_multiplier is not None:
+            allowed.check_number("noise_multiplier", self.noise_multiplier, 0.0, LARGEST_NOISE, above=True)
+        allowed.check_whole("declared_size", self.declared_size, 1, allowed.MOST_UNITS)
+        allowed.check_whole("records_per_unit", self.records_per_unit, 1, allowed.MOST_UNITS, may_be_none=True)
+        allowed.check_whole("physical_batch", self.physical_batch, 1, allowed.MOST_UNITS, may_be_none=True)
+        allowed.check_whole("memory_bytes", self.memory_bytes, 1, allowed.MOST_BYTES)
+        allowed.check_number("load_share", self.load_share, 0.0, 1.0)
+        if not isinstance(self.adaptive, AdaptiveClip):
+            raise BadInputError(f"adaptive is {self.adaptive!r}, must be a privacy.clipping.AdaptiveClip")
 
     @classmethod
     def of(
@@ -247,6 +276,7 @@ class PrivateTraining:
             self._room = Room(mechanism.physical_batch)
         self._mode = self._attached()
         self._loads = LoadHistogram(module, mechanism.noise_parts[LOADS]) if mechanism.load_share else None
+        self._accounted = False
 
     def _attached(self) -> GradientMode:
         return mode_for("strict" if self.mechanism.numeric == "strict" else self.mechanism.gradients, self._module)
@@ -338,7 +368,13 @@ class PrivateTraining:
         return self._loss_with_draws({**batch, _EXAMPLE: example_B})
 
     def accumulate(self, records: Records, index: UnitIndex, chosen: Tensor) -> float:
-        """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip."""
+        """Add the clipped gradients of the chosen units to the step's sums; return the count for an adaptive clip.
+
+        Raises:
+            BadInputError: other parameters are trained than at first; before the first step, a gradient is not
+                accounted for.
+        """
+        self._check_accounted(records)
         if self._room is None and (index.grouped or len(chosen) > _SMALL):
             self._room = self._measured_room(records)
         return self._add_up(records, index, chosen, self._room or Room(_SMALL))
@@ -349,6 +385,7 @@ class PrivateTraining:
         Raises:
             BadInputError: the module cannot be trained on them.
         """
+        self._check_accounted(made_up)
         strict = self.mechanism.numeric == "strict"
         # At level strict units come one by one; what a part of one takes is what counts.
         index = UnitIndex(TRIED, torch.zeros(TRIED, dtype=torch.int64), TRIED) if strict else UnitIndex(TRIED)
@@ -361,6 +398,12 @@ class PrivateTraining:
             )
         finally:
             self._optimizer.forget_sums()
+
+    def _check_accounted(self, records: Records) -> None:
+        check_unchanged(self._module, self._trained)
+        if not self._accounted:
+            check_accounted(self._mode, self._module, self._loss, records)
+            self._accounted = True
 
     def _measured_room(self, records: Records) -> Room:
         """Work out from the shapes of records what is processed at once; their values are not looked at."""

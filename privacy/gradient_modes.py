@@ -66,11 +66,13 @@ def mode_for(name: str, module: nn.Module) -> GradientMode:
     """Return the mode of that name, attached to a module.
 
     Raises:
-        BadInputError: the module holds a layer that cannot be made private.
+        BadInputError: there is no such mode; the module holds a layer that cannot be made private.
     """
     modes: dict[str, Callable[[nn.Module], GradientMode]] = {
         "bookkeeping": Bookkeeping, "hooks": Hooks, "ghost": Ghost, "strict": Strict
     }  # fmt: skip
+    if name not in modes:
+        raise BadInputError(f"gradients is {name!r}, must be one of {', '.join(sorted(modes))}")
     return modes[name](module)
 
 
@@ -93,7 +95,7 @@ class Bookkeeping:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Layers that are materialised by Opacus for want of a rule."""
+        """Layers that are materialised for want of a rule."""
         return self._bookkeeper.fallbacks
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
@@ -147,8 +149,10 @@ def unit_mean(loss_B: Tensor, units: Units) -> Tensor:
 class _OpacusMode(ABC):
     """What both modes of Opacus do with its hooks, which remember on module and parameters what they have seen."""
 
+    name: str
+
     def __init__(self, module: nn.Module) -> None:
-        check(module)
+        check(module, self.name)
         self._module = module
         self._trained = trained(module)
         self._hooks = self._attached()
@@ -163,12 +167,29 @@ class _OpacusMode(ABC):
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """Return the clipped sum. A pass that does not end leaves nothing that a later one would add to its own."""
+        self._forget()
         try:
             return self._sum(loss, batch, units, clipping)
         except BaseException:
             self.close()
             self._hooks = self._attached()
             raise
+
+    def _forget(self) -> None:
+        """Forget layers that were called and had no part in the loss: Opacus would wait for them for ever."""
+        for layer in self._module.modules():
+            vars(layer).pop("activations", None)
+        for parameter in self._trained:
+            vars(parameter)["_forward_counter"] = 0
+
+    def _check_counted(self) -> None:
+        """Refuse a parameter of which Opacus has seen some uses and waits for others: it would leave it out."""
+        for name, parameter in self._module.named_parameters():
+            if "_current_grad_sample" in vars(parameter):
+                raise BadInputError(
+                    f"parameter {name} is used in a layer whose output has no part in the loss, which gradients "
+                    f"{self.name!r} cannot tell; use 'bookkeeping'"
+                )
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -191,16 +212,21 @@ class _OpacusMode(ABC):
 class Hooks(_OpacusMode):
     """Opacus's per-sample hooks: any layer Opacus knows, memory for every unit's gradient."""
 
+    name = "hooks"
+
     def _attached(self) -> GradSampleHooks:
         return GradSampleHooks(self._module, loss_reduction="sum")
 
     def _sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
         """Materialise, take norms of what was materialised, sum in float64."""
         with _quiet():
-            _one_loss(unit_mean(loss(batch), units)).sum().backward()
+            loss_B = _one_loss(unit_mean(loss(batch), units))
+            if loss_B.requires_grad:
+                loss_B.sum().backward()
+        self._check_counted()
         gradients = []
         for parameter in self._trained:
-            gradients.append(units.add_up(_joined(vars(parameter)["grad_sample"])))
+            gradients.append(units.add_up(_joined(vars(parameter)["grad_sample"], parameter, units.examples)))
             vars(parameter)["grad_sample"] = None
             parameter.grad = None
         # One fused pass per parameter: the float64 copy of a unit's gradient is never made for its norm.
@@ -211,8 +237,17 @@ class Hooks(_OpacusMode):
         return ClippedSum(sums, _inside(squared_PU, clipping.clip))
 
 
-def _joined(grad_sample: Tensor | Sequence[Tensor]) -> Tensor:
-    return grad_sample if isinstance(grad_sample, Tensor) else torch.stack(list(grad_sample)).sum(0)
+def _joined(grad_sample: Tensor | Sequence[Tensor] | None, parameter: Tensor, examples: int) -> Tensor:
+    """Return the gradient of every example, [B, *shape]; zeros of a parameter that the loss does not depend on."""
+    if grad_sample is None:
+        return parameter.new_zeros(examples, *parameter.shape)
+    gradient_B = grad_sample if isinstance(grad_sample, Tensor) else torch.stack(list(grad_sample)).sum(0)
+    if len(gradient_B) != examples:
+        raise BadInputError(
+            f"a layer saw {len(gradient_B)} rows of {examples} examples: the batch must stay the first axis, or rows "
+            "could not be told by unit"
+        )
+    return gradient_B
 
 
 def clipped_sum(gradient_B: Tensor, factor_B: Tensor) -> Tensor:
@@ -233,6 +268,8 @@ class SelectingGhostHooks(GradSampleHooksFastGradientClipping):  # type: ignore[
 class Ghost(_OpacusMode):
     """Opacus's ghost clipping: two backward passes; records as units, one bound for the whole gradient."""
 
+    name = "ghost"
+
     def _attached(self) -> SelectingGhostHooks:
         return SelectingGhostHooks(self._module, loss_reduction="sum", max_grad_norm=1.0)
 
@@ -251,16 +288,26 @@ class Ghost(_OpacusMode):
 
     def _clipped_sum(self, loss: ExampleLoss, batch: Records, clipping: Clipping) -> ClippedSum:
         loss_B = _one_loss(loss(batch))
-        loss_B.sum().backward(retain_graph=True)
+        for parameter in self._trained:  # one that the loss does not depend on is left so
+            vars(parameter)["_norm_sample"] = torch.zeros(len(loss_B), dtype=parameter.dtype, device=parameter.device)
+        if loss_B.requires_grad:
+            loss_B.sum().backward(retain_graph=True)
+        self._check_counted()
         squared_1U = self._hooks.squares()
+        if squared_1U.shape[1] != len(loss_B):
+            raise BadInputError(
+                f"layers saw {squared_1U.shape[1]} rows of {len(loss_B)} examples: the batch must stay the first axis, "
+                "or rows could not be told by unit"
+            )
         factor_U = unit_factors(squared_1U, clipping.kind, clipping.clip, 1)[0]
         inside = _inside(squared_1U, clipping.clip)
         self._clear()
         keep_U = factor_U > 0.0
         if bool(keep_U.all()):
-            with self.unwatched():
-                (factor_U.to(loss_B.dtype) * loss_B).sum().backward()
-            sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+            if loss_B.requires_grad:
+                with self.unwatched():
+                    (factor_U.to(loss_B.dtype) * loss_B).sum().backward()
+            sums = [_dense(p.grad, p) for p in self._trained]
             self._clear()
             return ClippedSum(sums, inside)
         if not bool(keep_U.any()):
@@ -282,7 +329,7 @@ class Strict:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        check(module)
+        check(module, "strict")
         self._trained = trained(module)
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
@@ -308,7 +355,7 @@ class Strict:
         if not mean.requires_grad:
             return [torch.zeros_like(p) for p in self._trained]
         found = torch.autograd.grad(mean, self._trained, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)]
+        return [_dense(g, p) for p, g in zip(self._trained, found, strict=True)]
 
     def unwatched(self) -> AbstractContextManager[None]:
         """It looks at its own passes only."""
@@ -316,6 +363,13 @@ class Strict:
 
     def close(self) -> None:
         """Nothing was attached."""
+
+
+def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """Return what autograd found, zeros where it found nothing; of a table it may have found single rows."""
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _one_loss(loss_B: Tensor) -> Tensor:

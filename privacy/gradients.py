@@ -12,9 +12,11 @@ from __future__ import annotations
 from opacus.grad_sample import register_grad_sampler, register_norm_sampler
 from torch import Tensor, nn
 
+from model.elementwise import Scale
 from model.encoders import PositionTable
 from model.experts import GroupedLinear
 from privacy.bookkeeping.contributions import Experts
+from privacy.bookkeeping.layers import scaled
 from privacy.bookkeeping.ragged import Segments
 
 
@@ -50,6 +52,12 @@ def position_table_gradients(
     return {layer.weight: backprops}
 
 
+def scale_gradients(layer: Scale, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Return the gradient of every example, shape [B, *shape]."""
+    return {layer.weight: scaled(layer.weight.shape, activations[0], backprops)}
+
+
 register_grad_sampler(GroupedLinear)(grouped_linear_gradients)
 register_norm_sampler(GroupedLinear)(grouped_linear_norms)
 register_grad_sampler(PositionTable)(position_table_gradients)
+register_grad_sampler(Scale)(scale_gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -10,18 +11,25 @@ from torch import nn
 
 from model.errors import BadInputError
 from privacy.accountants import epsilon_by_accountant
-from privacy.clipping import SMALLEST_CLIP
+from privacy.allowed import check_number
 from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.gradient_modes import ExampleLoss
-from privacy.mechanisms import SampledGaussian
+from privacy.mechanisms import LARGEST_NOISE, SampledGaussian
 from privacy.randomness import SECRET_BYTES, fresh_secret
+
+BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 class AccountedTraining(PrivateTraining):
     """:class:`PrivateTraining` that says what its steps came to. It keeps no ledger: the caller keeps count."""
 
     def epsilon(self, delta: float) -> dict[str, float]:
-        """Return ε of the steps taken so far by three accountants: ``rdp``, ``pld``, ``prv``; 0 before the first."""
+        """Return ε of the steps taken so far by three accountants: ``rdp``, ``pld``, ``prv``; 0 before the first.
+
+        Raises:
+            BadInputError: ``delta`` is not above 0 and below 1.
+        """
+        check_number("delta", delta, 0.0, BELOW_ONE, above=True)
         if not self.step_number:
             return {"rdp": 0.0, "pld": 0.0, "prv": 0.0}
         mechanism = self.mechanism
@@ -65,16 +73,18 @@ def make_private(
     mechanisms with σ and the rate, for adding or removing one unit.
 
     Raises:
-        BadInputError: a value out of range, an unknown option, or a layer that cannot be made private.
+        BadInputError: a value out of range or of another type, an unknown option or word, or a layer that cannot be
+            made private. The first step raises it too, before any record is used, where the gradient of a parameter
+            is not accounted for (:mod:`privacy.accounted`).
     """
-    for name, value, fine, allowed in (
-        ("noise_multiplier", noise_multiplier, noise_multiplier > 0, "above 0"),
-        ("sampling_rate", sampling_rate, 0 < sampling_rate <= 1, "above 0 and at most 1"),
-        ("clip", clip, clip >= SMALLEST_CLIP, f"at least {SMALLEST_CLIP:g}"),
-        ("declared_size", declared_size, declared_size >= 1, "at least 1"),
+    for name, value, is_one, what in (
+        ("module", module, isinstance(module, nn.Module), "a torch module"),
+        ("optimizer", optimizer, isinstance(optimizer, torch.optim.Optimizer), "a torch optimizer"),
+        ("example_loss", example_loss, callable(example_loss), "a function of a batch"),
+        ("simulation_secret", simulation_secret, isinstance(simulation_secret, bytes | None), "bytes"),
     ):
-        if not fine:
-            raise BadInputError(f"{name} is {value}, must be {allowed}")
+        if not is_one:
+            raise BadInputError(f"{name} is a {type(value).__name__}, must be {what}")
     if simulation_secret is not None and len(simulation_secret) != SECRET_BYTES:
         raise BadInputError(f"simulation_secret has {len(simulation_secret)} bytes, must have {SECRET_BYTES}")
     known = {f.name for f in dataclasses.fields(DpSgd)} - {"steps", "learning_rate", "optimizer", "load_share"}
@@ -85,6 +95,13 @@ def make_private(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in held:
             raise BadInputError(f"parameter {name} is trained but not in the optimizer; add it or freeze it")
+    trained = {id(p) for p in module.parameters() if p.requires_grad}
+    if not trained:
+        raise BadInputError("the module has no trained parameter")
+    if any(p.requires_grad and id(p) not in trained for group in optimizer.param_groups for p in group["params"]):
+        raise BadInputError("the optimizer holds a parameter that is not the module's: it would get noise alone")
+    # None, no privacy, is for simulations of the family's own; here a mechanism always has noise.
+    check_number("noise_multiplier", noise_multiplier, 0.0, LARGEST_NOISE, above=True)
     mechanism = DpSgd(
         steps=1,
         learning_rate=0.0,  # the optimizer's own counts
@@ -94,4 +111,7 @@ def make_private(
         declared_size=declared_size,
         **options,
     )
+    parts = mechanism.clipping == "per-layer" or mechanism.records_per_unit is not None
+    if parts and mechanism.gradients == "ghost" and mechanism.numeric == "fast":
+        raise BadInputError("gradients 'ghost' knows records as units and clips them as a whole; use 'bookkeeping'")
     return AccountedTraining(module, optimizer, example_loss, mechanism, simulation_secret or fresh_secret())

@@ -1,7 +1,7 @@
 """What each kind of layer contributes: from its input and output gradient to per-unit gradients of its parameters.
 
-Register a rule for a layer of your own with :func:`register`. A layer without a rule falls back to Opacus's per-sample
-hooks (its registry, or ``torch.func``), which materialise every unit's gradient.
+Register a rule for a layer of your own with :func:`register`. A layer without a rule is run with parameters of each
+example's own (:mod:`privacy.bookkeeping.expanded`), which materialises every unit's gradient.
 
 Dimension suffixes: B examples, T tokens, C channels, D and O widths.
 """
@@ -9,13 +9,12 @@ Dimension suffixes: B examples, T tokens, C channels, D and O widths.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from opacus.grad_sample import GradSampleModule
-from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
+from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
 from model.elementwise import Scale
@@ -61,8 +60,8 @@ def register(*kinds: type[nn.Module], by_row: bool = False) -> Callable[[Rule], 
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
-    """Return the rule of a layer, None where it has none and the fallback serves."""
-    return _RULES.get(type(layer))
+    """Return the rule of a layer, None where it has none, also because its forward pass is not its class's."""
+    return None if "forward" in vars(layer) else _RULES.get(type(layer))
 
 
 def wanted(parameter: Tensor | None) -> bool:
@@ -70,7 +69,16 @@ def wanted(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
-@register(nn.Linear)
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a layer's own trained parameters by name.
+
+    One that a module inside holds too is that module's: Opacus's recurrent layers give their cells' second names.
+    """
+    inside = {id(p) for child in layer.children() for p in child.parameters()}
+    return {key: p for key, p in layer._parameters.items() if p is not None and p.requires_grad and id(p) not in inside}
+
+
+@register(nn.Linear, RNNLinear)
 def linear(layer: nn.Linear, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
     """X [B, …, D] → [B, …, O]."""
     left = Factor(step.units.rows(delta))
@@ -87,6 +95,46 @@ def embedding(layer: nn.Embedding, inputs: Sequence[Kept], delta: Tensor, step: 
         delta = delta.masked_fill((inputs[0].value == layer.padding_idx).unsqueeze(-1), 0.0)
     id_UL = step.units.rows(inputs[0].value.unsqueeze(-1)).squeeze(-1)
     yield layer.weight, Lookup(id_UL, step.units.rows(delta), layer.num_embeddings)
+
+
+@register(nn.EmbeddingBag, by_row=True)
+def embedding_bag(layer: nn.EmbeddingBag, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+    """Ids [B, L], or all in one with the offset of each example; sums or means, with weights of ids where given."""
+    id_BL, coefficient_BL = _bags(layer, [kept.value for kept in inputs], step.units.examples)
+    if layer.padding_idx is not None:
+        coefficient_BL = coefficient_BL.masked_fill(id_BL == layer.padding_idx, 0.0)
+    if layer.mode == "mean":
+        coefficient_BL = coefficient_BL / coefficient_BL.sum(1, keepdim=True).clamp(min=1.0)
+    delta_BLD = coefficient_BL.to(delta.dtype).unsqueeze(2) * delta.unsqueeze(1)
+    id_UL = step.units.rows(id_BL.unsqueeze(-1)).squeeze(-1)
+    yield layer.weight, Lookup(id_UL, step.units.rows(delta_BLD), layer.num_embeddings)
+
+
+def _bags(layer: nn.EmbeddingBag, inputs: Sequence[Tensor], examples: int) -> tuple[Tensor, Tensor]:
+    """Return the ids of each example and their weights, [B, L]; a place that has no id weighs 0."""
+    ids, rest = inputs[0].long(), list(inputs[1:])
+    if ids.dim() == 1:
+        start_B = rest.pop(0).long()
+        end_B = torch.cat([start_B[1:], start_B.new_full((1,), len(ids))])
+        if layer.include_last_offset:
+            start_B, end_B = start_B[:-1], start_B[1:]
+        size_B = end_B - start_B
+        place_L = torch.arange(int(size_B.max()) if len(ids) else 1, device=ids.device)
+        there_BL = place_L < size_B[:, None]
+        place_BL = torch.where(there_BL, start_B[:, None] + place_L, 0)
+    else:
+        there_BL = torch.ones_like(ids, dtype=torch.bool)
+        place_BL = torch.arange(ids.numel(), device=ids.device).view_as(ids)
+    if len(there_BL) != examples:
+        raise BadInputError(f"an EmbeddingBag saw {len(there_BL)} bags of {examples} examples, must be one bag each")
+    if not ids.numel():
+        return torch.zeros(examples, 1, dtype=torch.long, device=ids.device), torch.zeros(
+            examples, 1, device=ids.device
+        )
+    weight_BL = there_BL.float()
+    if rest:
+        weight_BL = torch.where(there_BL, rest[0].flatten()[place_BL], 0.0)
+    return torch.where(there_BL, ids.flatten()[place_BL], 0), weight_BL
 
 
 @register(nn.RMSNorm, nn.LayerNorm)
@@ -180,13 +228,14 @@ def position_table(layer: PositionTable, inputs: Sequence[Kept], delta: Tensor, 
 @register(Scale)
 def scale(layer: Scale, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
     """X · w, with w broadcast: δ ∘ x summed over what was broadcast."""
-    product = delta * inputs[0].value
-    per_example = product.flatten(1).sum(1) if layer.weight.dim() == 0 else _to_shape(product, layer.weight.shape)
-    yield layer.weight, PerUnit(step.units.add_up(per_example))
+    yield layer.weight, PerUnit(step.units.add_up(scaled(layer.weight.shape, inputs[0].value, delta)))
 
 
-def _to_shape(product: Tensor, shape: torch.Size) -> Tensor:
-    """Sum [B, …, *broadcast] down to [B, *shape]."""
+def scaled(shape: torch.Size, x: Tensor, delta: Tensor) -> Tensor:
+    """Return δ ∘ x of every example, [B, …, *broadcast], summed down to [B, *shape]."""
+    product = delta * x
+    if not shape:
+        return product.flatten(1).sum(1)
     lead = product.dim() - 1 - len(shape)
     if lead:
         product = product.flatten(1, lead).sum(1)
@@ -194,15 +243,3 @@ def _to_shape(product: Tensor, shape: torch.Size) -> Tensor:
         if size == 1 and product.shape[axis] != 1:
             product = product.sum(axis, keepdim=True)
     return product
-
-
-def fallback(layer: nn.Module, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
-    """Materialise with Opacus: the sampler registered for the layer's class, or ``torch.func`` on its forward."""
-    sampler = GradSampleModule.GRAD_SAMPLERS.get(type(layer), ft_compute_per_sample_gradient)
-    with torch.enable_grad():
-        gradients: Mapping[Tensor, Tensor] = sampler(layer, [kept.value for kept in inputs], delta)
-    for parameter, gradient_B in gradients.items():
-        if wanted(parameter):
-            if len(gradient_B) != step.units.examples:
-                raise BadInputError(f"a {type(layer).__name__} does not keep the batch as its first axis")
-            yield parameter, PerUnit(step.units.add_up(gradient_B.detach()))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from model.errors import BadInputError
 from privacy.bookkeeping import refusals
 from privacy.bookkeeping.certificate import Measured, squared_bounds
 from privacy.bookkeeping.contributions import Contribution, merge
+from privacy.bookkeeping.expanded import run_expanded
 from privacy.bookkeeping.kept import Kept, widened
-from privacy.bookkeeping.layers import Rule, fallback, rule_for, rules_by_row, wanted
+from privacy.bookkeeping.layers import Rule, own_parameters, rule_for, rules_by_row
 from privacy.bookkeeping.ragged import Scratch, Segments
 from privacy.bookkeeping.units import Units
+from privacy.bookkeeping.uses import Expanded, Ruled, Use
 from privacy.bookkeeping.weights import Weights
 
 
@@ -61,23 +65,12 @@ class UnitGradients:
         return {parameter: contribution.per_unit() for parameter, contribution in self._found.items()}
 
 
-@dataclass
-class _Use:
-    """One call of a layer: its inputs, and where its output gradient will come by."""
-
-    name: str
-    layer: nn.Module
-    rule: Rule
-    inputs: list[Kept]
-    edge: GradientEdge
-
-
 class Pass:
     """One forward pass: what it left for the backward passes through it."""
 
     def __init__(self, units: Units, scratch: Scratch) -> None:
         self.units, self._scratch = units, scratch
-        self.uses: list[_Use] = []
+        self.uses: list[Use] = []
         self._kept: dict[int, Kept] = {}
         self._segments: dict[int, Segments] = {}
 
@@ -88,7 +81,7 @@ class Pass:
             kept = self._kept[id(x)] = Kept(x, self.units)
         return kept
 
-    def hand_over(self) -> list[_Use]:
+    def hand_over(self) -> list[Use]:
         """Return the uses and let go of them: each input lives on for as long as somebody asks for it."""
         uses, self.uses, self._kept = self.uses, [], {}
         return uses
@@ -104,8 +97,8 @@ class Pass:
 class _Found:
     """Collects contributions; a parameter used several times waits for all of them."""
 
-    def __init__(self, uses: Sequence[_Use]) -> None:
-        self._times: Counter[Tensor] = Counter(p for use in uses for p in use.layer.parameters(recurse=False))
+    def __init__(self, uses: Sequence[Use]) -> None:
+        self._times: Counter[Tensor] = Counter(p for use in uses for p in use.parameters)
         self._waiting: dict[Tensor, list[Contribution]] = {}
         self._found: dict[Tensor, Contribution] = {}
         self._measured: list[Measured] = []
@@ -131,7 +124,10 @@ class _Found:
 class Bookkeeper:
     """Finds per-unit gradients of a module's trained parameters in one backward pass.
 
-    ``fallbacks`` names the layers that have no rule and are materialised by Opacus, unit by unit: right, but slow.
+    ``fallbacks`` names the layers that have no rule and get parameters of each example's own: right, but slow.
+
+    While a layer runs, its parameters take no part in the graph: its rule, or the expanded copies, stand for them. All
+    other uses of a parameter do enter the graph, where :mod:`privacy.accounted` finds and refuses them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -143,15 +139,20 @@ class Bookkeeper:
         refusals.check(module)
         self._trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         self._pass: Pass | None = None
+        self._repeating = False
+        self._examples = 0
         self._scratch = Scratch()
         self.fallbacks: list[str] = []
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         for name, layer in module.named_modules():
-            if any(wanted(p) for p in layer.parameters(recurse=False)):
-                rule = rule_for(layer)
-                if rule is None:
+            own = own_parameters(layer)
+            if own:
+                if rule_for(layer) is None:
                     self.fallbacks.append(f"{name} ({type(layer).__name__})")
-                self._handles.append(layer.register_forward_hook(partial(self._on_forward, name, rule or fallback)))
+                before, after = partial(self._before, list(own.values())), partial(self._after, name, own)
+                self._handles.append(layer.register_forward_pre_hook(before))
+                # Before the user's own hooks: the layer's output itself is wanted, not what they make of it.
+                self._handles.append(layer.register_forward_hook(after, prepend=True, with_kwargs=True))
 
     def close(self) -> None:
         """Detach from the module."""
@@ -171,14 +172,11 @@ class Bookkeeper:
         if torch.get_float32_matmul_precision() != "highest":
             raise RuntimeError("float32 products must not be shortened: torch.set_float32_matmul_precision('highest')")
         self._pass = state = Pass(units, self._scratch)
-        for parameter in self._trained:
-            parameter.requires_grad_(False)
         try:
             loss_B = unit_loss()
         finally:
-            for parameter in self._trained:
-                parameter.requires_grad_(True)
             self._pass = None
+            self._switch_on()
         if loss_B.dim() not in (1, 2) or len(loss_B) != units.examples:
             raise BadInputError(
                 f"the loss has shape {list(loss_B.shape)}, must be one value per example: [{units.examples}]"
@@ -192,21 +190,26 @@ class Bookkeeper:
             last: no further backward pass follows through the same forward pass.
 
         Raises:
+            BadInputError: a rule leaves out a parameter of its layer.
             RuntimeError: a layer's input was changed in place after the layer had used it.
         """
-        edges = [use.edge for use in state.uses]
+        edges: Any = [edge for use in state.uses for edge in use.edges]
         deltas: list[Tensor | None] = [None] * len(edges)
         if loss.requires_grad and edges:
-            deltas = list(torch.autograd.grad(loss, edges, retain_graph=not last, allow_unused=True))
+            self._repeating = True  # checkpointing runs layers again: they must do again what they did
+            try:
+                deltas = list(torch.autograd.grad(loss, edges, retain_graph=not last, allow_unused=True))
+            finally:
+                self._repeating = False
+                self._switch_on()
         uses = state.hand_over() if last else list(state.uses)
         found = _Found(uses)
         while uses:  # from the last layer back, letting go of inputs and gradients on the way
-            use, delta = uses.pop(), deltas.pop()
-            if delta is None:
-                continue
-            if not all(kept.unchanged() for kept in use.inputs):
-                raise RuntimeError(f"the input of layer {use.name} was changed in place afterwards; copy it first")
-            for parameter, contribution in use.rule(use.layer, use.inputs, widened(delta), state):
+            use = uses.pop()
+            first = len(deltas) - len(use.edges)
+            mine = deltas[first:]
+            del deltas[first:]
+            for parameter, contribution in use.contributions(mine, state):
                 found.take(parameter, contribution)
         return found.finish(self._trained, state.units.count)
 
@@ -215,24 +218,97 @@ class Bookkeeper:
         loss_B, state = self.forward(unit_loss, units)
         return self.backward(loss_B.sum(), state)
 
-    def _on_forward(
-        self, name: str, rule: Rule, layer: nn.Module, inputs: tuple[object, ...], output: Tensor
-    ) -> Tensor | None:
-        state = self._pass
-        if state is None or not torch.is_grad_enabled():
+    def _switch_on(self) -> None:
+        """Put back what a layer that was interrupted left."""
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+
+    def _watching(self) -> bool:
+        return (self._pass is not None or self._repeating) and torch.is_grad_enabled()
+
+    def _before(self, own: Sequence[Tensor], layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._watching():
+            for parameter in own:
+                parameter.requires_grad_(False)
+
+    def _after(
+        self,
+        name: str,
+        own: Mapping[str, Tensor],
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        if not self._watching():
             return None
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        for parameter in own.values():
+            parameter.requires_grad_(True)
+        inputs, rule = _in_order(layer, args, kwargs), rule_for(layer)
+        if rule is not None and all(x is None or isinstance(x, Tensor) for x in inputs):
+            return self._ruled(name, own, layer, rule, [x for x in inputs if x is not None], output)
+        if rule in rules_by_row:
+            raise BadInputError(f"layer {name} ({type(layer).__name__}) must be given tensors only")
+        return self._expanded(name, own, layer, args, kwargs, output)
+
+    def _ruled(
+        self, name: str, own: Mapping[str, Tensor], layer: nn.Module, rule: Rule, tensors: Sequence[Tensor], output: Any
+    ) -> Tensor | None:
         if not isinstance(output, Tensor) or not tensors:
             raise BadInputError(f"layer {name} ({type(layer).__name__}) must map tensors to one tensor")
-        if rule not in rules_by_row and not len(tensors[0]) == len(output) == state.units.examples:
-            raise BadInputError(
-                f"layer {name} ({type(layer).__name__}) saw {len(tensors[0])} rows of {state.units.examples} examples: "
-                "the batch must stay the first axis, or rows could not be told by unit"
-            )
+        state = self._pass
+        if state is not None and rule not in rules_by_row:
+            _check_rows(name, layer, tensors[0], output, state.units.examples)
         replaced = None
         if not output.requires_grad:  # nothing before it is trained: the backward pass ends here
             # A sum, not the tensor itself: a leaf could not be changed in place by an activation that follows.
             output = replaced = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        # The edge is of this very output, whatever is done in place to it later.
-        state.uses.append(_Use(name, layer, rule, [state.keep(x) for x in tensors], get_gradient_edge(output)))
+        if state is not None:
+            # The edge is of this very output, whatever is done in place to it later.
+            edge = get_gradient_edge(output)
+            kept = [state.keep(x) for x in tensors]
+            state.uses.append(Ruled(name, layer, list(own.values()), rule, kept, [edge]))
         return replaced
+
+    def _expanded(
+        self,
+        name: str,
+        own: Mapping[str, Tensor],
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        state = self._pass
+        examples = self._examples if state is None else state.units.examples
+        self._examples = examples
+        named = f"layer {name or '(the model)'} ({type(layer).__name__})"
+        try:
+            output, copies = run_expanded(named, layer, list(own), args, kwargs, output, examples)
+        except BadInputError:
+            raise
+        except Exception as error:  # of the layer's own code, of whatever kind
+            if state is None:  # checkpointing ends a repeated pass by an exception, as soon as it has what it needs
+                raise
+            raise BadInputError(
+                f"{named} cannot be run example by example ({type(error).__name__}), must keep examples apart without "
+                "random numbers or branches on values; register a rule for it (privacy.bookkeeping.layers.register)"
+            ) from error
+        if state is not None:
+            state.uses.append(Expanded(list(own.values()), copies))
+        return output
+
+
+def _in_order(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return what a layer was given in the order of its forward pass's parameters, however it was passed."""
+    if not kwargs:
+        return list(args)
+    return list(inspect.signature(layer.forward).bind(*args, **kwargs).arguments.values())
+
+
+def _check_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor, examples: int) -> None:
+    if not (x.dim() and output.dim()) or not len(x) == len(output) == examples:
+        raise BadInputError(
+            f"layer {name} ({type(layer).__name__}) saw {len(x) if x.dim() else 1} rows of {examples} examples: "
+            "the batch must stay the first axis, or rows could not be told by unit"
+        )

@@ -1,18 +1,41 @@
-"""Layers that cannot be made private as they are, refused by name, each with what to use instead."""
+"""Models that cannot be made private as they are, refused by name, each with what to use instead.
+
+All of it shows in the module alone, without records: :func:`check` can be asked before anything is charged.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from opacus.grad_sample import GradSampleHooks
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from model.errors import BadInputError
-from privacy.bookkeeping.layers import wanted
+from privacy.bookkeeping.layers import own_parameters, wanted
 
-_REFUSED: list[tuple[Callable[[nn.Module], bool], str]] = [
+Refusal = tuple[Callable[[nn.Module], bool], str]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(wanted(p) for p in module.parameters())
+
+
+def _has_hook(module: nn.Module, kinds: type | tuple[type, ...]) -> bool:
+    return any(isinstance(hook, kinds) for hook in module._forward_pre_hooks.values())
+
+
+_REFUSED: list[Refusal] = [
     (
         lambda m: isinstance(m, _InstanceNorm) and m.track_running_stats,
         "keeps running statistics of the data; use track_running_stats=False",
@@ -33,30 +56,96 @@ _REFUSED: list[tuple[Callable[[nn.Module], bool], str]] = [
         lambda m: isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None,
         "changes its weights in the forward pass; use max_norm=None",
     ),
-    (lambda m: isinstance(m, nn.RNNBase), "has no batch-first gradients; use opacus.layers.DPLSTM, DPGRU or DPRNN"),
+    (
+        lambda m: isinstance(m, nn.EmbeddingBag) and m.mode == "max" and _is_trained(m),
+        "takes the largest of each value, which cannot be told by example; use mode='sum' or 'mean'",
+    ),
+    (
+        lambda m: isinstance(m, nn.RNNBase),
+        "has no batch-first gradients; use opacus.layers.DPLSTM, DPGRU or DPRNN",
+    ),
+    (
+        lambda m: isinstance(m, nn.LSTMCell) and _is_trained(m),
+        "cannot be run example by example; use opacus.layers.dp_rnn.DPLSTMCell",
+    ),
     (
         lambda m: isinstance(m, nn.MultiheadAttention),
         "holds weights of its own beside layers; use model.attention.MultiHeadAttention or four nn.Linear",
     ),
+    (
+        lambda m: isinstance(m, nn.ParameterList | nn.ParameterDict) and _is_trained(m),
+        "holds weights that no layer's forward pass uses; give each a layer of its own with nn.ModuleList",
+    ),
+    (
+        lambda m: _has_hook(m, (WeightNorm, SpectralNorm)) and _is_trained(m),
+        "computes its weight before its forward pass (weight_norm, spectral_norm), where gradients cannot be told by "
+        "unit; use torch.nn.utils.remove_weight_norm or remove_spectral_norm, or a layer that computes it in forward",
+    ),
+    (
+        lambda m: _has_hook(m, BasePruningMethod) and _is_trained(m),
+        "computes its weight before its forward pass (pruning); use torch.nn.utils.prune.remove",
+    ),
+    (
+        lambda m: is_parametrized(m) and _is_trained(m),
+        "computes its weight from other parameters (torch.nn.utils.parametrize), where gradients cannot be told by "
+        "unit; use torch.nn.utils.parametrize.remove_parametrizations, or a layer that computes it in forward",
+    ),
+    (
+        lambda m: any(isinstance(p, UninitializedParameter) for p in m._parameters.values()),
+        "has parameters without a shape; run it once on an example first",
+    ),
+    (
+        lambda m: isinstance(m, DataParallel | DistributedDataParallel),
+        "spreads a batch over copies of the model; use the module inside it",
+    ),
+    (
+        lambda m: isinstance(m, torch.jit.ScriptModule) and _is_trained(m),
+        "is compiled, so that its layers cannot be watched; use the Python module",
+    ),
+    (
+        lambda m: type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None,
+        "is compiled, so that its layers cannot be watched; use the module before torch.compile",
+    ),
 ]
 
+_HOOKED = "has hooks of its own on its output, which Opacus does not see through"
+_NOT_BY_OPACUS: list[Refusal] = [
+    (lambda m: "forward" in vars(m), "has another forward pass than its class"),
+    (lambda m: type(m) not in GradSampleHooks.GRAD_SAMPLERS, "has no sampler among Opacus's"),
+    (lambda m: isinstance(m, _ConvNd) and m.padding_mode != "zeros", "pads with other values than zeros"),
+    (lambda m: isinstance(m, nn.Embedding) and m.padding_idx is not None, "leaves out padding_idx"),
+    (lambda m: isinstance(m, nn.EmbeddingBag), "looks up several ids at once"),
+    (lambda m: isinstance(m, nn.LayerNorm) and m.bias is None, "has no bias"),
+    (lambda m: bool(m._forward_hooks or m._backward_hooks or m._backward_pre_hooks), _HOOKED),
+]
+"""Layers that Opacus's samplers are wrong about, or that they do not know."""
 
-def check(module: nn.Module) -> None:
+
+def check(module: nn.Module, gradients: str = "bookkeeping") -> None:
     """Refuse a module that holds a layer whose examples are not independent, or that cannot be told by unit.
 
-    What a module computes in its own ``forward`` cannot be seen here; ``conclave audit model`` looks for it.
+    What a module computes in its own ``forward`` cannot be seen here: :mod:`privacy.accounted` looks whether every
+    gradient is accounted for, ``conclave audit model`` whether examples are independent.
+
+    Args:
+        gradients: the mode, see :mod:`privacy.gradient_modes`; Opacus's samplers, of ``hooks`` and ``ghost``, know
+            fewer layers.
 
     Raises:
         BadInputError: names the layer and what to use instead.
     """
     for name, layer in module.named_modules():
+        named = f"layer {name or '(the model)'} ({type(layer).__name__})"
         for is_refused, reason in _REFUSED:
             if is_refused(layer):
-                raise BadInputError(f"layer {name or '(the model)'} ({type(layer).__name__}) {reason}")
-        own = [key for key, parameter in layer.named_parameters(recurse=False) if wanted(parameter)]
-        inner = [key for child in layer.children() for key, p in child.named_parameters() if wanted(p)]
-        if own and inner:
+                raise BadInputError(f"{named} {reason}")
+        own = own_parameters(layer)
+        if own and any(wanted(p) for child in layer.children() for p in child.parameters()):
             raise BadInputError(
-                f"parameter {'.'.join(filter(None, (name, own[0])))} belongs to a module that holds layers too; "
-                "give it a layer of its own, as model.elementwise.Scale or model.encoders.PositionTable"
+                f"parameter {'.'.join(filter(None, (name, next(iter(own)))))} belongs to a module that holds layers "
+                "too; give it a layer of its own, as model.elementwise.Scale or model.encoders.PositionTable"
             )
+        if own and gradients in ("hooks", "ghost"):
+            for is_refused, reason in _NOT_BY_OPACUS:
+                if is_refused(layer):
+                    raise BadInputError(f"{named} {reason}; use gradients = 'bookkeeping'")

@@ -15,7 +15,7 @@ def alone(module: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batch,
         mine = {name: tensor[unit_B == unit] for name, tensor in batch.items()}
         gradients = torch.autograd.grad(loss(mine).mean(), list(found), allow_unused=True)
         for (p, rows), gradient in zip(found.items(), gradients, strict=True):
-            rows.append(torch.zeros_like(p) if gradient is None else gradient.detach())
+            rows.append(torch.zeros_like(p) if gradient is None else gradient.detach().to_dense())
     return {p: torch.stack(rows) for p, rows in found.items()}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from model.errors import BadInputError
 from privacy.accountants import epsilon_by_accountant
+from privacy.clipping import AdaptiveClip, unit_factors
 from privacy.local_optimizers import AdamConfig, NoiseCorrectedAdam, SgdConfig, make_optimizer
 from privacy.make_private import make_private
 from privacy.mechanisms import SampledGaussian
@@ -68,13 +69,70 @@ def test_randomness_is_the_systems_unless_a_secret_is_given():
         ({"clip": 9e-13}, "clip is 9e-13, must be at least 1e-12"),
         ({"declared_size": 0}, "declared_size is 0, must be at least 1"),
         ({"simulation_secret": b"short"}, "simulation_secret has 5 bytes, must have 32"),
+        ({"simulation_secret": "0" * 32}, "simulation_secret is a str, must be bytes"),
         ({"cliping": "flat"}, "cliping is no option, must be one of"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier is inf, must be above 0 and at most"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier is nan, must be above 0 and at most"),
+        ({"noise_multiplier": None}, "noise_multiplier is None, must be above 0 and at most"),
+        ({"noise_multiplier": "1"}, "noise_multiplier is '1', must be above 0 and at most"),
+        ({"sampling_rate": True}, "sampling_rate is True, must be above 0 and at most 1"),
+        ({"clip": math.inf}, "clip is inf, must be at least 1e-12 and at most"),
+        ({"declared_size": math.inf}, "declared_size is inf, must be at least 1 and at most 1e.12, a whole number"),
+        ({"declared_size": 20.5}, "declared_size is 20.5, must be at least 1"),
+        ({"physical_batch": 0}, "physical_batch is 0, must be at least 1 .* None or a whole number"),
+        ({"physical_batch": True}, "physical_batch is True, must be at least 1"),
+        ({"records_per_unit": -1}, "records_per_unit is -1, must be at least 1"),
+        ({"memory_bytes": "1 GiB"}, "memory_bytes is '1 GiB', must be at least 1"),
+        ({"numeric": "Strict"}, "numeric is 'Strict', must be 'fast' or 'strict'"),
+        ({"numeric": ["strict"]}, r"numeric is \['strict'\], must be 'fast' or 'strict'"),
+        ({"clipping": "per_layer"}, "clipping is 'per_layer', must be 'flat', 'per-layer', 'automatic' or 'adaptive'"),
+        ({"gradients": "opacus"}, "gradients is 'opacus', must be 'bookkeeping', 'hooks' or 'ghost'"),
+        ({"gradients": "strict"}, "gradients is 'strict', must be"),
+        ({"adaptive": 0.5}, "adaptive is 0.5, must be a privacy.clipping.AdaptiveClip"),
+        ({"gradients": "ghost", "clipping": "per-layer"}, "'ghost' knows records as units"),
     ],
 )
 def test_bad_values_are_one_sentence(wrong, sentence):
     module, loss, _ = problem(4)
     with pytest.raises(BadInputError, match=sentence):
         make_private(module, torch.optim.SGD(module.parameters(), lr=1.0), loss, **(GOOD | wrong))
+
+
+def test_a_rule_for_the_clip_bound_has_its_ranges():
+    for wrong in ({"quantile": 1.5}, {"rate": math.nan}, {"lowest": 0.0}, {"rate": "fast"}):
+        with pytest.raises(BadInputError, match=f"{next(iter(wrong))} is .*, must be at least"):
+            AdaptiveClip(**wrong)
+    with pytest.raises(BadInputError, match="clipping is 'per_layer', must be"):
+        unit_factors(torch.ones(1, 1, dtype=torch.float64), "per_layer", 1.0, 1)
+
+
+def test_what_is_no_module_optimizer_or_loss_is_named():
+    module, loss, _ = problem(4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    for given, sentence in (
+        ((loss, optimizer, loss), "module is a function, must be a torch module"),
+        ((module, "sgd", loss), "optimizer is a str, must be a torch optimizer"),
+        ((module, optimizer, 3), "example_loss is a int, must be a function of a batch"),
+    ):
+        with pytest.raises(BadInputError, match=sentence):
+            make_private(*given, **GOOD)
+    with pytest.raises(BadInputError, match="the module has no trained parameter"):
+        make_private(nn.ReLU(), optimizer, loss, **GOOD)
+
+
+def test_an_optimizer_that_holds_anothers_parameters_is_refused():
+    module, loss, _ = problem(4)
+    optimizer = torch.optim.SGD([*module.parameters(), nn.Parameter(torch.ones(3))], lr=1.0)
+    with pytest.raises(BadInputError, match="a parameter that is not the module's: it would get noise alone"):
+        make_private(module, optimizer, loss, **GOOD)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, math.nan, "1e-5"])
+def test_a_delta_out_of_range_is_refused(delta):
+    module, loss, _ = problem(4)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    with make_private(module, optimizer, loss, **GOOD) as training, pytest.raises(BadInputError, match="delta is "):
+        training.epsilon(delta)
 
 
 def test_a_trained_parameter_that_the_optimizer_lacks_is_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from opacus.layers import DPGRU
 from torch import nn
 
 
@@ -173,4 +174,38 @@ def only_all(config, held):
     model = Mixture(config, held)
     for layer in model.layers:
         layer.held = tuple(range(config.experts.routed))
+    return model
+
+
+class TwoNames(nn.Module):
+    """One weight of two layers; and one that Opacus's recurrent layers hold under two names."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.memory = DPGRU(8, 8, batch_first=True)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.score = nn.Linear(8, classes)
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        x_BD = self.memory(image_BCHW.squeeze(1))[0][:, -1]
+        return self.score(torch.tanh(self.second(torch.tanh(self.first(x_BD)))))
+
+
+def two_names(config, held):
+    return TwoNames(config.head.classes)
+
+
+def two_owners(config, held):
+    """An expert's weight is a shared one, too: its holders alone could not keep them the same."""
+    model = Mixture(config, held)
+    model.more = nn.Linear(config.width, config.width)
+    next(iter(model.layers[0].experts.values())).weight = model.more.weight
+    return model
+
+
+def one_memory(config, held):
+    """Two parameters that are views of one memory."""
+    model = TwoNames(config.head.classes)
+    model.second.weight = nn.Parameter(model.first.weight.data.t())
     return model

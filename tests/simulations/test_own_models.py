@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 from conftest import make_config
+from family_samples import FAMILY
 from ledger_samples import entries_of
+from safetensors.torch import load_file
 
 import conclave
 from clients.node import Node
@@ -79,6 +81,38 @@ def test_it_trains_privately_in_a_federation(tmp_path, source):
         load(run.path / "model")  # a file must not name code that is then run
 
 
+def test_one_parameter_of_two_names_stays_one_through_a_federation(tmp_path):
+    config = own_config("sample_models:two_names", layers=1)
+    network = build(config, seed=1)
+    state = network.state_dict()
+    assert "own.first.weight" in state
+    assert "own.second.weight" not in state  # it travels once
+    assert sum(p.numel() for p in network.parameters()) == sum(t.numel() for t in state.values())
+    again = from_state(config, config.all_experts, {name: tensor + 1 for name, tensor in state.items()})
+    assert again.own.second.weight is again.own.first.weight
+    assert again.own.memory.l0.ih.weight is again.own.memory.weight_ih_l0
+    assert all(torch.equal(tensor, state[name] + 1) for name, tensor in again.state_dict().items())
+    run = RunDirectory.create(scenario("sample_models:two_names", **{"federation.rounds": 1}), tmp_path / "run")
+    simulate(run.scenario, run)
+    wire = load_file(run.path / "model" / "model.safetensors")
+    assert wire.keys() == parameters.shapes(config, config.all_experts).keys()
+    assert not any(torch.equal(wire[f"shared/{name}"], tensor) for name, tensor in state.items())  # all are trained
+
+
+@pytest.mark.parametrize("wrong", [{"own.first.weight": None}, {"own.more": 1}, {"own.first.bias": torch.zeros(9)}])
+def test_loading_other_parameters_is_an_error(wrong):
+    config = own_config("sample_models:two_names", layers=1)
+    state = {k: v for k, v in (build(config, seed=1).state_dict() | wrong).items() if v is not None}
+    with pytest.raises(RuntimeError, match=next(iter(wrong))):
+        from_state(config, config.all_experts, state)
+
+
+def test_no_model_of_the_family_has_a_parameter_of_two_names():
+    for config in (make_config(), *FAMILY.values()):
+        network = build(config, seed=1)
+        assert len(list(network.named_parameters(remove_duplicate=False))) == len(list(network.parameters()))
+
+
 def test_the_audit_attacks_it():
     findings = audit_scenario(scenario())
     assert {finding.check for finding in findings} >= {"isolation", "sensitivity", "noise"}
@@ -93,6 +127,8 @@ def test_the_audit_attacks_it():
         ("sample_models:nothing", "must return a torch module, not a int"),
         ("sample_models:stateful", "is a buffer, must not be"),
         ("sample_models:narrow", "must be a float32 tensor"),
+        ("sample_models:two_owners", "must belong to the same expert, or both to none"),
+        ("sample_models:one_memory", "share their memory, must be one parameter"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence(source, sentence):

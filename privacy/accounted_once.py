@@ -1,0 +1,66 @@
+"""Which models were found accounted for already, so that a trainer of every round, or audit, need not ask again.
+
+The same question is one about the same module, with the same layers, hooks and plain attributes, in the same mode, for
+records of the same shapes and a loss of the same code. Values of parameters play no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+_accounted: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
+
+
+def question(mode: type, module: nn.Module, loss: Callable[..., Any], records: Mapping[str, Tensor]) -> Hashable | None:
+    """Return what the answer depends on; None where that cannot be told, because the loss is no plain function."""
+    code = _code(loss)
+    if code is None:
+        return None
+    layers = tuple(
+        (name, type(layer), *_counts(layer), _plain(vars(layer)), tuple(_trained(layer)))
+        for name, layer in module.named_modules()
+    )
+    shapes = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in sorted(records.items()))
+    return mode, code, layers, shapes
+
+
+def is_answered(module: nn.Module, asked: Hashable | None) -> bool:
+    """Whether the question was answered well before."""
+    return asked is not None and asked in _accounted.get(module, ())
+
+
+def note_answer(module: nn.Module, asked: Hashable | None) -> None:
+    """Remember that the question was answered well, for as long as the module lives."""
+    if asked is not None:
+        _accounted.setdefault(module, set()).add(asked)
+
+
+def _code(loss: Callable[..., Any]) -> tuple[CodeType, Hashable] | None:
+    function = getattr(loss, "__func__", loss)
+    if not isinstance(function, FunctionType):
+        return None
+    try:
+        cells = {str(n): cell.cell_contents for n, cell in enumerate(function.__closure__ or ())}
+    except ValueError:  # it uses a variable that has no value yet
+        return None
+    defaults = {str(n): value for n, value in enumerate(function.__defaults__ or ())}
+    return function.__code__, (_plain(cells), _plain(defaults))
+
+
+def _plain(values: Mapping[str, Any]) -> Hashable:
+    return tuple((name, type(value), value) for name, value in sorted(values.items()) if isinstance(value, _PLAIN))
+
+
+def _counts(layer: nn.Module) -> tuple[int, ...]:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return ("forward" in vars(layer), *(len(kind) for kind in hooks))
+
+
+def _trained(layer: nn.Module) -> list[str]:
+    return [key for key, p in layer._parameters.items() if p is not None and p.requires_grad]

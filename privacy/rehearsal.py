@@ -81,6 +81,14 @@ def _step(network: Network, mechanism: DpSgd) -> Footprint:
     """Run one physical batch and leave out what follows it, noise and update: these know shapes alone."""
     batch = network.synthetic_batch(TRIED, _SEED)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    network.eval()
+    with torch.inference_mode():  # first: what goes wrong here has a plainer cause than what goes wrong in a step
+        loss_B = network.task_loss(network(batch), batch)
+    _check_untouched(network, before)
+    if not bool(loss_B.isfinite().any()):
+        raise BadInputError(
+            f"model: its loss is {float(loss_B[0])} on every made-up record before any training, must be finite"
+        )
     optimizer = make_optimizer(network, mechanism.optimizer, mechanism.learning_rate)
     if mechanism.noise_multiplier is None:
         network.train()
@@ -89,13 +97,6 @@ def _step(network: Network, mechanism: DpSgd) -> Footprint:
         with PrivateTraining(network, optimizer, network.loss, mechanism, bytes(32)) as training:
             found = training.footprint(batch)
     _check_untouched(network, before)
-    network.eval()
-    with torch.inference_mode():
-        loss_B = network.task_loss(network(batch), batch)
-    if not bool(loss_B.isfinite().any()):
-        raise BadInputError(
-            f"model: its loss is {float(loss_B[0])} on every made-up record before any training, must be finite"
-        )
     return found
 
 

@@ -41,7 +41,7 @@ def own(source: str) -> ModelConfig:
         ("lazy", "sample_models:lazy: 1.weight has no shape before the first batch"),
         ("no_file", "cannot be called: RuntimeError: weights are not there$"),
         ("seven", r"the scores of 7 examples are \[7, 7\] of torch.float32, must be floats \[7, 5\]"),
-        ("whole_numbers", "training on 7 made-up records fails: RuntimeError: Only Tensors of floating point"),
+        ("whole_numbers", r"\[7, 5\] of torch.int64, must be floats \[7, 5\]"),
         ("too_wide", "training on 7 made-up records fails: RuntimeError: mat1 and mat2"),
         ("lost", "its loss is nan on every made-up record"),
         ("growing", "its forward pass changes own.weight, must change no state"),

@@ -186,7 +186,11 @@ def print_findings(findings: list[Finding]) -> None:
     """Print what an audit of a model found."""
     table = Table("check", "looked at", "verdict")
     for finding in findings:
-        verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]" if finding.violation else "not refuted"
+        verdict = "not refuted"
+        if finding.violation is not None:
+            verdict = f"[red]VIOLATED: {escape(finding.violation)}[/]"
+        elif finding.incomplete is not None:
+            verdict = f"[yellow]INCOMPLETE: {escape(finding.incomplete)}[/]"
         table.add_row(finding.check, escape(finding.looked_at), verdict)
     _console().print(table)
 

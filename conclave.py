@@ -218,19 +218,22 @@ def audit_model(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Attack a model's private training: isolation, sensitivity, sampling, noise and more; exit 1 on violation."""
+    """Attack a model's private training: isolation, sensitivity, sampling, noise and more.
+
+    Exit 1 on violation, 2 where a check could not be run.
+    """
+    from privacy.audit.subject import verdict_of
     from simulations.audit_model import audit_own, audit_scenario
     from simulations.tables import print_findings
 
     is_path = ":" in subject and not Path(subject).exists()
     findings = audit_own(subject) if is_path else audit_scenario(_scenario(subject, overrides or [], None))
     print_findings(findings)
-    violated = any(finding.violation for finding in findings)
+    verdict = verdict_of(findings)
     if as_json:
-        verdict = "VIOLATED" if violated else "NOT_REFUTED"
         _print_json({"verdict": verdict, "subject": subject, "findings": [asdict(finding) for finding in findings]})
-    if violated:
-        raise typer.Exit(EXIT_VIOLATION)
+    if verdict != "NOT_REFUTED":
+        raise typer.Exit(EXIT_VIOLATION if verdict == "VIOLATED" else EXIT_BAD_INPUT)
 
 
 @audit_app.command("ledger")

@@ -385,11 +385,11 @@ class PrivateTraining:
         Raises:
             BadInputError: the module cannot be trained on them.
         """
+        self._module.train()
         self._check_accounted(made_up)
         strict = self.mechanism.numeric == "strict"
         # At level strict units come one by one; what a part of one takes is what counts.
         index = UnitIndex(TRIED, torch.zeros(TRIED, dtype=torch.int64), TRIED) if strict else UnitIndex(TRIED)
-        self._module.train()
         try:
             return measured(
                 lambda: self._add_up(made_up, index, torch.arange(index.count), Room(TRIED)),

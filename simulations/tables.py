@@ -174,7 +174,11 @@ def print_findings(findings: list[Finding]) -> None:
     """Print what an audit of a model found."""
     rows: list[tuple[Cell, ...]] = []
     for finding in findings:
-        verdict = (f"VIOLATED: {finding.violation}", "red") if finding.violation else "not refuted"
+        verdict: Cell = "not refuted"
+        if finding.violation is not None:
+            verdict = (f"VIOLATED: {finding.violation}", "red")
+        elif finding.incomplete is not None:
+            verdict = (f"INCOMPLETE: {finding.incomplete}", "yellow")
         rows.append((finding.check, finding.looked_at, verdict))
     print_table(("check", "looked at", "verdict"), rows)
 

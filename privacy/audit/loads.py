@@ -30,11 +30,11 @@ def check_load_sensitivity(subject: Subject) -> Finding:
     worst, where = 0.0, ""
     for unit in range(n):
         # Squares: √(L·K) and the norm of counts that attain it may be rounded apart.
-        moved = float((everyone - histogram(all_but(n, unit))).square().sum()) / bound
-        if not moved <= worst:
+        moved = float((everyone - histogram(all_but(n, unit))).square().sum().nan_to_num(math.inf)) / bound
+        if moved > worst:
             worst, where = moved, f"unit {unit}"
     violation = None
-    if not worst <= 1.0:
+    if worst > 1.0:
         violation = f"{where} moved the histogram by {math.sqrt(worst):.4g} of its bound"
     return Finding("load sensitivity", f"{n} units, most {math.sqrt(worst):.4f} √(L·K), L·K = {bound}", violation)
 

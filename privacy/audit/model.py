@@ -6,18 +6,18 @@ nothing; a violation is a counter-example.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-
-import torch
 
 from model.errors import BadInputError
 from privacy.audit.faults import check_faults
 from privacy.audit.isolation import check_gradients, check_isolation, check_state
 from privacy.audit.loads import check_load_noise, check_load_sensitivity
+from privacy.audit.memory import Memory
+from privacy.audit.observed import callers_randomness_untouched, kept
 from privacy.audit.sampling_and_noise import check_noise, check_participation
 from privacy.audit.sensitivity import check_numerics, check_sensitivity
-from privacy.audit.subject import Finding, Subject
+from privacy.audit.subject import Finding, Subject, said
+from privacy.audit.usable import refuse_unusable
 
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
     "gradients": check_gradients,
@@ -36,32 +36,59 @@ LOAD_CHECKS: dict[str, Callable[[Subject], Finding]] = {
 """Where the mechanism releases expert loads beside the gradient."""
 
 
-def audit_model(subject: Subject) -> list[Finding]:
-    """Run all checks; the model's state is put back after each.
+BLACK_BOX = ("isolation", "state")
+"""What needs the model alone, and no training of it."""
 
-    A check that the model makes impossible (its loss fails on a batch of one, say) is a violation with the reason.
+
+def audit_model(subject: Subject) -> list[Finding]:
+    """Run all checks; model and loss are put back after each to what they were.
+
+    Every check reports. One that cannot be run, whatever the reason, is incomplete and says why; the others still run.
+
+    Raises:
+        BadInputError: model, loss and records are nothing that could be trained; see :mod:`privacy.audit.usable`.
     """
     mode = subject.module.training
     try:
-        with torch.random.fork_rng():  # checks fix torch's generator; the caller's goes on as it was
-            return _audit(subject)
+        with callers_randomness_untouched(), kept(subject) as memory:
+            refuse_unusable(subject)
+            memory.restore()
+            return _audit(subject, memory)
     finally:
         subject.module.train(mode)
 
 
-def _audit(subject: Subject) -> list[Finding]:
-    before = copy.deepcopy(subject.module.state_dict())
+def _audit(subject: Subject, memory: Memory) -> list[Finding]:
+    refused = None
     try:
         with subject.training():
             pass
-    except BadInputError as refusal:  # a layer that couples examples or keeps state: nothing else can be run
-        return [Finding("layers", "every layer by name", str(refusal))]
-    findings = [Finding("layers", "every layer by name")]
+    except Exception as error:  # a layer that couples examples or keeps state, or that no rule tells apart
+        refused = str(error) if isinstance(error, BadInputError) else said(error)
     checks = CHECKS | (LOAD_CHECKS if subject.mechanism.load_share else {})
+    if refused is not None:
+        checks = {name: check for name, check in checks.items() if name in BLACK_BOX}
+    findings = []
     for name, check in checks.items():
-        try:
-            findings.append(check(subject))
-        except (BadInputError, RuntimeError, ValueError) as error:
-            findings.append(Finding(name, "could not be run", f"{type(error).__name__}: {error}".splitlines()[0]))
-        subject.module.load_state_dict(before)
-    return findings
+        memory.restore()
+        findings.append(_run(name, check, subject))
+    return [_layers(refused, findings), *findings]
+
+
+def _run(name: str, check: Callable[[Subject], Finding], subject: Subject) -> Finding:
+    try:
+        return check(subject)
+    except BadInputError as refusal:
+        return Finding(name, "could not be run", incomplete=str(refusal))
+    except Exception as error:  # of code that was brought, or of a layer that the engine does not know
+        return Finding(name, "could not be run", incomplete=said(error))
+
+
+def _layers(refused: str | None, findings: list[Finding]) -> Finding:
+    """A refusal is a counter-example only where the attack found one: of some layers only the name is known."""
+    looked_at = "every layer by name"
+    if refused is None:
+        return Finding("layers", looked_at)
+    if any(finding.violation for finding in findings):
+        return Finding("layers", looked_at, refused)
+    return Finding("layers", looked_at, incomplete=f"training refuses it: {refused}")

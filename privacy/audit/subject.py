@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from privacy.randomness import derive
 from privacy.unit_index import UnitIndex
 
 Start = Callable[[nn.Module, torch.optim.Optimizer, ExampleLoss, DpSgd, bytes], PrivateTraining]
+Verdict = Literal["VIOLATED", "INCOMPLETE", "NOT_REFUTED"]
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,44 @@ class Subject:
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check: ``violation`` says what was seen, None where nothing speaks against the claim."""
+    """The outcome of one check.
+
+    violation: what was seen that speaks against the claim, None where nothing does.
+    incomplete: why the check, or a part of it, could not be run, None where all of it was.
+    """
 
     check: str
     looked_at: str
     violation: str | None = None
+    incomplete: str | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """A counter-example counts, whatever could not be run beside it."""
+        if self.violation is not None:
+            return "VIOLATED"
+        return "NOT_REFUTED" if self.incomplete is None else "INCOMPLETE"
+
+
+def verdict_of(findings: Iterable[Finding]) -> Verdict:
+    """Return the verdict of all findings together."""
+    found = {finding.verdict for finding in findings}
+    if "VIOLATED" in found:
+        return "VIOLATED"
+    return "INCOMPLETE" if "INCOMPLETE" in found else "NOT_REFUTED"
+
+
+def said(error: BaseException) -> str:
+    """Return an exception as one line of bounded length."""
+    lines = str(error).strip().splitlines()
+    line = lines[0] if lines else ""
+    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+
+
+def length(difference: Tensor) -> float:
+    """Return the L2 norm of a difference; infinite where it is no number, so that no later one can take its place."""
+    norm = float(difference.norm())
+    return norm if norm == norm else math.inf
 
 
 def all_but(examples: int, one: int) -> Tensor:

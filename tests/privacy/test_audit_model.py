@@ -20,7 +20,9 @@ from privacy.dpsgd import DpSgd, PrivateTraining, UnitDPOptimizer
 from privacy.gradient_modes import ClippedSum, Hooks, clipped_sum
 from privacy.randomness import standard_normal
 
-MECHANISM = DpSgd(steps=1, learning_rate=1.0, sampling_rate=0.1, clip=0.5, noise_multiplier=1.0, declared_size=100)
+MECHANISM = DpSgd(
+    steps=1, learning_rate=1.0, sampling_rate=0.1, clip=0.5, noise_multiplier=1.0, declared_size=100, physical_batch=32
+)
 
 
 class Net(nn.Module):
@@ -312,4 +314,4 @@ def test_a_model_whose_loss_cannot_be_run_alone_is_a_violation_with_the_reason()
             return super().loss(batch)
 
     found = verdicts(Pairs())
-    assert found["isolation"] == "ValueError: needs two"
+    assert found["isolation"] == "the loss fails for unit 0 alone, not among others: ValueError: needs two"

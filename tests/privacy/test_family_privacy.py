@@ -14,7 +14,9 @@ from privacy.bookkeeping import Units
 from privacy.dpsgd import DpSgd
 from privacy.gradient_modes import GRID_BITS, Clipping, mode_for
 
-MECHANISM = DpSgd(steps=1, learning_rate=1.0, sampling_rate=0.1, clip=0.5, noise_multiplier=1.0, declared_size=100)
+MECHANISM = DpSgd(
+    steps=1, learning_rate=1.0, sampling_rate=0.1, clip=0.5, noise_multiplier=1.0, declared_size=100, physical_batch=32
+)
 
 
 def records(name, examples):

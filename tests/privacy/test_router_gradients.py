@@ -25,6 +25,7 @@ from privacy.unit_index import UnitIndex
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 
 MECHANISM = DpSgd(steps=1, learning_rate=1.0, sampling_rate=0.5, clip=0.5, noise_multiplier=1.0, declared_size=100)
+QUICK = replace(MECHANISM, physical_batch=32)
 KINDS = pytest.mark.parametrize("name", ROUTERS)
 MODELS = pytest.mark.parametrize("make_config", [router_config, router_text_config])
 
@@ -152,7 +153,7 @@ def test_a_step_repeats_and_a_units_draws_do_not_depend_on_company(name, make_co
 @pytest.mark.parametrize("options", [{}, {"gradients": "hooks"}, {"numeric": "strict"}])
 def test_the_model_audit_passes(name, options):
     network = build(router_config(name), 3)
-    findings = audit_model(Subject(network, network.loss, batch_for(network.config, 6), replace(MECHANISM, **options)))
+    findings = audit_model(Subject(network, network.loss, batch_for(network.config, 6), replace(QUICK, **options)))
     assert len(findings) == 9
     assert [(f.check, f.violation) for f in findings if f.violation] == []
 
@@ -160,7 +161,7 @@ def test_the_model_audit_passes(name, options):
 @KINDS
 def test_the_model_audit_passes_on_text(name):
     network = build(router_text_config(name), 3)
-    findings = audit_model(Subject(network, network.loss, batch_for(network.config, 4), MECHANISM))
+    findings = audit_model(Subject(network, network.loss, batch_for(network.config, 4), QUICK))
     assert [(f.check, f.violation) for f in findings if f.violation] == []
 
 

@@ -1,0 +1,114 @@
+"""Losses and gradients of records as training would take them, by plain autograd: the audit's own truth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.errors import BadInputError
+from model.unit_random import drawing_from
+from privacy.audit.arithmetic import RoundedOnce
+from privacy.audit.memory import Memory
+from privacy.audit.subject import Subject
+from privacy.gradient_modes import Records
+from privacy.physical_batch import MOST, fitting
+from privacy.randomness import derive, per_unit_uniform
+
+Losses = Callable[[Records, Tensor], Tensor]
+"""(batch, number of each example) → losses [B] or [B, tasks], each example with the random draws of its number."""
+
+
+@contextmanager
+def kept(subject: Subject) -> Iterator[Memory]:
+    """Put model and loss back at the end to what they were, whatever they keep where."""
+    memory = Memory(model=subject.module, loss=subject.example_loss)
+    try:
+        yield memory
+    finally:
+        memory.restore()
+
+
+def losses_of(subject: Subject) -> Losses:
+    """Return how training takes losses, in training mode and from the same randomness at every call.
+
+    Where training refuses the model, draws are those of a training that did not.
+    """
+    try:
+        training = subject.training()
+    except BadInputError:
+        taken: Losses = _with_own_draws(subject)
+    else:
+        training.close()  # plain autograd: nothing of the training's own may take part
+        taken = training.loss_with_draws
+
+    def losses(batch: Records, example_B: Tensor) -> Tensor:
+        subject.module.train()
+        same_randomness()
+        return taken({name: tensor.clone() for name, tensor in batch.items()}, example_B)  # it may change them in place
+
+    return losses
+
+
+def _with_own_draws(subject: Subject) -> Losses:
+    secret = derive(bytes(32), "audit", 0)
+
+    def losses(batch: Records, example_B: Tensor) -> Tensor:
+        with drawing_from(lambda examples, values: per_unit_uniform(secret, 0, example_B, values)):
+            return subject.example_loss(batch)
+
+    return losses
+
+
+def same_randomness() -> None:
+    """Start every generator that a program shares anew: a model that draws from them must not differ by chance."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
+@contextmanager
+def callers_randomness_untouched() -> Iterator[None]:
+    """Give the generators that a program shares back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def gradient(subject: Subject, loss: Tensor) -> Tensor:
+    """Return the gradient of a scalar over all trained parameters, one float64 vector; the graph is kept."""
+    parameters = [p for p in subject.module.parameters() if p.requires_grad]
+    if not loss.requires_grad:
+        return torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).double().flatten() for p, g in zip(parameters, found, strict=True)]
+    )
+
+
+def coarsest_type(subject: Subject) -> torch.dtype:
+    """Return the least precise floating-point type in a forward pass, autocast included."""
+    with kept(subject), RoundedOnce() as arithmetic:
+        losses_of(subject)(subject.records, torch.arange(subject.examples))
+    return arithmetic.coarsest or torch.float32
+
+
+def most_at_once(subject: Subject) -> int:
+    """Return how many examples training processes at once."""
+    mechanism = subject.mechanism
+    if mechanism.physical_batch is not None:
+        return min(mechanism.physical_batch, MOST)
+    same_randomness()
+    with kept(subject):
+        return fitting(
+            subject.example_loss, subject.records, subject.module, mechanism.memory_bytes,
+            per_sample_gradients=mechanism.gradients == "hooks",
+        )  # fmt: skip

@@ -44,6 +44,7 @@ from privacy.gradient_modes import (
 )
 from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
+from privacy.noise_ahead import NoiseAhead, worth_a_thread
 from privacy.physical_batch import MOST, fitting
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
@@ -51,6 +52,7 @@ from privacy.unit_index import UnitIndex
 
 _EXAMPLE = "example number"
 _COUNT_GRID = 2.0**20
+_CHUNK = 1 << 16  # values that stay in the cache while noise is added to them
 _SMALL = 32
 """So many examples always fit: how many more would is looked up only for larger batches."""
 
@@ -148,6 +150,8 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             loss_reduction="sum",
         )
         self.noise_secret: bytes | None = None
+        self._ahead: tuple[bytes, NoiseAhead] | None = None
+        self._most_ahead = mechanism.memory_bytes // 4
         self._on_grid = mechanism.numeric == "strict"
         self._sums: list[Tensor | None] = [None] * len(self.params)
 
@@ -180,18 +184,48 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """Set ``p.grad`` to the sum plus noise, for every parameter, whether or not a unit reached it."""
         if self.noise_secret is None:
             raise RuntimeError("a step needs a noise secret of its own")
+        secret, ahead = self._ahead or (None, None)
+        for number, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
+            if ahead is not None and secret == self.noise_secret and number < len(ahead):
+                noise = ahead.take(number)
+            else:
+                noise = standard_normal(derive(self.noise_secret, number), parameter.numel())
+            parameter.grad = self._noisy(parameter, noise.to(parameter.device), total)
+        self.forget_sums()
+        self.noise_secret = None  # noise is used once
+
+    def _noisy(self, parameter: Tensor, noise_N: Tensor, total: Tensor | None) -> Tensor:
+        """Return the gradient: noise, plus the sum, over the divisor."""
         # On the grid of the sum, noise is rounded to whole steps: sum and noise together are then exact integers.
         unit = self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
         std = self.noise_multiplier * self.max_grad_norm / unit
-        for number, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
-            noise = standard_normal(derive(self.noise_secret, number), parameter.numel()).view_as(parameter)
-            noise = noise.to(parameter.device).mul_(std)
+        gradient = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        gradient_N, total_N = gradient.view(-1), None if total is None else total.reshape(-1)
+        size = _CHUNK if parameter.device.type == "cpu" else max(1, len(noise_N))
+        scratch = noise_N.new_empty(min(size, len(noise_N)))
+        for start in range(0, len(noise_N), size):
+            part = slice(start, start + size)
+            noisy = torch.mul(noise_N[part], std, out=scratch[: len(noise_N[part])])
             if self._on_grid:
-                noise = noise.round_()
-            noisy = noise if total is None else noise.add_(total)
-            parameter.grad = noisy.mul_(unit / self.expected_batch_size).to(parameter.dtype)
-        self.forget_sums()
-        self.noise_secret = None  # noise is used once
+                noisy.round_()
+            if total_N is not None:
+                noisy.add_(total_N[part])
+            gradient_N[part] = noisy.mul_(unit / self.expected_batch_size)
+        return gradient
+
+    @contextmanager
+    def drawing_ahead(self, noise_secret: bytes) -> Iterator[None]:
+        """Draw the noise of the step that this is around while its gradient is computed, if a core is free for that."""
+        wanted = [(derive(noise_secret, number), p.numel()) for number, p in enumerate(self.params)]
+        if not worth_a_thread(sum(count for _, count in wanted)):
+            yield
+            return
+        with NoiseAhead(wanted, self._most_ahead) as ahead:
+            self._ahead = noise_secret, ahead
+            try:
+                yield
+            finally:
+                self._ahead = None
 
     def noisy_step(self, noise_secret: bytes) -> None:
         """Noise the accumulated sums with a secret used for this step only, and take the step."""
@@ -263,11 +297,12 @@ class PrivateTraining:
             index: which examples belong to which unit; by default each is its own.
         """
         index = index or UnitIndex(len(next(iter(records.values()))))
-        with self._one_step():
+        noise_secret = derive(self._secret, "noise", self.step_number)
+        with self._one_step(), self._optimizer.drawing_ahead(noise_secret):
             chosen = self.sample(index.count)
             self._module.train()
             inside = self.accumulate(records, index, chosen)
-            self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
+            self._optimizer.noisy_step(noise_secret)
             if self._loads is not None:
                 self._loads.add_noise(derive(self._secret, "loads", self.step_number))
             if self.mechanism.clipping == "adaptive":

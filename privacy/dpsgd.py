@@ -18,12 +18,15 @@ assumes that weights do not amplify rounding across units; at ``strict`` it does
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
@@ -44,7 +47,7 @@ from privacy.gradient_modes import (
 )
 from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
-from privacy.noise_ahead import NoiseAhead, worth_a_thread
+from privacy.noise_ahead import NoiseAhead, SharedWork, worth_a_thread
 from privacy.physical_batch import MOST, fitting
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
@@ -185,33 +188,43 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         if self.noise_secret is None:
             raise RuntimeError("a step needs a noise secret of its own")
         secret, ahead = self._ahead or (None, None)
+        shared: list[Callable[[], None]] = []
         for number, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
-            if ahead is not None and secret == self.noise_secret and number < len(ahead):
+            drawn = ahead is not None and secret == self.noise_secret and number < len(ahead)
+            if ahead is not None and drawn:
                 noise = ahead.take(number)
             else:
                 noise = standard_normal(derive(self.noise_secret, number), parameter.numel())
-            parameter.grad = self._noisy(parameter, noise.to(parameter.device), total)
+                self._scale(noise.numpy())
+            parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            calls = self._to_gradient(parameter.grad.view(-1), noise.to(parameter.device), total)
+            if drawn and parameter.device.type == "cpu":
+                shared += calls
+            else:
+                for call in calls:
+                    call()
+        if shared:
+            SharedWork(shared).finish()
         self.forget_sums()
         self.noise_secret = None  # noise is used once
 
-    def _noisy(self, parameter: Tensor, noise_N: Tensor, total: Tensor | None) -> Tensor:
-        """Return the gradient: noise, plus the sum, over the divisor."""
-        # On the grid of the sum, noise is rounded to whole steps: sum and noise together are then exact integers.
-        unit = self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
-        std = self.noise_multiplier * self.max_grad_norm / unit
-        gradient = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        gradient_N, total_N = gradient.view(-1), None if total is None else total.reshape(-1)
-        size = _CHUNK if parameter.device.type == "cpu" else max(1, len(noise_N))
-        scratch = noise_N.new_empty(min(size, len(noise_N)))
+    @property
+    def _unit(self) -> float:
+        return self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
+
+    def _scale(self, noise_N: NDArray[np.float64]) -> None:
+        noise_N *= self.noise_multiplier * self.max_grad_norm / self._unit
+        if self._on_grid:  # rounded to whole steps of the sum's grid: sum and noise together are then exact integers
+            np.rint(noise_N, out=noise_N)
+
+    def _to_gradient(self, gradient_N: Tensor, noise_N: Tensor, total: Tensor | None) -> Iterator[Callable[[], None]]:
+        """Yield calls that each set some of the gradient to noise plus sum, over the divisor."""
+        total_N = None if total is None else total.reshape(-1)
+        size = _CHUNK if gradient_N.device.type == "cpu" else max(1, len(noise_N))
         for start in range(0, len(noise_N), size):
             part = slice(start, start + size)
-            noisy = torch.mul(noise_N[part], std, out=scratch[: len(noise_N[part])])
-            if self._on_grid:
-                noisy.round_()
-            if total_N is not None:
-                noisy.add_(total_N[part])
-            gradient_N[part] = noisy.mul_(unit / self.expected_batch_size)
-        return gradient
+            summed = None if total_N is None else total_N[part]
+            yield partial(_set, gradient_N[part], noise_N[part], summed, self._unit / self.expected_batch_size)
 
     @contextmanager
     def drawing_ahead(self, noise_secret: bytes) -> Iterator[None]:
@@ -220,7 +233,7 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         if not worth_a_thread(sum(count for _, count in wanted)):
             yield
             return
-        with NoiseAhead(wanted, self._most_ahead) as ahead:
+        with NoiseAhead(wanted, self._most_ahead, self._scale) as ahead:
             self._ahead = noise_secret, ahead
             try:
                 yield
@@ -237,6 +250,12 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
                 group["noise_variance"] = std**2
         self.original_optimizer.step()
         self.original_optimizer.zero_grad()
+
+
+def _set(gradient_N: Tensor, noise_N: Tensor, total_N: Tensor | None, factor: float) -> None:
+    """Set to ``(noise + total) · factor`` in float64, rounded once to what the gradient holds."""
+    noisy = noise_N if total_N is None else total_N.to(torch.float64, copy=True).add_(noise_N)
+    gradient_N.copy_(noisy.mul_(factor))
 
 
 class PrivateTraining:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from privacy.randomness import BLOCK, fill_normal
 
 _WORTH_A_THREAD = 1 << 17  # values: 3 ms of drawing
-_PIECE = 32 * BLOCK
+_PIECE = 8 * BLOCK  # a quarter of a MiB stays in the cache for what is done to it
 _one_core = False
 
 
@@ -42,19 +42,25 @@ def worth_a_thread(values: int) -> bool:
 
 
 class NoiseAhead:
-    """Standard normal values of several secrets. A context manager: its thread ends with it, drawn or not."""
+    """Normal values of several secrets. A context manager: its thread ends with it, drawn or not."""
 
-    def __init__(self, wanted: Sequence[tuple[bytes, int]], most_bytes: int) -> None:
+    def __init__(
+        self,
+        wanted: Sequence[tuple[bytes, int]],
+        most_bytes: int,
+        scaled: Callable[[NDArray[np.float64]], object],
+    ) -> None:
         """Begin to draw.
 
         Args:
             wanted: secret and number of values, of each tensor.
             most_bytes: what all values may take, at 8 bytes each; tensors from the first that is too much are left out.
+            scaled: is called once on every value, in arrays, to change it in place.
         """
         self._values: list[NDArray[np.float64] | None] = []
         self._counts = [count for _, count in wanted]
-        self._pieces: deque[tuple[bytes, NDArray[np.float64], int]] = deque()
-        self._failure: BaseException | None = None
+        self._scaled = scaled
+        pieces: list[Callable[[], None]] = []
         for secret, count in wanted:
             size = -(-count // BLOCK) * BLOCK
             most_bytes -= 8 * size
@@ -62,19 +68,17 @@ class NoiseAhead:
                 break
             values = np.empty(size)
             self._values.append(values)
-            for start in range(0, size, _PIECE):
-                self._pieces.append((secret, values[start : start + _PIECE], start // BLOCK))
-        self._thread: threading.Thread | None = threading.Thread(target=self._draw_beside, name="noise", daemon=True)
-        self._thread.start()
+            pieces += [
+                partial(self._draw, secret, values[start : start + _PIECE], start // BLOCK)
+                for start in range(0, size, _PIECE)
+            ]
+        self._work = SharedWork(pieces)
 
     def __enter__(self) -> NoiseAhead:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._pieces.clear()
-        self._join()
+    def __exit__(self, *_: object) -> None:
+        self._work.drop()
         self._values.clear()
 
     def __len__(self) -> int:
@@ -82,35 +86,60 @@ class NoiseAhead:
         return len(self._values)
 
     def take(self, number: int) -> Tensor:
-        """Return the values of a tensor, float64 on the CPU, as ``standard_normal`` would: once.
+        """Return the values of a tensor, float64 on the CPU: those of ``standard_normal``, scaled. Only once.
 
         Raises:
             RuntimeError: they were taken before.
         """
-        self._draw()
-        self._join()
-        if self._failure is not None:
-            raise self._failure
+        self._work.finish()
         values, self._values[number] = self._values[number], None
         if values is None:
             raise RuntimeError("noise is used once")
         return torch.from_numpy(values[: self._counts[number]])
 
-    def _draw_beside(self) -> None:
+    def _draw(self, secret: bytes, values_N: NDArray[np.float64], first_block: int) -> None:
+        fill_normal(secret, values_N, first_block)
+        self._scaled(values_N)
+
+
+class SharedWork:
+    """Calls that a second thread begins at once, and that the caller helps to finish. Their order must not matter."""
+
+    def __init__(self, calls: Iterable[Callable[[], None]]) -> None:
+        self._calls = deque(calls)
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = threading.Thread(target=self._beside, name="noise", daemon=True)
         try:
-            self._draw()
-        except BaseException as error:  # raised where the noise is wanted
-            self._failure = error
+            self._thread.start()
+        except RuntimeError:  # the system grants no further thread: the caller does it all
+            self._thread = None
 
-    def _draw(self) -> None:
-        while True:
-            try:
-                piece = self._pieces.popleft()
-            except IndexError:  # the other thread took the last one
-                return
-            fill_normal(*piece)
+    def finish(self) -> None:
+        """Do what is left, wait for the other thread, and raise what it met."""
+        try:
+            self._do()
+        finally:
+            self.drop()
+        if self._failure is not None:
+            raise self._failure
 
-    def _join(self) -> None:
+    def drop(self) -> None:
+        """Leave what was not begun, and wait for the other thread."""
+        self._calls.clear()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def _beside(self) -> None:
+        try:
+            self._do()
+        except BaseException as error:  # raised where the work is wanted
+            self._failure = error
+
+    def _do(self) -> None:
+        while True:
+            try:
+                call = self._calls.popleft()
+            except IndexError:  # also where the other thread took the last one
+                return
+            call()

@@ -27,6 +27,10 @@ MECHANISM = DpSgd(
 )
 
 
+def unscaled(values):
+    pass
+
+
 def noise_threads():
     return [thread for thread in threading.enumerate() if thread.name == "noise"]
 
@@ -44,14 +48,22 @@ def test_blocks_from_the_middle_are_those_of_the_whole():
 
 
 def test_values_are_those_of_the_secrets():
-    with NoiseAhead(WANTED, PLENTY) as ahead:
+    with NoiseAhead(WANTED, PLENTY, unscaled) as ahead:
         assert len(ahead) == len(WANTED)
         for number, (secret, count) in enumerate(WANTED):
             assert torch.equal(ahead.take(number), standard_normal(secret, count))
 
 
+def test_every_value_is_scaled_once():
+    def doubled(values):
+        values *= 2.0
+
+    with NoiseAhead(WANTED, PLENTY, doubled) as ahead:
+        assert torch.equal(ahead.take(1), 2.0 * standard_normal(*WANTED[1]))
+
+
 def test_noise_is_taken_once():
-    with NoiseAhead(WANTED, PLENTY) as ahead:
+    with NoiseAhead(WANTED, PLENTY, unscaled) as ahead:
         ahead.take(1)
         with pytest.raises(RuntimeError, match="once"):
             ahead.take(1)
@@ -60,12 +72,12 @@ def test_noise_is_taken_once():
 def test_tensors_that_need_too_much_memory_are_left_out():
     room = 8 * (BLOCK + 71 * BLOCK)
     for most, fitting in ((0, 0), (8 * BLOCK, 1), (room - 1, 1), (room, 3), (room + 8 * BLOCK, 4)):
-        with NoiseAhead(WANTED, most) as ahead:
+        with NoiseAhead(WANTED, most, unscaled) as ahead:
             assert len(ahead) == fitting
 
 
 def test_a_thread_ends_with_the_context_whatever_was_drawn():
-    with NoiseAhead([(SECRET, 2000 * BLOCK)], PLENTY):
+    with NoiseAhead([(SECRET, 2000 * BLOCK)], PLENTY, unscaled):
         pass
     assert not noise_threads()
 
@@ -80,7 +92,7 @@ def test_what_fails_in_the_thread_is_raised_where_the_noise_is_wanted(monkeypatc
         failed.wait(10)
 
     monkeypatch.setattr(privacy.noise_ahead, "fill_normal", failing)
-    with NoiseAhead([(SECRET, 500 * BLOCK)], PLENTY) as ahead, pytest.raises(MemoryError, match="beside"):
+    with NoiseAhead([(SECRET, 500 * BLOCK)], PLENTY, unscaled) as ahead, pytest.raises(MemoryError, match="beside"):
         ahead.take(0)
 
 
@@ -140,6 +152,15 @@ def test_an_interrupted_step_leaves_no_thread(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             training.step(make_batch(8))
         assert not noise_threads()
+
+
+def test_where_no_thread_can_be_started_the_caller_draws(monkeypatch):
+    def refused(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with NoiseAhead(WANTED, PLENTY, unscaled) as ahead:
+        assert torch.equal(ahead.take(1), standard_normal(*WANTED[1]))
 
 
 def test_a_second_thread_needs_a_core_of_its_own_and_enough_to_do(monkeypatch):

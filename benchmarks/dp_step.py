@@ -1,9 +1,12 @@
 """What a private gradient costs beside a plain one: time and peak memory, per mode, in one process, interleaved.
 
 Plain: forward and backward. Private: the clipped sum of per-unit gradients, certified norms included where the mode has
-them. Noise and optimizer come once a logical batch on both sides and are timed by themselves (``noise_seconds``).
+them. ``ratio``: median seconds over the plain step's. Noise comes once a logical batch: by itself it takes
+``noise_seconds``.
 
-``ratio``: median seconds over the plain step's. ``memory_ratio``: peak of live tensor bytes, parameters included, over
+``step_ratio``: a whole private step, clipped sum, noise and the optimizer's update, over a whole plain step with its
+update, by stochastic gradient descent. Noise is drawn by a second thread where a core is free: run it on at least two.
+``memory_ratio``: peak of live tensor bytes, parameters included, over
 the plain step's. glibc is told to keep freed memory, for both sides: page faults would be most of the difference.
 ``--scaling`` adds time against the number of experts, ``--strict`` the numeric level strict.
 """
@@ -28,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from privacy.bookkeeping import Units
+from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.gradient_modes import Clipping, GradientMode, mode_for
 from privacy.randomness import derive, standard_normal
 
@@ -121,6 +125,27 @@ def measure(
         for p, total in zip(parameters, found.sums, strict=True):
             p.grad = total.to(p.dtype)
 
+    def plain_step(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss(batch).mean().backward()
+        optimizer.step()
+
+    @contextmanager
+    def whole(label: str) -> Iterator[Callable[[], None]]:
+        """A whole step, after a first one: what is looked at once in a training is not in the time of every step."""
+        optimizer = torch.optim.SGD(parameters, lr=1e-9)
+        if label == "plain":
+            yield lambda: plain_step(optimizer)
+            return
+        count = len(batch["x"])
+        mechanism = DpSgd(
+            steps=1, learning_rate=1e-9, sampling_rate=1.0, clip=1.0, noise_multiplier=1.0, declared_size=count,
+            gradients=label, physical_batch=count,  # type: ignore[arg-type]
+        )  # fmt: skip
+        with PrivateTraining(model, optimizer, loss, mechanism, bytes(32)) as training:
+            training.step(batch)
+            yield lambda: training.step(batch)
+
     @contextmanager
     def step(label: str) -> Iterator[Callable[[], None]]:
         """Attach before, detach after: in training that happens once."""
@@ -131,21 +156,28 @@ def measure(
         yield lambda: private(attached)
         attached.close()
 
-    times: dict[str, list[float]] = {"plain": []} | {mode: [] for mode in modes}
+    def timed(work: Callable[[], None]) -> float:
+        if batch["x"].is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if batch["x"].is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    labels = ["plain", *modes]
+    times: dict[str, list[float]] = {label: [] for label in labels}
+    whole_times: dict[str, list[float]] = {label: [] for label in labels if label != "strict"}
     peaks: dict[str, int] = {}
-    for number in range(rounds + 2):
-        for label in times:
+    for _ in range(rounds + 2):
+        for label, found in times.items():
             with step(label) as work:
-                if batch["x"].is_cuda:
-                    torch.cuda.synchronize()
-                started = time.perf_counter()
-                work()
-                if batch["x"].is_cuda:
-                    torch.cuda.synchronize()
-                if number >= 2:
-                    times[label].append(time.perf_counter() - started)
+                found.append(timed(work))
+        for label, found in whole_times.items():
+            with whole(label) as work:
+                found.append(timed(work))
     own = sum(p.numel() * p.element_size() for p in parameters)
-    for label in times:
+    for label in labels:
         for p in parameters:
             p.grad = None
         with step(label) as work, PeakMemory() as memory:
@@ -154,16 +186,20 @@ def measure(
     started = time.perf_counter()
     standard_normal(derive(bytes(32), "benchmark"), sum(p.numel() for p in parameters))
     noise = time.perf_counter() - started
-    base = statistics.median(times["plain"])
+    median = {label: statistics.median(found[2:]) for label, found in times.items()}
+    whole_median = {label: statistics.median(found[2:]) for label, found in whole_times.items()}
+    base, whole_base = median["plain"], whole_median["plain"]
     for mode in modes:
-        seconds = statistics.median(times[mode])
+        seconds = median[mode]
         yield {
             "model": name,
             "mode": mode,
             "ratio": round(seconds / base, 3),
+            "step_ratio": round(whole_median[mode] / whole_base, 3) if mode in whole_median else None,
             "memory_ratio": round(peaks[mode] / peaks["plain"], 3),
             "seconds": round(seconds, 5),
             "plain_seconds": round(base, 5),
+            "plain_step_seconds": round(whole_base, 5),
             "noise_seconds": round(noise, 4),
             "threads": torch.get_num_threads(),
             "dtype": str(parameters[0].dtype).removeprefix("torch."),

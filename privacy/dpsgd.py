@@ -19,12 +19,15 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
@@ -48,6 +51,7 @@ from privacy.gradient_modes import (
 from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
 from privacy.mechanisms import LARGEST_NOISE, MOST_STEPS
+from privacy.noise_ahead import NoiseAhead, SharedWork, worth_a_thread
 from privacy.physical_batch import MOST, TRIED, Footprint, Room, measured
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
@@ -61,6 +65,7 @@ Numeric = Literal["fast", "strict"]
 
 _EXAMPLE = "example number"
 _COUNT_GRID = 2.0**20
+_CHUNK = 1 << 16  # values that stay in the cache while noise is added to them
 _SMALL = 32
 """So many examples are processed at once without a look at what they take."""
 
@@ -181,6 +186,8 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
             loss_reduction="sum",
         )
         self.noise_secret: bytes | None = None
+        self._ahead: tuple[bytes, NoiseAhead] | None = None
+        self._most_ahead = mechanism.memory_bytes // 4
         self._on_grid = mechanism.numeric == "strict"
         self._sums: list[Tensor | None] = [None] * len(self.params)
 
@@ -213,18 +220,58 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
         """Set ``p.grad`` to the sum plus noise, for every parameter, whether or not a unit reached it."""
         if self.noise_secret is None:
             raise RuntimeError("a step needs a noise secret of its own")
-        # On the grid of the sum, noise is rounded to whole steps: sum and noise together are then exact integers.
-        unit = self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
-        std = self.noise_multiplier * self.max_grad_norm / unit
+        secret, ahead = self._ahead or (None, None)
+        shared: list[Callable[[], None]] = []
         for number, (parameter, total) in enumerate(zip(self.params, self._sums, strict=True)):
-            noise = standard_normal(derive(self.noise_secret, number), parameter.numel()).view_as(parameter)
-            noise = noise.to(parameter.device).mul_(std)
-            if self._on_grid:
-                noise = noise.round_()
-            noisy = noise if total is None else noise.add_(total)
-            parameter.grad = noisy.mul_(unit / self.expected_batch_size).to(parameter.dtype)
+            drawn = ahead is not None and secret == self.noise_secret and number < len(ahead)
+            if ahead is not None and drawn:
+                noise = ahead.take(number)
+            else:
+                noise = standard_normal(derive(self.noise_secret, number), parameter.numel())
+                self._scale(noise.numpy())
+            parameter.grad = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            calls = self._to_gradient(parameter.grad.view(-1), noise.to(parameter.device), total)
+            if drawn and parameter.device.type == "cpu":
+                shared += calls
+            else:
+                for call in calls:
+                    call()
+        if shared:
+            SharedWork(shared).finish()
         self.forget_sums()
         self.noise_secret = None  # noise is used once
+
+    @property
+    def _unit(self) -> float:
+        return self.max_grad_norm * 2.0**-GRID_BITS if self._on_grid else 1.0
+
+    def _scale(self, noise_N: NDArray[np.float64]) -> None:
+        noise_N *= self.noise_multiplier * self.max_grad_norm / self._unit
+        if self._on_grid:  # rounded to whole steps of the sum's grid: sum and noise together are then exact integers
+            np.rint(noise_N, out=noise_N)
+
+    def _to_gradient(self, gradient_N: Tensor, noise_N: Tensor, total: Tensor | None) -> Iterator[Callable[[], None]]:
+        """Yield calls that each set some of the gradient to noise plus sum, over the divisor."""
+        total_N = None if total is None else total.reshape(-1)
+        size = _CHUNK if gradient_N.device.type == "cpu" else max(1, len(noise_N))
+        for start in range(0, len(noise_N), size):
+            part = slice(start, start + size)
+            summed = None if total_N is None else total_N[part]
+            yield partial(_set, gradient_N[part], noise_N[part], summed, self._unit / self.expected_batch_size)
+
+    @contextmanager
+    def drawing_ahead(self, noise_secret: bytes) -> Iterator[None]:
+        """Draw the noise of the step that this is around while its gradient is computed, if a core is free for that."""
+        wanted = [(derive(noise_secret, number), p.numel()) for number, p in enumerate(self.params)]
+        if not worth_a_thread(sum(count for _, count in wanted)):
+            yield
+            return
+        with NoiseAhead(wanted, self._most_ahead, self._scale) as ahead:
+            self._ahead = noise_secret, ahead
+            try:
+                yield
+            finally:
+                self._ahead = None
 
     def noisy_step(self, noise_secret: bytes) -> None:
         """Noise the accumulated sums with a secret used for this step only, and take the step."""
@@ -236,6 +283,12 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
                 group["noise_variance"] = std**2
         self.original_optimizer.step()
         self.original_optimizer.zero_grad()
+
+
+def _set(gradient_N: Tensor, noise_N: Tensor, total_N: Tensor | None, factor: float) -> None:
+    """Set to ``(noise + total) · factor`` in float64, rounded once to what the gradient holds."""
+    noisy = noise_N if total_N is None else total_N.to(torch.float64, copy=True).add_(noise_N)
+    gradient_N.copy_(noisy.mul_(factor))
 
 
 class PrivateTraining:
@@ -311,11 +364,12 @@ class PrivateTraining:
             index: which examples belong to which unit; by default each is its own.
         """
         index = index or UnitIndex(len(next(iter(records.values()))))
-        with self._one_step():
+        noise_secret = derive(self._secret, "noise", self.step_number)
+        with self._one_step(), self._optimizer.drawing_ahead(noise_secret):
             chosen = self.sample(index.count)
             self._module.train()
             inside = self.accumulate(records, index, chosen)
-            self._optimizer.noisy_step(derive(self._secret, "noise", self.step_number))
+            self._optimizer.noisy_step(noise_secret)
             if self._loads is not None:
                 self._loads.add_noise(derive(self._secret, "loads", self.step_number))
             if self.mechanism.clipping == "adaptive":
@@ -376,7 +430,7 @@ class PrivateTraining:
         """
         self._check_accounted(records)
         if self._room is None and (index.grouped or len(chosen) > _SMALL):
-            self._room = self._measured_room(records)
+            self._room = self.measured_room(records)
         return self._add_up(records, index, chosen, self._room or Room(_SMALL))
 
     def footprint(self, made_up: Records) -> Footprint:
@@ -405,8 +459,11 @@ class PrivateTraining:
             check_accounted(self._mode, self._module, self._loss, records)
             self._accounted = True
 
-    def _measured_room(self, records: Records) -> Room:
-        """Work out from the shapes of records what is processed at once; their values are not looked at."""
+    def measured_room(self, records: Records) -> Room:
+        """Work out from the shapes of records what is processed at once; their values are not looked at.
+
+        Its footprint is unknown where the loss cannot be computed on zeros.
+        """
         made_up = {name: tensor.new_zeros(TRIED, *tensor.shape[1:]) for name, tensor in records.items()}
         self._mode.close()
         self._mode = self._attached()  # for the trial alone: what a mode remembers must come from records

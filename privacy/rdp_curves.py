@@ -1,7 +1,8 @@
 """RDP of Poisson-sampled Gaussians at all of dp-accounting's default orders, many (q, σ) at a time.
 
 The same sums as dp-accounting's (Mironov, Talwar & Zhang 2019, arXiv:1908.10530, section 3.3), over arrays instead of
-term by term: 10,000 curves take seconds, not ten minutes. For reading only: the ledger is priced by
+term by term: 10,000 curves take seconds, not ten minutes. Where such a sum at a fractional order is no good,
+:func:`~privacy.order_bound.rdp_bound` stands for it, as in the ledger's prices. For reading only: a price comes from
 :func:`privacy.accounting.rdp_at`, which asks dp-accounting itself.
 """
 
@@ -16,6 +17,8 @@ from dp_accounting import rdp
 from numpy.typing import NDArray
 from scipy.special import gammaln, log_ndtr, logsumexp
 
+from privacy.order_bound import or_bound, rdp_bound
+
 Pair = tuple[float, float]  # (q, σ)
 Array = NDArray[np.float64]
 
@@ -23,7 +26,6 @@ ORDERS: Array = np.array(rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS, dtype=np
 
 _WHOLE = np.flatnonzero(ORDERS % 1.0 == 0.0)
 _BROKEN = np.flatnonzero(ORDERS % 1.0 != 0.0)
-_NEXT_WHOLE = np.searchsorted(ORDERS, np.ceil(ORDERS))
 _MOST_TERMS = 1000  # where dp-accounting gives a fractional order up
 _NEGLIGIBLE = 30.0  # nats below the sum, as in dp-accounting
 _TERMS = 24
@@ -36,8 +38,8 @@ _kept: OrderedDict[Pair, Array] = OrderedDict()
 def rdp_curves(pairs: Sequence[Pair]) -> Array:
     """Return the RDP in nats of one step of each (q, σ) at :data:`ORDERS`, [pairs, orders].
 
-    Where the series of a fractional order does not converge, which dp-accounting answers with inf, the next whole
-    order stands for it: RDP grows with the order. Curves are kept for the next call.
+    Each is an upper bound, also where the series of a fractional order does not converge, which dp-accounting answers
+    with inf. Curves are kept for the next call.
     """
     missing = [pair for pair in dict.fromkeys(pairs) if pair not in _kept]
     fresh: dict[Pair, Array] = {}
@@ -61,7 +63,9 @@ def _compute(pairs: Sequence[Pair]) -> Array:
             logs[:, column] = _log_moment_whole(q_P[sampled], sigma_P[sampled], int(ORDERS[column]))
         logs[:, _BROKEN] = _log_moments_broken(q_P[sampled], sigma_P[sampled], ORDERS[_BROKEN])
         sums = logs / (ORDERS - 1.0)
-        curves[sampled] = np.where(np.isfinite(sums), sums, sums[:, _NEXT_WHOLE])
+        bounds = rdp_bound(q_P[sampled], sigma_P[sampled], ORDERS[_BROKEN].tolist())
+        sums[:, _BROKEN] = or_bound(sums[:, _BROKEN], bounds)
+        curves[sampled] = sums
     return curves
 
 

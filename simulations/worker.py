@@ -20,6 +20,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 
 from clients.protocol import array_of, encode_tensors
+from privacy.noise_ahead import keep_to_one_core
 from simulations.frames import Channel, Frame, content_of, document_of
 from simulations.shared_slots import SlotReader, SlotWriter
 
@@ -95,6 +96,7 @@ def main(descriptor: str, request_file: str, reply_file: str, app_path: str) -> 
     is nothing else to answer.
     """
     torch.set_num_threads(1)
+    keep_to_one_core()
     app = pkgutil.resolve_name(app_path)
     with socket.socket(fileno=int(descriptor)) as connection:
         channel = Channel(connection)

@@ -16,7 +16,7 @@ from privacy.audit.arithmetic import RoundedOnce
 from privacy.audit.memory import Memory
 from privacy.audit.subject import Subject
 from privacy.gradient_modes import Records
-from privacy.physical_batch import MOST, fitting
+from privacy.physical_batch import MOST
 from privacy.randomness import derive, per_unit_uniform
 
 Losses = Callable[[Records, Tensor], Tensor]
@@ -102,13 +102,13 @@ def coarsest_type(subject: Subject) -> torch.dtype:
 
 
 def most_at_once(subject: Subject) -> int:
-    """Return how many examples training processes at once."""
-    mechanism = subject.mechanism
-    if mechanism.physical_batch is not None:
-        return min(mechanism.physical_batch, MOST)
+    """Return how many examples training processes at once, as many as it ever does where that cannot be told."""
+    if subject.mechanism.physical_batch is not None:
+        return min(subject.mechanism.physical_batch, MOST)
     same_randomness()
-    with kept(subject):
-        return fitting(
-            subject.example_loss, subject.records, subject.module, mechanism.memory_bytes,
-            per_sample_gradients=mechanism.gradients == "hooks",
-        )  # fmt: skip
+    try:
+        with kept(subject), subject.training() as training:
+            room = training.measured_room(subject.records)
+    except BadInputError:
+        return MOST
+    return room.examples if room.memory_bytes else MOST

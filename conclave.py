@@ -520,7 +520,7 @@ def node_approve(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Approve a plan that a server asked for; it may run from then on, within policy and budget."""
+    """Approve one run of a plan that a server asked for, within policy and budget."""
     from clients.approvals import Approvals, released
     from clients.node_directory import NodeDirectory
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, time
 from pathlib import Path
+from typing import NoReturn
 
 from clients.hours import within
 from clients.protocol import Plan, ProtocolError
 from model.errors import BadInputError
 from model.store import write_atomically
+from model.whole_file import new_file
 from privacy.load_histogram import release_shares
 
 _MOST_WAITING = 100
@@ -40,6 +43,10 @@ def released(plan: Plan) -> list[str]:
 class Approvals:
     """The folder ``plans`` in a node's state: ``HASH.waiting`` and ``HASH.approved``, and ``paused``.
 
+    An approval is for one run: the first that draws on it, whose name goes to ``HASH-1.run``. Approved once more, a
+    plan may have a second run (``HASH-2.run``), and so on. A server names its runs as it likes, and could otherwise run
+    an approved plan until the budget is gone.
+
     hours: outside of them the node is paused; see :class:`clients.operations_config.LimitsConfig`.
     now: the local time of day.
     """
@@ -51,11 +58,12 @@ class Approvals:
         self._hours = hours
         self._now = now
 
-    def check(self, plan: Plan, scenario: str, *, needed: bool) -> None:
+    def check(self, plan: Plan, scenario: str, *, needed: bool, run_id: str | None = None) -> None:
         """Let an approved plan pass, and note another for the owner.
 
         Args:
             needed: whether the policy asks for an approval at all; a paused node refuses either way.
+            run_id: the run that asks; None where any may.
 
         Raises:
             ProtocolError: ``paused``, or ``awaiting-approval``.
@@ -64,14 +72,49 @@ class Approvals:
             raise ProtocolError("paused", "the owner paused this node")
         if not self.open:
             raise ProtocolError("paused", f"it is outside of limits.hours, {self._hours}")
-        if not needed or self._file(plan.hash, "approved").exists():
+        if not needed:
             return
+        allowed, runs = self._allowed(plan.hash), self._runs(plan.hash)
+        if not (len(runs) < allowed or run_id in runs or (run_id is None and allowed)):
+            self._ask_owner(plan, scenario)
+
+    def begin(self, plan: Plan, scenario: str, run_id: str) -> None:
+        """Note durably that a run is about to draw on its plan's approval.
+
+        Raises:
+            ProtocolError: ``awaiting-approval``: other runs drew on all there are.
+        """
+        for number in range(1, self._allowed(plan.hash) + 1):
+            place = self._run(plan.hash, number)
+            with suppress(FileExistsError), new_file(place, mode=0o600) as file:  # refused where another run took it
+                file.write(run_id.encode())
+            if place.read_text() == run_id:
+                return
+        self._ask_owner(plan, scenario)
+
+    def _ask_owner(self, plan: Plan, scenario: str) -> NoReturn:
         waiting = self._file(plan.hash, "waiting")
         if not waiting.exists() and self.count_waiting() < _MOST_WAITING:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             document = {"scenario": scenario, "plan": json.loads(plan.model_dump_json())}
             write_atomically(waiting, json.dumps(document).encode(), mode=0o600)
-        raise ProtocolError("awaiting-approval", f"plan {plan.hash} of scenario {scenario!r} is not approved")
+        raise ProtocolError(
+            "awaiting-approval", f"plan {plan.hash} of scenario {scenario!r} is not approved for this run"
+        )
+
+    def _allowed(self, plan_hash: str) -> int:
+        """Return how many runs of a plan the owner approved."""
+        path = self._file(plan_hash, "approved")
+        try:
+            return int(json.loads(path.read_bytes()).get("runs", 1))
+        except FileNotFoundError:
+            return 0
+        except (ValueError, TypeError, AttributeError):
+            return 1  # as a release wrote it that did not count
+
+    def _runs(self, plan_hash: str) -> list[str]:
+        """Return the runs that drew on a plan's approvals."""
+        return [path.read_text() for path in sorted(self._folder.glob(f"{plan_hash}-*.run"))]
 
     @property
     def paused(self) -> bool:
@@ -107,7 +150,7 @@ class Approvals:
         return found
 
     def approve(self, prefix: str) -> WaitingPlan:
-        """Approve the waiting plan whose hash begins like this.
+        """Approve the waiting plan whose hash begins like this, for one run more.
 
         Raises:
             BadInputError: none does, or several.
@@ -115,7 +158,10 @@ class Approvals:
         found = [waiting for waiting in self.waiting() if waiting.hash.startswith(prefix)]
         if len(found) != 1:
             raise BadInputError(f"plan {prefix}: {len(found)} waiting plans begin like this, must be one")
-        self._file(found[0].hash, "waiting").replace(self._file(found[0].hash, "approved"))
+        waiting = self._file(found[0].hash, "waiting")
+        document = json.loads(waiting.read_bytes()) | {"runs": self._allowed(found[0].hash) + 1}
+        write_atomically(self._file(found[0].hash, "approved"), json.dumps(document).encode(), mode=0o600)
+        waiting.unlink()
         return found[0]
 
     def pause(self) -> None:
@@ -129,3 +175,6 @@ class Approvals:
 
     def _file(self, plan_hash: str, state: str) -> Path:
         return self._folder / f"{plan_hash}.{state}"
+
+    def _run(self, plan_hash: str, number: int) -> Path:
+        return self._folder / f"{plan_hash}-{number}.run"

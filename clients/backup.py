@@ -14,7 +14,8 @@ from privacy.ledger.copying import copy_without_secrets
 
 # In this order: where a file takes another one's name meanwhile, what it becomes is looked for after it.
 _KEPT = (
-    "*.key.next", "*.key", "*.key.pub", "*.layout", "*.claims", "plans/*.waiting", "plans/*.approved", "plans/paused",
+    "*.key.next", "*.key", "*.key.pub", "*.layout", "*.claims", "plans/*.waiting", "plans/*.approved", "plans/*.run",
+    "plans/paused",
 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ class Node:
         Raises:
             ProtocolError: with the code that the server may see.
         """
-        self._check_plan(request.plan, request.scenario)
+        self._check_plan(request.plan, request.scenario, request.run_id)
         self._set_aside(request.plan, request.run_id)
         return Admission(plan_hash=request.plan.hash)
 
@@ -142,6 +142,7 @@ class Node:
         def state() -> State:
             return self.ledger.local_state(clip_name), self.ledger.local_state(experts_name)
 
+        self._begin(plan, request.scenario, request.run_id)
         with paid(self.ledger, charge, self.new_secret, set_aside, state) as (reservation, (start, kept)):
             if isinstance(reservation, StoredReply):
                 return _reply(TrainReply, reservation)
@@ -197,6 +198,7 @@ class Node:
         def state() -> State:
             return (self.ledger.local_state(state_name(request.run_id, plan)),)
 
+        self._begin(plan, request.scenario, request.run_id)
         with paid(ledger, charge, self.new_secret, set_aside, state) as (reservation, (kept,)):
             if isinstance(reservation, StoredReply):
                 return _reply(EvaluateReply, reservation)
@@ -212,7 +214,7 @@ class Node:
             ProtocolError: with the code that the server may see.
         """
         plan = request.plan
-        self._check_plan(plan, request.scenario)
+        self._check_plan(plan, request.scenario, request.run_id)
         if plan.affinity is None or request.round > plan.rounds or not plan.affinity.due(request.round):
             raise ProtocolError("bad-request", "the plan has no choice before this round")
         if sum(shape.numel() for shape in plan.choosing_shapes.values()) > self.policy.max_parameters:
@@ -225,6 +227,7 @@ class Node:
             model_in_hash=sha256(body_of(content)),
         )
         set_aside = partial(self._set_aside, plan, request.run_id)
+        self._begin(plan, request.scenario, request.run_id)
         with paid(self.ledger, charge, self.new_secret, set_aside) as (reservation, _):
             if isinstance(reservation, StoredReply):
                 return _reply(ChooseReply, reservation)
@@ -236,7 +239,7 @@ class Node:
     def _check_request(self, request: TrainRequest | EvaluateRequest) -> None:
         """Check a request that a model comes with."""
         plan = request.plan
-        self._check_plan(plan, request.scenario)
+        self._check_plan(plan, request.scenario, request.run_id)
         if request.round > plan.rounds:
             raise ProtocolError("bad-request", "the round lies outside the plan")
         check_held(request.held, plan, self.policy.capacity(plan.model))
@@ -247,11 +250,11 @@ class Node:
         with as_codes():
             room_for(plan, request.held)
 
-    def _check_plan(self, plan: Plan, scenario: str) -> None:
+    def _check_plan(self, plan: Plan, scenario: str, run_id: str) -> None:
         """Check all that public shapes decide, a step on made-up records included; only then is anything charged."""
         self.policy.check(plan, scenario, float(self.ledger.genesis.order))
         if self.approvals is not None:
-            self.approvals.check(plan, scenario, needed=not self.policy.unapproved_plans)
+            self.approvals.check(plan, scenario, needed=not self.policy.unapproved_plans, run_id=run_id)
         if plan.privacy.unit != self.ledger.genesis.unit:
             raise ProtocolError("not-allowed", f"this node's budget protects a {self.ledger.genesis.unit}")
         if plan.privacy.unit == "group" and GROUP not in self.records:
@@ -264,6 +267,11 @@ class Node:
             if capacity < plan.model.experts.top_k:
                 raise ProtocolError("not-allowed", f"{capacity} experts fit, fewer than a token needs")
             room_for(plan, None if plan.model.source is None else self._part_of_own(plan, capacity))
+
+    def _begin(self, plan: Plan, scenario: str, run_id: str) -> None:
+        """Bind the run to its approval: the last thing before a charge."""
+        if self.approvals is not None and not self.policy.unapproved_plans:
+            self.approvals.begin(plan, scenario, run_id)
 
     def _part_of_own(self, plan: Plan, capacity: int) -> HeldExperts:
         """Return the largest part that this node would take of a model of the user's own, whose code it may run now.

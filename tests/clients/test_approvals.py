@@ -94,6 +94,42 @@ def test_a_node_asks_its_owner_before_anything_is_charged(tmp_path, approvals):
     assert len(node.ledger.entries()) == 1
 
 
+def test_an_approval_is_for_one_run_however_the_server_names_it(tmp_path, approvals):
+    """Approved once, a plan ran under ever new names until the budget was gone."""
+    node = replace(make_node(tmp_path), approvals=approvals)
+
+    def ask(run_id, round_number=1):
+        asked = request(held=HELD, run_id=run_id, round=round_number)
+        return node.train(asked, encode(asked, body()))
+
+    code(approvals.check, PLAN, "s", needed=True)
+    approvals.approve(PLAN.hash)
+    for run_id in ("1", "2"):  # nothing is drawn yet: the first to draw has it
+        node.admit(AdmitRequest(run_id=run_id, scenario="test", plan=PLAN))
+    ask("2")
+    before = node.ledger.epsilon_spent
+    for run_id in ("1", "3"):
+        assert code(ask, run_id) == "awaiting-approval"
+        assert code(node.admit, AdmitRequest(run_id=run_id, scenario="test", plan=PLAN)) == "awaiting-approval"
+    assert node.ledger.epsilon_spent == before
+    ask("2", 2)  # and goes on with it
+    restarted = replace(node, approvals=Approvals(tmp_path / "plans"))
+    assert code(restarted.admit, AdmitRequest(run_id="3", scenario="test", plan=PLAN)) == "awaiting-approval"
+    approvals.approve(PLAN.hash)  # it waits once more
+    ask("3")
+    assert code(ask, "1") == "awaiting-approval"
+    ask("2", 3)  # the second approval took nothing from the first
+
+
+def test_an_approval_of_an_earlier_release_is_for_the_run_that_goes_on(tmp_path, approvals):
+    code(approvals.check, PLAN, "s", needed=True)
+    (waiting,) = (tmp_path / "plans").glob("*.waiting")
+    waiting.rename(waiting.with_suffix(".approved"))
+    approvals.begin(PLAN, "s", "5")
+    approvals.begin(PLAN, "s", "5")
+    assert code(approvals.begin, PLAN, "s", "6") == "awaiting-approval"
+
+
 def test_the_policy_may_do_without(tmp_path, approvals):
     node = replace(make_node(tmp_path, unapproved_plans=True), approvals=approvals)
     assert node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN)).plan_hash == PLAN.hash

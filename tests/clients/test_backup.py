@@ -84,13 +84,13 @@ def test_a_backup_is_a_new_file(make, tmp_path):  # noqa: F811
 def test_only_decisions_are_taken_of_plans(make, tmp_path):  # noqa: F811
     node = make()
     node.plans.mkdir()
-    for name in ("a.waiting", "b.approved", "paused", "c.waiting.partial-7"):
+    for name in ("a.waiting", "b.approved", "b-1.run", "paused", "c.waiting.partial-7"):
         (node.plans / name).write_text(name)
     (node.plans / "folder").mkdir()
     (node.state / "ledger.key.partial-7").write_text("half a key")
     names = back_up(node, tmp_path / "backup.tar")
     assert {name for name in names if "plans" in name or "partial" in name} == {
-        "state/plans/a.waiting", "state/plans/b.approved", "state/plans/paused",
+        "state/plans/a.waiting", "state/plans/b.approved", "state/plans/b-1.run", "state/plans/paused",
     }  # fmt: skip
 
 

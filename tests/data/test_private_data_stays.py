@@ -42,6 +42,7 @@ from data.private_data import read_private
 
 if {limited!r}:  # from here on no byte can be written to a file, not by libraries in C either
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a process that tries to is ended: its memory is nobody's need
 sys.addaudithook(hook)
 
 for path, document, unit in json.loads(Path({jobs!r}).read_bytes()):

@@ -614,6 +614,10 @@ def test_a_terminal_without_the_characters_is_shown_others(tmp_path):
         assert ("#" in done.stdout) == ("--plot" in arguments)
 
 
+def test_a_name_with_an_end_of_line_makes_no_second_line(capsys):
+    assert call(capsys, "node", "check", "a\nb")[2].startswith(r"conclave: a\nb")
+
+
 @pytest.mark.parametrize("command", ["rotate-key", "restore"])
 def test_the_ledger_of_a_running_node_is_left_alone(node, capsys, command):
     """The node would go on to sign with the key it has in memory, and refuse everything until it is started again."""

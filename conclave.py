@@ -873,7 +873,7 @@ def _to_be_started_again() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sys.stderr.write(f"conclave: {_said_by_system(error)}\n")
+        _say(_said_by_system(error))
         raise typer.Exit(EXIT_TRY_AGAIN) from error
 
 
@@ -896,6 +896,13 @@ def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, allow_nan=False))
 
 
+def _say(sentence: str) -> None:
+    """Write one line, whatever names the sentence repeats: a file's may have ends of lines in it."""
+    from simulations.printing import on_one_line
+
+    sys.stderr.write(f"conclave: {on_one_line(sentence)}\n")
+
+
 def main() -> None:
     """Run the command line: bad input, or what the system does not let it do, is one sentence and exit status 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -909,17 +916,17 @@ def main() -> None:
 
         if not isinstance(error, BadInputError):
             raise
-        sys.stderr.write(f"conclave: {error}\n")
+        _say(str(error))
         sys.exit(EXIT_BAD_INPUT)
     except RuntimeError as error:
         from model.errors import RunFailedError
 
         if not isinstance(error, RunFailedError):
             raise
-        sys.stderr.write(f"conclave: {error}\n")
+        _say(str(error))
         sys.exit(EXIT_FAILED)
     except OSError as error:  # a closed pipe is no one's mistake: click has ended by then, without a word
-        sys.stderr.write(f"conclave: {_said_by_system(error)}\n")
+        _say(_said_by_system(error))
         sys.exit(EXIT_BAD_INPUT)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from model.errors import BadInputError
 
 _UNSIGNED_BYTE = 8
+_GZ = b"\x1f\x8b"
 MOST_VALUES = 1 << 28
 """What a file may hold: five times MNIST. A gz file of some kilobytes could claim, and unpack to, any size."""
 
@@ -25,7 +26,7 @@ def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
     """Read a file of unsigned bytes.
 
     Args:
-        path: ends in ``.gz`` where it is compressed.
+        path: compressed where its name ends in ``.gz`` or its content begins as gz does; some programs drop the ending.
         item: the lengths of all axes but the first.
 
     Returns:
@@ -35,8 +36,12 @@ def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
         BadInputError: the file cannot be read, is no such file, or holds fewer or more values than it says.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _read(file, path, item)
+        with path.open("rb") as plain:
+            compressed = path.suffix.lower() == ".gz" or plain.peek(2)[:2] == _GZ
+            if not compressed:
+                return _read(plain, path, item)
+            with gzip.open(plain) as file:
+                return _read(file, path, item)
     except (OSError, EOFError, zlib.error) as error:  # damaged gz raises any of them
         raise BadInputError(f"{path}: cannot be read, must be an undamaged IDX file") from error
 

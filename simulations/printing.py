@@ -78,10 +78,10 @@ def _in_columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
 
 def _styled(cell: Cell) -> Text:
     text, style = (cell, "") if isinstance(cell, str) else cell
-    return Text(_on_one_line(text), style)
+    return Text(on_one_line(text), style)
 
 
-def _on_one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     """Spell out what would break the line or speak to the terminal: names and findings may come from other machines."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 

@@ -147,7 +147,7 @@ def _part(state: Path, file: Mapping[str, object]) -> _Part:
 
 
 def _counts(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _says_something(value: object) -> bool:
@@ -166,11 +166,19 @@ def _is_plain(name: str) -> bool:
 
 def _read_json(file: Path) -> dict[str, object]:
     try:
-        document = json.loads(file.read_bytes())
+        document = json.loads(file.read_bytes(), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{file}: cannot be read, must be what save_to_disk of datasets wrote") from error
     if not isinstance(document, dict):
         raise BadInputError(f"{file}: must be a JSON object, as save_to_disk of datasets writes it")
+    return document
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a JSON object; where it says a thing twice, one of the two would be ignored."""
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        raise ValueError("one key twice")
     return document
 
 

@@ -25,7 +25,7 @@ NAMING = "2"
 
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)(?P<whole>0|[1-9][0-9]*)?(?P<point>\.)?(?P<part>(?<=\.)[0-9]*)?"
-    r"(?P<exponent>[eE](?:[+-][0-9]{1,4}|[1-9][0-9]{0,3}))?"
+    r"(?P<exponent>[eE](?:[+-][0-9]{1,4}|0|[1-9][0-9]{0,3}))?"
 )
 _INSTANT = re.compile(
     r"(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})[T ](?P<minute>[0-9]{2}:[0-9]{2})(?P<second>:[0-9]{2})?"
@@ -130,8 +130,8 @@ def _of_number(value: float | np.floating | Decimal) -> str:
     if value == int(value):
         return str(int(value))
     if isinstance(value, float | Decimal):
-        return repr(float(value))
-    return repr(float(str(value)))  # the shortest spelling that its own precision needs: 0.1, and not what is stored
+        return _of_double(float(value))
+    return _of_double(float(str(value)))  # what its own precision needs: 0.1, and not all digits that are stored
 
 
 def _of_double(number: float) -> str:

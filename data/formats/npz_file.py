@@ -137,8 +137,9 @@ def _table(
 
     def record(row: np.ndarray) -> np.ndarray:
         missing = np.isnan(row) if row.dtype.kind == "f" else np.zeros(shape, dtype=bool)
-        for number in stand_for_none:
-            missing |= row == number  # compared in the row's own precision
+        with np.errstate(over="ignore"):  # of a number that the row's type has not
+            for number in stand_for_none:
+                missing |= row == number  # compared in the row's own precision
         if config.missing is None and missing.any():
             raise BadValueError("a value is missing, must be given where missing is not set")
         with np.errstate(over="ignore", invalid="ignore"):

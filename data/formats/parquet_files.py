@@ -30,7 +30,7 @@ def read_parquet(path: Path, config: ParquetConfig) -> Reading:
             or as :func:`read_columns` says.
     """
     for mark, kind in _TABLE_FORMATS.items():
-        if next(path.glob(mark), None) is not None:
+        if next(path.rglob(mark), None) is not None or next(path.parent.glob(mark), None) is not None:
             raise BadInputError(
                 f"{path}: is a {kind} table, whose log says which rows were deleted; must be plain Parquet files: "
                 "export the rows that count"

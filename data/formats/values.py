@@ -23,6 +23,10 @@ _PADDED = re.compile(r"[+-]?0[0-9]{1,17}(\.0*)?")
 _ALSO = {"true": "1", "false": "0", "1": "true", "0": "false"}
 """Programs store true and false as 1 and 0, and a column of both as numbers where one is missing."""
 
+_INFINITE = {
+    f"{sign}{name}": -math.inf if sign == "-" else math.inf for sign in ("", "+", "-") for name in ("inf", "infinity")
+}
+
 
 def class_of(value: object, known: Mapping[str, int]) -> int:
     """Return the class of a label; ``known`` is :meth:`LabelledConfig.known`.
@@ -97,7 +101,7 @@ def number_of(value: object, spelled_missing: frozenset[str]) -> float | None:
         number = value
     elif isinstance(value, str | bytes | bytearray):
         text = (value if isinstance(value, str) else bytes(value).decode("utf-8", "replace")).strip()
-        if not text or text in spelled_missing:
+        if not text or text in missing.spelled:
             return None
         try:
             number = math.nan if "_" in text else float(text)  # Python alone takes 1_000 for a number
@@ -112,21 +116,22 @@ def number_of(value: object, spelled_missing: frozenset[str]) -> float | None:
             number = float(value)
         except OverflowError:
             number = math.inf
-    if not math.isfinite(number):
-        raise BadValueError("must be a finite number")
     if missing.numbers:
         spelled = float(str(value)) if isinstance(value, np.floating) else number  # in its own precision
-        if spelled in missing.numbers:
+        if number in missing.numbers or spelled in missing.numbers:
             return None
+    if not math.isfinite(number):
+        raise BadValueError("must be a finite number")
     return number
 
 
 def means_missing(value: object, spelled_missing: frozenset[str]) -> bool:
     """Whether there is no value, or one that stands for none; ``spelled_missing`` is as for :func:`number_of`."""
+    missing = _missing(spelled_missing)
     try:
-        return is_missing(value) or name_of(value) in _missing(spelled_missing).names
-    except BadValueError:
-        return False
+        return is_missing(value) or name_of(value) in missing.names
+    except BadValueError:  # infinity has no name
+        return isinstance(value, float | np.floating | Decimal) and float(value) in missing.numbers
 
 
 def missing_numbers(spelled_missing: Iterable[str]) -> frozenset[float]:
@@ -135,11 +140,12 @@ def missing_numbers(spelled_missing: Iterable[str]) -> frozenset[float]:
 
 
 class _Missing:
-    """What stands for a missing value, by names and by numbers."""
+    """What stands for a missing value, as it is spelled, by names and by numbers."""
 
     def __init__(self, spelled: frozenset[str]) -> None:
+        self.spelled = frozenset(text.strip() for text in spelled)
         self.names = frozenset(name_of(text) for text in spelled if not is_missing(text))
-        found = (number_in(name) for name in self.names)
+        found = (_INFINITE.get(name.lower(), number_in(name)) for name in self.names)
         self.numbers = frozenset(number for number in found if number is not None)
 
 

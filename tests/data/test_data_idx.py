@@ -33,6 +33,12 @@ def test_it_reads_what_was_written(tmp_path, shape, packed):
     np.testing.assert_array_equal(read, values)
 
 
+@pytest.mark.parametrize("name", ["x.GZ", "x"])
+def test_a_packed_file_is_known_whatever_its_ending(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(GOOD))
+    np.testing.assert_array_equal(read_idx(tmp_path / name, (4, 3)), VALUES)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", range(len(GOOD)))
 def test_every_truncation_is_refused(tmp_path, length, packed):

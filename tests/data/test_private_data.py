@@ -171,14 +171,14 @@ def test_a_file_that_cannot_be_read_costs_its_own_row_only(name, tmp_path, monke
     path, document = SAMPLES[name](tmp_path)
     whole = read(path, **document)
     denied = min(file for file in path.rglob("*") if file.is_file())
-    read_bytes = Path.read_bytes
+    opened = Path.open
 
-    def some(file):
+    def some(file, *arguments, **options):
         if file == denied:
             raise PermissionError(13, "Permission denied", str(file))
-        return read_bytes(file)
+        return opened(file, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", some)
+    monkeypatch.setattr(Path, "open", some)
     data = read(path, **document)
     assert [(row.where, row.why) for row in data.bad] == [
         (str(denied.relative_to(path)), "must be a file that can be read")

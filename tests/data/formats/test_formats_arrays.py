@@ -81,6 +81,9 @@ def test_tables_are_standardised_by_public_constants(tmp_path):
     data = read(whole, kind="npz", table="x", label="y", labels=["false", "true"])
     assert data.records["table"].tolist() == [[1, 2], [3, 4]]
     assert data.records["label"].tolist() == [1, 0]
+    half = save(tmp_path, x=np.array([[1, np.inf], [3, 4]], dtype=np.float16), y=[0, 1])
+    data = read(half, **TABLE, missing=0, missing_values=["inf", "1e300"])  # half precision has no 1e300
+    assert data.records["table"].tolist() == [[1, 0], [3, 4]]
 
 
 def test_text_is_windows_of_bytes(tmp_path):

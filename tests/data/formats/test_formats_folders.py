@@ -463,6 +463,16 @@ def test_text_files_are_cut_into_windows_and_each_is_a_group(tmp_path):
     assert set(by_name.records["group"].tolist()) == {group_number("1"), group_number("2")}
 
 
+def test_marks_that_editors_put_before_text_are_no_text(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        put(tmp_path, f"{encoding}.txt", "abcdefgh".encode(encoding))
+    data = read(tmp_path, kind="text-folder", window=4)
+    assert [bytes(row.tolist()) for row in data.records["text"]] == [b"abcd", b"efgh"]
+    assert reasons(data) == dict.fromkeys(
+        ["utf-16.txt", "utf-32.txt"], "must be text in UTF-8, not UTF-16 or UTF-32: save it as that"
+    )
+
+
 @pytest.mark.parametrize("name", ["image-folder", "wav-folder", "text-folder"])
 def test_what_is_no_folder_of_such_files_is_one_sentence(name, tmp_path):
     path, document = SAMPLES[name](tmp_path)

@@ -71,6 +71,7 @@ def test_columns_that_a_hugging_face_folder_hides_are_no_features_unless_named(t
         ({"_indices_data_files": [[6]]}, "names a row that there is not"),
         ({"parts": [{"skip": -1, "take": 2}, {}]}, "skip and take of 0.arrow must be numbers of rows"),
         ({"parts": [{"skip": 0, "take": "2"}, {}]}, "skip and take of 0.arrow must be numbers of rows"),
+        ({"parts": [{"skip": 1 << 70}, {}]}, "skip and take of 0.arrow must be numbers of rows"),
         ({"parts": [{"filter": "x > 1"}, {}]}, "filter of 0.arrow is not known"),
         ({"_inplace_history": [{"transforms": [["remove_columns"]]}]}, "_inplace_history says of the data set"),
         ({"_deleted": [1]}, "_deleted says of the data set what this program does not know"),
@@ -80,3 +81,12 @@ def test_columns_that_a_hugging_face_folder_hides_are_no_features_unless_named(t
 def test_what_a_hugging_face_folder_says_and_is_not_understood_is_refused(state, expected, tmp_path):
     with pytest.raises(BadInputError, match=expected):
         read(marked(tmp_path / "a", **state), kind="hugging-face", label="y", classes=2)
+
+
+def test_what_a_hugging_face_folder_says_twice_is_refused(tmp_path):
+    """One of the two would be ignored."""
+    folder = marked(tmp_path / "a")
+    state = folder / "state.json"
+    state.write_text(state.read_text().rstrip().removesuffix("}") + ', "_split": null, "_split": null}')
+    with pytest.raises(BadInputError, match="cannot be read, must be what save_to_disk"):
+        read(folder, kind="hugging-face", label="y", classes=2)

@@ -87,12 +87,16 @@ def test_values_of_two_kinds_in_one_column_are_one_sentence_with_both_types(kind
 
 
 def test_a_table_with_a_log_of_deleted_rows_is_refused(tmp_path):
+    """The folder itself, one above it, and a file of it."""
+    (tmp_path / "table").mkdir()
+    above, tmp_path = tmp_path, tmp_path / "table"
     pq.write_table(pa.table({"x": [1.0], "y": [0]}), tmp_path / "a.parquet")
     for mark in ("_delta_log/0.json", "metadata/v1.metadata.json", ".hoodie/hoodie.properties"):
         (tmp_path / mark).parent.mkdir()
         (tmp_path / mark).write_text("{}")
-        with pytest.raises(BadInputError, match="whose log says which rows were deleted; must be plain Parquet files"):
-            read(tmp_path, kind="parquet", label="y", classes=2)
+        for path in (tmp_path, above, tmp_path / "a.parquet"):
+            with pytest.raises(BadInputError, match="whose log says which rows were deleted; must be plain Parquet"):
+                read(path, kind="parquet", label="y", classes=2)
         (tmp_path / mark).unlink()
         (tmp_path / mark).parent.rmdir()
     assert len(read(tmp_path, kind="parquet", label="y", classes=2).records["label"]) == 1

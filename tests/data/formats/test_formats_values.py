@@ -80,6 +80,26 @@ def test_a_number_that_stands_for_a_missing_one_does_so_however_it_is_stored():
 
 
 @pytest.mark.parametrize(
+    ("marker", "values"),
+    [
+        (" n/a ", ["n/a", " n/a", b"n/a\t"]),
+        ("inf", [math.inf, np.float32("inf"), "inf", "Infinity"]),
+        ("-Infinity", [-math.inf, Decimal("-Infinity"), np.float16("-inf")]),
+        (
+            "-3.4028234663852886e+38",
+            [np.float32(-3.4028235e38), -3.4028234663852886e38],
+        ),  # what GDAL writes for float32
+    ],
+)
+def test_whatever_stands_for_a_missing_value_does_so_as_text_and_as_a_number(marker, values):
+    for value in values:
+        assert number_of(value, frozenset({marker})) is None, repr(value)
+    assert number_of(2.0, frozenset({marker})) == 2.0
+    with pytest.raises(BadValueError):
+        number_of(math.inf, frozenset({" n/a "}))
+
+
+@pytest.mark.parametrize(
     ("value", "number"),
     [
         ("1", 1.0), (b" -2.5e3 ", -2500.0), (3, 3.0), (np.int16(3), 3.0), (True, 1.0), (Decimal("0.25"), 0.25),

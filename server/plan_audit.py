@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from clients.protocol import Plan, PlannedCharges, charges_of
 from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, Genesis, charge_id_of
-from privacy.ledger.plan_text import parse_plan
+from privacy.ledger.plan_text import parse_plan, plan_id_of, spell_plan
 from privacy.ledger.verification import least_price, shown
 
 _NOT_STATED = "not stated"
@@ -38,10 +38,16 @@ class PlanAudit:
         """Compare the next entry that names the plan."""
         if entry.state == "ADMITTED":
             self._admitted.add(entry.run_id)
-            self._say(entry, self._admission(entry))
+            self._say(entry, [*self._admission(entry), *self._of_no_charge(entry)])
+        elif entry.state == "CLOSED":
+            self._say(entry, self._of_no_charge(entry))
         elif entry.state == "RESERVED":
             self._say(entry, self._charge(entry))
-        if entry.state in ("RESERVED", "COMMITTED") and self._codes is not None and entry.code_hash not in self._codes:
+        if (
+            entry.state in ("ADMITTED", "RESERVED", "COMMITTED")
+            and self._codes is not None
+            and entry.code_hash not in self._codes
+        ):
             known = " or ".join(sorted(self._codes))
             self._say(entry, [f"code is {shown(entry.code_hash)}, the run's is {known}"])
 
@@ -66,7 +72,7 @@ class PlanAudit:
             more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
             yield f"entry {entries[0]}{more}: {what}"
 
-    def _say(self, entry: Entry, differences: list[str]) -> None:
+    def _say(self, entry: Entry, differences: Iterable[str]) -> None:
         for what in differences:
             self._found[what].append(entry.seq)
 
@@ -82,12 +88,27 @@ class PlanAudit:
             return [*found, f"kind is {kind}, the plan has none {'at all' if kind not in self._others else side}"]
         if not planned.is_due(entry.round):
             found.append(f"round is {entry.round}, the plan has {self._rounds(kind, planned)}")
-        if entry.version > 1 and entry.run_id not in self._admitted:
+        # Version 1 had no admissions; what states the code of a run never wrote it.
+        if (entry.version > 1 or self._codes is not None) and entry.run_id not in self._admitted:
             found.append("its plan was not admitted before it was charged")
         stated = (kind, entry.mechanism, entry.releases, entry.rng, entry.rdp_charge)
         if stated not in self._known:  # equal statements are compared once
             self._known[stated] = differences(entry, planned.charge, float(self._genesis.order))
         return found + self._known[stated]
+
+    def _of_no_charge(self, entry: Entry) -> Iterator[str]:
+        """Compare what the beginning and the end of a plan state beside it with what every ledger writes there."""
+        wanted: dict[str, str | int] = {
+            "charge_id": plan_id_of(self._genesis.ledger_id, entry.run_id, entry.plan_hash),
+            "round": 0,
+            "model_in_hash": "",
+            "output_hash": "",
+        }
+        if entry.state == "CLOSED":
+            wanted |= {"code_hash": "", "releases": "[]", "rng": "", "mechanism": '{"kind":"plan-end"}'}
+        for name, value in wanted.items():
+            if (said := getattr(entry, name)) != value:
+                yield f"{name} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
 
     def _rounds(self, kind: str, planned: PlannedCharges) -> str:
         if kind == "train":
@@ -99,7 +120,7 @@ class PlanAudit:
         if not expected:
             return ["admits a plan that charges nothing on this side"]
         try:
-            _, stated = parse_plan(entry.mechanism)
+            units, stated = parse_plan(entry.mechanism)
         except (ValueError, KeyError, TypeError, AttributeError):
             return ["admits what cannot be read, must be what the plan charges"]
         found = []
@@ -112,7 +133,17 @@ class PlanAudit:
                 found.append(f"admits {charges} charges, the plan has {count}")
             found += [f"admits charges whose {what}" for what in _mechanism_differences(said, mechanism)]
         beyond = stated[len(expected) :]
-        return found + [f"admits {charges} charges of {shown(said)}, the plan has none" for said, charges in beyond]
+        found += [f"admits {charges} charges of {shown(said)}, the plan has none" for said, charges in beyond]
+        if not found and entry.mechanism != (spelled := spell_plan(expected, str(units))):
+            found.append(f"admission is spelled {shown(entry.mechanism)}, the plan's is {spelled}")
+        first = next(iter(self._planned.values())).charge
+        for name, said, planned in (
+            ("releases", entry.releases, first.releases_json()),
+            ("rng", entry.rng, first.rng),
+        ):
+            if said != planned:
+                found.append(f"{name} is {shown(said)}, the plan says {planned}")
+        return found
 
 
 def differences(entry: Entry, charge: ChargeRequest, order: float) -> list[str]:

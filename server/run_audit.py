@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from model.errors import BadInputError
+from privacy.accounting import fixed_order
 from privacy.canonical import canonical_json, decimal
 from privacy.ledger.entry import Entry, Genesis, Side
 from privacy.ledger.reading import History, open_history
@@ -171,8 +172,9 @@ class _RunAudit:
     def _constants(self, genesis: Genesis) -> Iterator[str]:
         """Compare what a ledger was begun with, as far as a plan fixes it."""
         wanted = {"unit": self.plan.privacy.unit, "adjacency": "add-or-remove-one"}
-        if self.run.ledgers:
+        if self.run.keeps_ledgers:
             wanted["mode"] = "simulation"
+        wanted["order"] = decimal(fixed_order(float(genesis.epsilon), float(genesis.delta)))
         if genesis.mode == "simulation":  # elsewhere the owner decides these
             privacy, evaluation = self.scenario.privacy, self.scenario.evaluation
             aside = None if evaluation is None or genesis.side == "training" else evaluation.epsilon
@@ -246,13 +248,22 @@ class _RunAudit:
         config, mechanism = self.scenario.node_privacy, self.scenario.node_mechanism()
         if config is None or mechanism is None:
             raise ValueError("the node is no unit")
-        wanted = {"unit": "node", "epsilon": decimal(config.epsilon), "delta": decimal(config.delta)}
+        wanted = {
+            "unit": "node",
+            "adjacency": "add-or-remove-one",
+            "epsilon": decimal(config.epsilon),
+            "delta": decimal(config.delta),
+            "order": decimal(fixed_order(config.epsilon, config.delta)),
+        }
+        if self.genesis:  # the account and the nodes' ledgers are of one run
+            wanted["mode"] = next(iter(self.genesis.values())).mode
         for name, value in wanted.items():
             if getattr(genesis, name) != value:
                 yield f"{path}: genesis: {name} is {shown(getattr(genesis, name))}, must be {value} by the scenario"
         plan_hash = plan_hash_of(self.plan, config)
         for entry in entries:
-            if entry.state not in ("RESERVED", "COMMITTED"):
+            if entry.state not in ("RESERVED", "COMMITTED", "ABANDONED"):
+                yield f"{path}: entry {entry.seq}: is {shown(entry.state)}, an account has charges alone"
                 continue
             charge = published_charge(
                 entry.run_id, entry.round, plan_hash, mechanism, config.clip, seeded=genesis.mode == "simulation"
@@ -260,12 +271,16 @@ class _RunAudit:
             found = differences(entry, charge, float(genesis.order)) if entry.state == "RESERVED" else []
             if not 1 <= entry.round <= self.plan.rounds:
                 found.append(f"round is {entry.round}, the plan has rounds 1 to {self.plan.rounds}")
+            if self.run_ids and entry.run_id not in self.run_ids:
+                found.append(f"run is {shown(entry.run_id)}, the receipts are of {' and '.join(sorted(self.run_ids))}")
             if entry.plan_hash != plan_hash:
                 found.append(f"plan is {shown(entry.plan_hash)}, the scenario's is {plan_hash}")
             if entry.charge_id != charge.charge_id(genesis.ledger_id):
                 found.append("its charge id is not that of its run, round and the scenario's plan")
             if self.codes and entry.code_hash not in self.codes:
                 found.append(f"code is {shown(entry.code_hash)}, the run's is {' or '.join(sorted(self.codes))}")
+            elif not self.codes:
+                self.unknown_code[str(path)] = [shown(entry.code_hash)[1:-1]]
             yield from (f"{path}: entry {entry.seq}: {what}" for what in found)
 
     def result(self) -> RunAudit:

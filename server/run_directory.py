@@ -96,6 +96,11 @@ class RunDirectory:
         return sorted((self.path / "ledgers").glob("*.db"))
 
     @property
+    def keeps_ledgers(self) -> bool:
+        """Whether the nodes' ledgers were begun in here, as a simulation's are, wherever they lie now."""
+        return (self.path / "ledgers").is_dir()
+
+    @property
     def held_out_ledgers(self) -> list[Path]:
         """Ledger files of the units that nodes hold out of training; simulation only."""
         return sorted((self.path / "held-out").glob("*.db"))

@@ -18,11 +18,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from model.errors import BadInputError
 from privacy.accounting import charge_units, epsilon_of
-from privacy.canonical import canonical_json, sha256
+from privacy.canonical import sha256
 from privacy.ledger.drawn import Drawn
 from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
 from privacy.ledger.heads import SignedHead
-from privacy.ledger.plan_text import spell_plan
+from privacy.ledger.plan_text import plan_id_of, spell_plan
 from privacy.ledger.store import Store
 from privacy.ledger.witness import Witness
 
@@ -130,7 +130,7 @@ class Ledger(Store):
             planned = [(item.mechanism_json(), count) for item, count in ((request, charges), *also)]
             self._append(
                 "ADMITTED",
-                _plan_id(self.genesis.ledger_id, request.run_id, request.plan_hash),
+                plan_id_of(self.genesis.ledger_id, request.run_id, request.plan_hash),
                 spell_plan(planned, set_aside),
                 run_id=request.run_id,
                 plan_hash=request.plan_hash,
@@ -155,7 +155,7 @@ class Ledger(Store):
         with self._change():
             rows = self._db.execute("SELECT plan_hash FROM plans WHERE run_id = ? AND open", (run_id,)).fetchall()
             for (plan_hash,) in rows:
-                plan_id = _plan_id(self.genesis.ledger_id, run_id, plan_hash)
+                plan_id = plan_id_of(self.genesis.ledger_id, run_id, plan_hash)
                 self._append(
                     "CLOSED",
                     plan_id,
@@ -359,10 +359,6 @@ class Ledger(Store):
 def state_of(run_id: str) -> str:
     """Return how the names of a run's local state begin, which ends with the run."""
     return f"run/{run_id}/"
-
-
-def _plan_id(ledger_id: str, run_id: str, plan_hash: str) -> str:
-    return sha256(canonical_json(["plan", ledger_id, run_id, plan_hash]))
 
 
 def _refuse_other_content(entry: Entry, request: ChargeRequest) -> None:

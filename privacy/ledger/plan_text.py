@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from privacy.canonical import canonical_json
+from privacy.canonical import canonical_json, sha256
 
 PlannedMechanism = tuple[str, int]
 """The spelling of a mechanism, and how many charges of it."""
+
+
+def plan_id_of(ledger_id: str, run_id: str, plan_hash: str) -> str:
+    """Return what stands for the charge id in the entries that admit and close a plan."""
+    return sha256(canonical_json(["plan", ledger_id, run_id, plan_hash]))
 
 
 def spell_plan(planned: Sequence[PlannedMechanism], units: str) -> str:

@@ -38,6 +38,16 @@ _content = itemgetter("mechanism", "run_id", "round", "plan_hash", "model_in_has
 """What a charge's entries have in common."""
 
 
+_BLANK: dict[str, tuple[tuple[str, str], ...]] = {
+    "RESERVED": (("output_hash", ""),),
+    "COMMITTED": (("rdp_charge", "0"),),
+    "ABANDONED": (("rdp_charge", "0"), ("output_hash", "")),
+    "ADMITTED": (("rdp_charge", "0"),),
+    "CLOSED": (("rdp_charge", "0"),),
+}
+"""What entries of a state always leave empty."""
+
+
 @dataclass
 class LedgerAudit:
     """What an audit of one ledger found.
@@ -117,6 +127,7 @@ class _Audit:
         self.unsaid = 0
         self.budget = self._budget()
         self.prev_hash = genesis.hash
+        self.version = genesis.version
         self.total = 0
         self.without_privacy = False
         self.open: dict[str, tuple[object, ...]] = {}
@@ -175,12 +186,26 @@ class _Audit:
                 self.say(f"entry {position}: numbered {entry['seq']:d}, must be {position}: one is missing or moved")
             if entry["ledger_id"] != found.ledger_id or entry["rdp_budget"] != self.genesis.rdp_budget:
                 self.say(f"entry {position}: names another ledger or budget, must be that of the genesis")
-            if not 1 <= entry["version"] <= FORMAT_VERSION:
-                self.say(f"entry {position}: format version {entry['version']:d}, must be 1 to {FORMAT_VERSION}")
+            if not self.version <= entry["version"] <= FORMAT_VERSION:
+                version = f"format version {entry['version']:d}"
+                self.say(f"entry {position}: {version}, must be {self.version} to {FORMAT_VERSION}: it never falls")
+            else:
+                self.version = entry["version"]
+            self._check_blank(position, entry)
             self._add(position, entry, self._price(position, entry))
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             self.say(f"entry {position}: cannot be read, must be one JSON object with an entry's fields")
         self.prev_hash = digest
+
+    def _check_blank(self, position: int, entry: dict[str, Any]) -> None:
+        """Check that an entry states nothing that entries of its state never have."""
+        state = entry["state"]
+        for name, blank in _BLANK.get(state, ()):
+            if entry[name] != blank:
+                said = shown(entry[name])
+                self.say(f"entry {position}: {name} is {said}, must be {blank!r} where it is {state}")
+        if state == "COMMITTED" and not entry["output_hash"]:
+            self.say(f"entry {position}: output_hash is '', must be that of what was released")
 
     def _price(self, position: int, entry: dict[str, Any]) -> int:
         """Check what the entry does, and return what it must at least be charged."""

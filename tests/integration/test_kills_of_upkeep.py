@@ -112,7 +112,7 @@ def test_a_killed_recovery(spent, evidence):
     backup = folder.with_name("backup")
     shutil.copytree(folder, backup)
     ledger = Ledger(ledger_of(folder), KEY, witness=witness_of(folder), machine=MACHINE)
-    ledger.admit(request(), 2)
+    ledger.admit(request(), 4)  # the two charges before were of the same plan
     spend(ledger, 2)
     receipts = [*receipts, ledger.head]
     ledger.close()

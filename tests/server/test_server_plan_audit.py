@@ -123,6 +123,12 @@ def once_more(entry):
     return [entry, replace(second, state="RESERVED", output_hash="", rdp_charge=once_more.price), second]
 
 
+def of_state(state, **fields):
+    if "round" in fields:
+        fields["round"] = int(fields["round"])
+    return lambda entry: replace(entry, **fields) if entry.state == state else entry
+
+
 def without(state):
     return lambda entry: [] if entry.state == state else entry
 
@@ -186,6 +192,27 @@ LIES = {
         in_round("evaluate", 2, round=3), 2, ("round is 3", "3 of kind evaluate"),
     ),
     "another run": (everywhere(run_id="8"), 0, ("were received, but no committed charges paid for them",)),
+    # What begins and ends a plan.
+    **{
+        f"{state} with another {name}": (of_state(state, **{name: value}), place, (f"{name} is {value!r}", said))
+        for state, name, value, place, said in (
+            ("ADMITTED", "charge_id", "5555", 0, "where it is ADMITTED"),
+            ("ADMITTED", "round", "2", 0, "must be 0"),
+            ("ADMITTED", "rng", "os-entropy", 2, "the plan says seeded"),
+            ("ADMITTED", "releases", '["x"]', 2, "the plan says"),
+            ("CLOSED", "rdp_charge", "7", 0, "must be '0'"),
+            ("CLOSED", "mechanism", '{"kind":"none"}', 0, "where it is CLOSED"),
+            ("COMMITTED", "rdp_charge", "7", 2, "must be '0' where it is COMMITTED"),
+            ("RESERVED", "output_hash", "66", 2, "must be '' where it is RESERVED"),
+        )
+    },
+    "ADMITTED by another code": (of_state("ADMITTED", code_hash="c" * 64), 0, ("code is 'cccc", "the run's is ")),
+    "an admission that says more": (admitting(note="x"), 0, ("admission is spelled", "the plan's is")),
+    "an older version": (everywhere(version=1), 0, ("format version 1, must be 2",)),
+    "older entries without an admission": (
+        lambda entry: [] if entry.state in ("ADMITTED", "CLOSED") else replace(entry, version=1), 0,
+        ("format version 1, must be 2",),
+    ),
     # How often.
     "a round twice": (once_more, 0, ("charges '[\"delta\",\"loads\"]' of run ", "in round 2 once more")),
     "a plan of more rounds": (admitting(charges=6), 0, ("admits 6 charges", "the plan has 5")),
@@ -217,6 +244,7 @@ def test_a_consistent_lie_is_named(run, name):
         ("held_out", "0.9", "held_out is '0.9', must be 0.3 by the run's scenario"),
         ("rdp_budget", "99999999999999", "genesis: RDP budget 99999999999999, must be at most"),
         ("side", "held-out", "must be for both"),
+        ("order", "3.3", "order is '3.3', must be 3.4 by the run's scenario"),
     ],
 )
 def test_what_a_ledger_was_begun_with_is_compared_too(run, constant, value, sentence):
@@ -227,6 +255,14 @@ def test_what_a_ledger_was_begun_with_is_compared_too(run, constant, value, sent
     assert found or (constant == "side" and any("the plan has none on the" in f for f in result.findings)), (
         result.findings
     )
+
+
+def test_all_ledgers_of_a_simulation_cannot_pass_for_deployed_ones(run):
+    paths = exported(run)
+    for path in paths:
+        lie(run, path, lambda e: replace(e, rng="os-entropy") if e.rng else e, mode="deployment")
+    result = audit_run(run, paths)
+    assert len([f for f in result.findings if "mode is 'deployment', must be simulation" in f]) == len(paths)
 
 
 def test_one_lie_in_many_entries_is_one_finding_that_names_the_first(run):

@@ -105,12 +105,12 @@ def test_a_ledger_without_entries_has_an_export(tmp_path):
 
 
 def test_a_changed_byte_of_any_kind_of_line_is_found(whole, tmp_path):
-    """Every position of genesis, head and of one line of each state, then 1000 positions anywhere."""
+    """Every third position of genesis, head and of one line of each state, then 500 positions anywhere."""
     # admitted, reserved, committed, rotated, abandoned, closed, restored
-    kinds = line_positions(whole, 0, 1, 2, 3, 42, 65, 66, 68, 101)
-    anywhere = random.Random(2).sample(range(len(whole)), 1000)
+    kinds = line_positions(whole, 0, 1, 2, 3, 42, 65, 66, 68, 101)[::3]
+    anywhere = random.Random(2).sample(range(len(whole)), 500)
     tried, detected = found_flips(flips_at([*kinds, *anywhere], whole), whole, tmp_path)
-    assert tried > 10_000
+    assert tried > 3_000
     assert detected == tried
 
 

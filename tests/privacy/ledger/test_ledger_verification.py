@@ -618,7 +618,7 @@ def test_findings_are_counted_beyond_the_first_fifty():
 
 
 def test_no_mutation_makes_the_audit_fail_in_another_way(life, tmp_path):
-    """2000 seeded mutations of values, names and types anywhere; each is found, as the head is the owner's own.
+    """700 seeded mutations of values, names and types anywhere; each is found, as the head is the owner's own.
 
     Those that leave the JSON document as it was are not tried, so nothing can be found by chance.
     """
@@ -626,7 +626,7 @@ def test_no_mutation_makes_the_audit_fail_in_another_way(life, tmp_path):
     rng = random.Random(7)
     junk = [None, True, -1, 0, 1.5, 10**30, float("nan"), float("-inf"), "", "inf", "\ud800", [], {}, [[[]]], "9" * 400]
     tried = found = refused = 0
-    for _ in range(2000):
+    for _ in range(700):
         index = rng.choice([0, len(lines) - 1, *(rng.randrange(1, len(lines) - 1) for _ in range(6))])
         document = json.loads(lines[index])
         name = rng.choice(sorted(document))
@@ -660,9 +660,9 @@ def test_no_mutation_makes_the_audit_fail_in_another_way(life, tmp_path):
         found += bool(result.findings)
         with contextlib.suppress(BadInputError):  # it sums up what is stated, or says that it cannot
             budget_of(history)
-    assert tried > 1900
+    assert tried > 650
     assert found + refused == tried
-    assert min(found, refused) > 100
+    assert min(found, refused) > 35
 
 
 def test_mutations_that_the_owner_vouches_for_never_make_the_audit_fail_in_another_way(life):

@@ -63,7 +63,8 @@ def _fewest(model: ModelConfig) -> HeldExperts:
 @lru_cache(maxsize=256)
 def _rehearsed(model: ModelConfig, mechanism: DpSgd, held: tuple[tuple[int, tuple[int, ...]], ...]) -> Footprint:
     try:
-        return _step(build(model, _SEED, dict(held)), mechanism)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is about
+            return _step(build(model, _SEED, dict(held)), mechanism)
     except BadInputError:
         raise
     except Exception as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Mapping
+from types import CoroutineType
 from typing import Any
 
 import torch
@@ -89,7 +90,10 @@ class OwnNetwork(Network):
         """
         del allowed
         x = batch[self.config.encoder.modality]
-        scores = self.own(x)
+        try:
+            scores = self.own(x)
+        except SystemExit as error:  # it would end a node, whatever the record was that it came from
+            raise BadInputError(f"model.source {self.config.source} ends the program: {said(error)}") from error
         head = self.config.head
         expected = [len(x), head.classes] if isinstance(head, ClassificationConfig) else [*x.shape, BYTES]
         if not isinstance(scores, Tensor) or list(scores.shape) != expected or not scores.is_floating_point():
@@ -115,20 +119,25 @@ def _build(config: ModelConfig, held: HeldExperts) -> nn.Module:
     source = str(config.source)
     try:
         function = pkgutil.resolve_name(source)
-    except Exception as error:  # of whatever kind: importing runs the user's code
+    except (Exception, SystemExit) as error:  # of whatever kind: importing runs the user's code
         raise BadInputError(f"model.source {source} cannot be called: {said(error)}") from error
     try:
         built = function(config, dict(held))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInputError(f"model.source {source} cannot be called: {said(error)}") from error
     if not isinstance(built, nn.Module):
+        if isinstance(built, CoroutineType):
+            built.close()  # or Python would warn that nobody awaits it
         raise BadInputError(f"model.source {source} must return a torch module, not a {type(built).__name__}")
     return built
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """Return what an exception of the user's code says, in one line."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).encode(errors="replace").decode().split())
+    except Exception:  # it is the user's code that says it
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -73,6 +73,8 @@ def _check(mode: GradientMode, module: nn.Module, loss: ExampleLoss, records: Re
                 loss_B = _run(loss, batch)
             except Exception:  # noqa: S112  (the user's own code, on values it may not expect: try others)
                 continue
+            if not loss_B.requires_grad:
+                raise BadInputError("the loss does not depend on any trained parameter, must be differentiable in them")
             _check_nodes(loss_B)
             truth = _gradients(module, loss_B)
         with _undisturbed(module), mode.unwatched():

@@ -11,16 +11,22 @@ from functools import lru_cache
 
 import torch
 
+from model import parameters
 from model.building import build
 from model.config import HeldExperts, ModelConfig
 from model.errors import BadInputError
-from model.network import Network
+from model.network import Batch, Network
 from model.own import said
+from model.unit_random import drawing_from
 from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.local_optimizers import make_optimizer
 from privacy.physical_batch import TRIED, Footprint, measured
+from privacy.randomness import per_unit_uniform
 
 _SEED = 0
+_FEWER = 3
+_TOLERANCE = 1e-2
+"""Of a loss, told twice: an honest model in bfloat16 is off by less; what depends on other records is off by more."""
 
 
 def rehearse(model: ModelConfig, mechanism: DpSgd, held: HeldExperts | None = None) -> Footprint:
@@ -63,7 +69,11 @@ def _fewest(model: ModelConfig) -> HeldExperts:
 @lru_cache(maxsize=256)
 def _rehearsed(model: ModelConfig, mechanism: DpSgd, held: tuple[tuple[int, tuple[int, ...]], ...]) -> Footprint:
     try:
-        return _step(build(model, _SEED, dict(held)), mechanism)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is about
+            network = build(model, _SEED, dict(held))
+            if model.source is not None:
+                _check_shapes(network)
+            return _step(network, mechanism)
     except BadInputError:
         raise
     except Exception as error:
@@ -89,6 +99,8 @@ def _step(network: Network, mechanism: DpSgd) -> Footprint:
         raise BadInputError(
             f"model: its loss is {float(loss_B[0])} on every made-up record before any training, must be finite"
         )
+    if not any(p.requires_grad for p in network.parameters()):
+        raise BadInputError("model: it has no parameter that can be trained, must have one")
     optimizer = make_optimizer(network, mechanism.optimizer, mechanism.learning_rate)
     if mechanism.noise_multiplier is None:
         network.train()
@@ -96,8 +108,57 @@ def _step(network: Network, mechanism: DpSgd) -> Footprint:
     else:
         with PrivateTraining(network, optimizer, network.loss, mechanism, bytes(32)) as training:
             found = training.footprint(batch)
+        if network.config.source is not None:
+            _check_alike(network, batch)
     _check_untouched(network, before)
     return found
+
+
+def _check_shapes(network: Network) -> None:
+    """Refuse a function that builds one model here and another there."""
+    here = {name: t.shape for name, t in parameters.split(network.state_dict(), network.held).items()}
+    if here != parameters.shapes(network.config, network.held):
+        raise BadInputError(
+            f"model.source {network.config.source} builds another model each time, must give the same parameters"
+        )
+
+
+def _check_alike(network: Network, batch: Batch) -> None:
+    """Refuse a model whose loss of a record depends on anything but the record: on draws, passes before, or others.
+
+    Draws of ``model.unit_random`` are a record's own and stay the same here.
+    """
+    network.train()
+    passes = [_losses(network, batch, seed) for seed in (_SEED, _SEED + 1)]
+    if not _near(*passes):
+        raise BadInputError(
+            "model: two passes over the same records differ, must not: draw with model.unit_random, and keep nothing "
+            "from one pass for the next"
+        )
+    fewer = {name: tensor[:_FEWER] for name, tensor in batch.items()}
+    try:
+        among_fewer = _losses(network, fewer, _SEED)
+    except Exception:  # of batches of one size alone: the step that follows tells
+        return
+    if not _near(passes[0][:_FEWER], among_fewer):
+        raise BadInputError(
+            "model: a record's loss depends on the records beside it, must not: normalise and route each by itself"
+        )
+
+
+def _losses(network: Network, batch: Batch, seed: int) -> torch.Tensor:
+    """Return the losses of a pass, with ``seed`` for what draws from a stream of all records."""
+
+    def draw(examples: int, values: int) -> torch.Tensor:
+        return per_unit_uniform(bytes(32), 0, torch.arange(examples), values)
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(), drawing_from(draw):
+        torch.manual_seed(seed)
+        return network.loss(batch)
+
+
+def _near(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one, other, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
 
 
 def _check_untouched(network: Network, before: Mapping[str, torch.Tensor]) -> None:

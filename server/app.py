@@ -168,7 +168,8 @@ def _check_somebody_took_part(round_number: int, strategy: ExpertStrategy) -> No
 
 
 def _check_something_changed(metrics: Sequence[Mapping[str, Any]]) -> None:
-    if any(line["changed"] for line in metrics):
+    """End a run that came to nothing; not where its draws asked nobody, which costs nothing and is as planned."""
+    if any(line["changed"] for line in metrics) or not any(line["asked"] for line in metrics):
         return
     refused, dropped = Counter[str](), Counter[str]()
     for line in metrics:

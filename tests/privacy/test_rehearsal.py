@@ -45,6 +45,15 @@ def own(source: str) -> ModelConfig:
         ("too_wide", "training on 7 made-up records fails: RuntimeError: mat1 and mat2"),
         ("lost", "its loss is nan on every made-up record"),
         ("growing", "its forward pass changes own.weight, must change no state"),
+        ("functional_dropout", "two passes over the same records differ"),
+        ("remembering", "two passes over the same records differ"),
+        ("centred", "a record's loss depends on the records beside it"),
+        ("detached", "does not depend on any trained parameter"),
+        ("frozen", "no parameter that can be trained"),
+        ("leaving", "leaving cannot be called: SystemExit: 3$"),
+        ("leaving_later", "ends the program: SystemExit: 3$"),
+        ("speechless", "cannot be called: SpeechlessError$"),
+        ("different", "builds another model each time"),
     ],
 )
 def test_what_a_model_alone_rules_out_is_one_sentence(source, sentence):

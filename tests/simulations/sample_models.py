@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 import torch
 from opacus.layers import DPGRU
 from torch import nn
@@ -167,6 +170,59 @@ class Growing(nn.Linear):
 
 def growing(config, held):
     return Growing(64, config.head.classes)
+
+
+class Scores(nn.Module):
+    """Scores of a picture, of which models that go wrong in their own ways are made."""
+
+    def __init__(self, config, rule) -> None:
+        super().__init__()
+        self.linear, self.rule = nn.Linear(64, config.head.classes), rule
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.rule(self.linear, image_BCHW.flatten(1))
+
+
+def functional_dropout(config, held):
+    return Scores(config, lambda linear, x_BD: linear(torch.nn.functional.dropout(x_BD, 0.5)))
+
+
+def centred(config, held):
+    return Scores(config, lambda linear, x_BD: linear(x_BD - x_BD.mean(0)))
+
+
+def detached(config, held):
+    return Scores(config, lambda linear, x_BD: linear(x_BD).detach())
+
+
+def frozen(config, held):
+    return plain(config, held).requires_grad_(False)
+
+
+def leaving(config, held):
+    sys.exit(3)
+
+
+def leaving_later(config, held):
+    return Scores(config, lambda linear, x_BD: sys.exit(3))
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def speechless(config, held):
+    raise SpeechlessError
+
+
+_widths = itertools.count(3)
+
+
+def different(config, held):
+    """Is another model each time."""
+    width = next(_widths)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, config.head.classes))
 
 
 def only_all(config, held):

@@ -123,7 +123,6 @@ class UsedOutsideItsLayer(Net):
 @pytest.mark.parametrize(
     ("module", "check"),
     [
-        (UsedOutsideItsLayer, "gradients"),
         (BatchBalance, "isolation"),
         (Capacity, "isolation"),
         (Running, "state"),
@@ -135,6 +134,14 @@ class UsedOutsideItsLayer(Net):
 def test_a_broken_model_is_caught(module, check):
     torch.manual_seed(0)
     assert check in violated(module())
+
+
+def test_a_weight_used_outside_its_layer_is_no_violation_but_training_refuses_it():
+    module = UsedOutsideItsLayer()
+    findings = {f.check: f for f in audit_model(Subject(module, module.loss, batch(), MECHANISM))}
+    assert "parameter body.0.weight is used outside" in findings["layers"].incomplete
+    assert not any(f.violation for f in findings.values())
+    assert set(findings) == {"layers", "isolation", "state"}
 
 
 @pytest.mark.parametrize("rate", [1e-4, 0.02, 0.7, 1.0])

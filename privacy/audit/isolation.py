@@ -70,6 +70,8 @@ def _compared(subject: Subject, memory: Memory, arithmetic: RoundedOnce) -> Find
                 continue
             return Finding("isolation", "every unit alone and among others", _fails(company, error))
         count += 1
+        if worst > arithmetic.tolerance:  # one counter-example is enough
+            break
     looked_at = (
         f"{subject.examples} units in {count} companies of up to {most}, tolerance {arithmetic.tolerance:.2g}, "
         f"worst {worst:.2g}"

@@ -127,7 +127,8 @@ def _made_up(records: Records, examples: int, whole: tuple[int, ...]) -> dict[st
 
 
 def _run(loss: ExampleLoss, batch: Records) -> Tensor:
-    """Run a forward pass whose random layers draw the same each time."""
+    """Run a forward pass whose random layers draw the same each time, on a batch of its own: it may change it."""
+    batch = {name: tensor.clone() for name, tensor in batch.items()}
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     with torch.enable_grad(), drawing_from(lambda examples, values: torch.rand(examples, values, generator=generator)):

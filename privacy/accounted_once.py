@@ -7,13 +7,15 @@ records of the same shapes and a loss of the same code. Values of parameters pla
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from types import CodeType, FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_DEPTH = 3
 _accounted: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
@@ -41,20 +43,34 @@ def note_answer(module: nn.Module, asked: Hashable | None) -> None:
         _accounted.setdefault(module, set()).add(asked)
 
 
-def _code(loss: Callable[..., Any]) -> tuple[CodeType, Hashable] | None:
-    function = getattr(loss, "__func__", loss)
+def _code(function: object, depth: int = 0) -> Hashable | None:
+    """Return what a function does, as far as can be told: its code, and what it keeps beside it."""
+    if isinstance(function, partial):
+        inner = _code(function.func, depth)
+        given = _kept(dict(enumerate(function.args)) | function.keywords, depth)
+        return inner and (inner, given)
+    function = getattr(function, "__func__", function)
     if not isinstance(function, FunctionType):
         return None
     try:
-        cells = {str(n): cell.cell_contents for n, cell in enumerate(function.__closure__ or ())}
+        cells = {n: cell.cell_contents for n, cell in enumerate(function.__closure__ or ())}
     except ValueError:  # it uses a variable that has no value yet
         return None
-    defaults = {str(n): value for n, value in enumerate(function.__defaults__ or ())}
-    return function.__code__, (_plain(cells), _plain(defaults))
+    defaults = dict(enumerate(function.__defaults__ or ())) | (function.__kwdefaults__ or {})
+    used = {name: function.__globals__[name] for name in function.__code__.co_names if name in function.__globals__}
+    return function.__code__, _kept(cells, depth), _kept(defaults, depth), _kept(used, depth)
 
 
-def _plain(values: Mapping[str, Any]) -> Hashable:
-    return tuple((name, type(value), value) for name, value in sorted(values.items()) if isinstance(value, _PLAIN))
+def _kept(values: Mapping[Any, Any], depth: int) -> Hashable:
+    """Return plain values, and what functions do that a function uses, to a depth: a loss is often wrapped."""
+    functions = (FunctionType, MethodType, partial)
+    inner = {key: value for key, value in values.items() if isinstance(value, functions)} if depth < _DEPTH else {}
+    return _plain(values), tuple((str(key), _code(value, depth + 1)) for key, value in inner.items())
+
+
+def _plain(values: Mapping[Any, Any]) -> Hashable:
+    plain = ((str(name), type(value), value) for name, value in values.items() if isinstance(value, _PLAIN))
+    return tuple(sorted(plain, key=lambda kept: kept[0]))
 
 
 def _counts(layer: nn.Module) -> tuple[int, ...]:

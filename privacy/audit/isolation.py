@@ -16,6 +16,7 @@ from privacy.audit.company import Company, companies
 from privacy.audit.memory import Memory, same_bits
 from privacy.audit.observed import Losses, coarsest_type, gradient, kept, losses_of, most_at_once
 from privacy.audit.subject import Finding, Subject, length, said
+from privacy.clipping import LARGEST_NORM, SMALLEST_CLIP
 from privacy.gradient_modes import Records
 
 _SMALL_SHARE = 1e-3
@@ -35,7 +36,7 @@ def check_isolation(subject: Subject) -> Finding:
 
 def _can_be_trained(subject: Subject) -> bool:
     try:
-        subject.training().close()
+        subject.try_training()
     except BadInputError:
         return False
     return True
@@ -69,6 +70,8 @@ def _compared(subject: Subject, memory: Memory, arithmetic: RoundedOnce) -> Find
                 continue
             return Finding("isolation", "every unit alone and among others", _fails(company, error))
         count += 1
+        if worst > arithmetic.tolerance:  # one counter-example is enough
+            break
     looked_at = (
         f"{subject.examples} units in {count} companies of up to {most}, tolerance {arithmetic.tolerance:.2g}, "
         f"worst {worst:.2g}"
@@ -158,7 +161,9 @@ def check_gradients(subject: Subject) -> Finding:
             memory.restore()
             parts = torch.stack([truths[unit] for unit in chosen.tolist()])
             size = float(parts.norm(dim=1).max().clamp(min=1e-30))
-            unclipped = replace(subject.mechanism, clip=4.0 * size, clipping="flat")
+            unclipped = replace(
+                subject.mechanism, clip=min(max(4.0 * size, SMALLEST_CLIP), LARGEST_NORM), clipping="flat"
+            )
             error = length(subject.sums(chosen, unclipped) - parts.sum(0)) / size
             if error > worst:
                 worst, where = error, f"unit {int(chosen[0])}" if len(chosen) == 1 else "all units together"

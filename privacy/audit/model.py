@@ -61,9 +61,8 @@ def audit_model(subject: Subject) -> list[Finding]:
 def _audit(subject: Subject, memory: Memory) -> list[Finding]:
     refused = None
     try:
-        with subject.training():
-            pass
-    except Exception as error:  # a layer that couples examples or keeps state, or that no rule tells apart
+        subject.try_training()
+    except Exception as error:  # layers that couple examples or keep state, or a gradient that cannot be told by unit
         refused = str(error) if isinstance(error, BadInputError) else said(error)
     checks = CHECKS | (LOAD_CHECKS if subject.mechanism.load_share else {})
     if refused is not None:

@@ -45,6 +45,14 @@ class Subject:
         secret = derive(bytes(32), "audit", run)
         return self.start(self.module, optimizer, loss or self.example_loss, mechanism or self.mechanism, secret)
 
+    def try_training(self) -> None:
+        """Start training, up to its first record.
+
+        Raises:
+            BadInputError: training refuses the model, by its layers or because a gradient is not accounted for.
+        """
+        self.sums(torch.arange(0))
+
     def sums(
         self,
         examples: Tensor,

@@ -107,7 +107,7 @@ class LedgerExport:
         """Yield the entries' lines.
 
         Raises:
-            BadInputError: the file cannot be read, or a line has another line end than an export's.
+            BadInputError: the file cannot be read, or a line is empty or has another line end than an export's.
         """
         try:
             with self.path.open("rb") as stream:
@@ -122,6 +122,10 @@ class LedgerExport:
                         return  # the file was cut while it was read
                     if b"\r" in line:
                         raise _other_line_ends(self.path, f"line {number}")
+                    if line == b"\n":
+                        raise BadInputError(
+                            f"{self.path}: line {number} is empty, must be an entry, as conclave node export wrote it"
+                        )
                     yield line[:-1] if line.endswith(b"\n") else line
         except OSError as error:
             raise BadInputError(f"{self.path}: cannot be read ({error.strerror}), must be a ledger's export") from error
@@ -195,13 +199,21 @@ def _refuse_other_bytes(path: Path, first: bytes, last: bytes) -> None:
         raise BadInputError(f"{path}: begins with a byte order mark, {again}")
     if (encoding := other_encoding(first)) is not None:
         raise BadInputError(f"{path}: is text in {encoding}, {again}")
+    if not first:
+        raise BadInputError(f"{path}: is empty, {again}")
+    if not first.strip():
+        raise BadInputError(f"{path}: begins with an empty line, {again}")
+    if not first.startswith(b"{"):
+        return  # no genesis, as is said of it next: compressed, quoted, or another file
     if b"\r" in first:
         raise _other_line_ends(path, "line 1")
     if b"\r" in last:
         raise _other_line_ends(path, "the last line")
-    if first.startswith(b"{") and not last.strip():
+    if not last.strip():
         raise BadInputError(f"{path}: has an empty line at its end, {again}")
-    if first.startswith(b"{") and not last.endswith(b"\n"):
+    if not last.strip(b" \t\0\x1a"):
+        raise BadInputError(f"{path}: has bytes after its last line that are no text, {again}")
+    if not last.endswith(b"\n"):
         whole = last.endswith(b"}")
         what = "the line feed after its last line is missing" if whole else "it was cut off within its last line"
         raise BadInputError(f"{path}: {what}, {again}")

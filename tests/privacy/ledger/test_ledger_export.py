@@ -206,6 +206,11 @@ COPIED = {
     "line 3 has other line ends": lambda whole: whole.replace(b"\n", b"\r\n", 3).replace(b"\r\n", b"\n", 2),
     "the line feed after its last line is missing": lambda whole: whole[:-1],
     "an empty line at its end": lambda whole: whole + b"\n",
+    "begins with an empty line": lambda whole: b"\n" + whole,
+    "line 2 is empty": lambda whole: whole.replace(b"\n", b"\n\n", 1),
+    "has bytes after its last line": lambda whole: whole + bytes(512),
+    "is empty, must be": lambda whole: b"",
+    "the genesis cannot be read": lambda whole: b"\x1f\x8b\r" + whole[:-1] + b"\r\n",
     "it was cut off within its last line": lambda whole: whole[: len(whole) * 2 // 3],
     "its last line is no signed head": lambda whole: whole[: whole.rindex(b"\n", 0, -1) + 1],
 }

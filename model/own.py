@@ -135,7 +135,7 @@ def _build(config: ModelConfig, held: HeldExperts) -> nn.Module:
 def said(error: BaseException) -> str:
     """Return what an exception of the user's code says, in one line."""
     try:
-        text = " ".join(str(error).encode(errors="replace").decode().split())
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
     except Exception:  # it is the user's code that says it
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

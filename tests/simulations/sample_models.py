@@ -200,7 +200,7 @@ def frozen(config, held):
 
 
 def leaving(config, held):
-    sys.exit(3)
+    sys.exit("no\x1b[31m")
 
 
 def leaving_later(config, held):

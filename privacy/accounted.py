@@ -13,7 +13,8 @@ summed, so nothing leaks, but nothing is learned either. So a trainer asks once,
 Both run on made-up examples: numbers from a fixed public seed in the shapes and types of the records. Nothing that is
 refused, or said, depends on a record's value, so a refusal may leave a node, and the same question can be asked where a
 plan is admitted. Where a loss cannot be computed on such examples (it wants lengths above 0, say), the first records
-themselves are run and only the structure is looked at: then the outcome depends on the model's own branches alone.
+themselves are run and only the structure is looked at: then the outcome depends on the model's own branches alone. So
+it is too where nobody but the records' owner sees the outcome.
 
 Nothing changes: module attributes, buffers and torch's generator are put back after every pass, and draws of random
 layers come from a stream of this check's own. A passed check is no proof: made-up examples may not reach a branch.
@@ -41,19 +42,23 @@ EXAMPLES = 2
 _OTHER_EXAMPLES = 3
 """The structure is looked at in another size, so that an axis that is no batch cannot be one by chance in both."""
 
-_TOLERANCE = {torch.float16: 0.25, torch.bfloat16: 0.25}
-_FINE_TOLERANCE = 0.05
-"""Of what is missing or wrong, most is of the gradient's own size; an honest model under autocast is off by 1 %."""
-_FLOOR = 0.01
+_TOLERANCE, _HALF_TOLERANCE, _HALF_PARAMETER_TOLERANCE = 5e-4, 0.05, 0.25
+"""Of a gradient's own size; where anything was computed at half precision (an honest model under autocast is off by
+1 %); where the parameter itself is."""
+_FLOOR = 0.02
 """Beside the whole gradient, what is that much smaller than the tolerance is rounding: a key's bias has gradient 0."""
 
 
-def check_accounted(mode: GradientMode, module: nn.Module, loss: ExampleLoss, records: Records) -> None:
+def check_accounted(
+    mode: GradientMode, module: nn.Module, loss: ExampleLoss, records: Records, *, among_owners: bool = False
+) -> None:
     """Refuse a model of which a mode does not see every gradient.
 
     Args:
         mode: attached to ``module``.
         records: named tensors; shapes and types are used, values only where made-up ones cannot be run.
+        among_owners: whoever sees a refusal may see the records: then the structure is looked at with the first of
+            them too, which may take another branch.
 
     Raises:
         BadInputError: names the parameter and what to do.
@@ -61,36 +66,46 @@ def check_accounted(mode: GradientMode, module: nn.Module, loss: ExampleLoss, re
     asked = question(type(mode), module, loss, records)
     if is_answered(module, asked):
         return
-    _check(mode, module, loss, records)
+    _check(mode, module, loss, records, among_owners)
     note_answer(module, asked)
 
 
-def _check(mode: GradientMode, module: nn.Module, loss: ExampleLoss, records: Records) -> None:
-    for whole in (0, 1), (0,):
-        batch, other = (_made_up(records, examples, whole) for examples in (EXAMPLES, _OTHER_EXAMPLES))
-        with _undisturbed(module), mode.unwatched():
-            try:
-                loss_B = _run(loss, batch)
-            except Exception:  # noqa: S112  (the user's own code, on values it may not expect: try others)
-                continue
-            if not loss_B.requires_grad:
-                raise BadInputError("the loss does not depend on any trained parameter, must be differentiable in them")
-            _check_nodes(loss_B)
-            truth = _gradients(module, loss_B)
-        with _undisturbed(module), mode.unwatched():
-            _check_structure(mode, module, loss, other)
-        if not isinstance(mode, Strict):  # its sums are autograd's
-            with _undisturbed(module):
-                _check_sum(mode, module, loss, batch, truth)
-        return
+def _check(
+    mode: GradientMode, module: nn.Module, loss: ExampleLoss, records: Records, among_owners: bool = False
+) -> None:
+    could_run = any(_check_made_up(mode, module, loss, records, whole) for whole in ((0, 1), (0,)))
     first = {name: tensor[:_OTHER_EXAMPLES] for name, tensor in records.items()}
-    if len(next(iter(first.values()))):
+    if len(next(iter(first.values()))) and (among_owners or not could_run):
         with _undisturbed(module), mode.unwatched():
             try:
                 _run(loss, first)
             except Exception:  # a loss of batches of one size alone: only that of the step itself can be run
                 return
             _check_structure(mode, module, loss, first)
+
+
+def _check_made_up(
+    mode: GradientMode, module: nn.Module, loss: ExampleLoss, records: Records, whole: tuple[int, ...]
+) -> bool:
+    """Return whether a loss could be computed on made-up examples."""
+    batch, other = (_made_up(records, examples, whole) for examples in (EXAMPLES, _OTHER_EXAMPLES))
+    with _undisturbed(module), mode.unwatched():
+        try:
+            loss_B = _run(loss, batch)
+        except Exception:  # the user's own code, on values it may not expect
+            return False
+        if not loss_B.requires_grad:
+            raise BadInputError("the loss does not depend on any trained parameter, must be differentiable in them")
+        _check_nodes(loss_B)
+        truth = _gradients(module, loss_B)
+        tolerance = _tolerance(loss_B)
+        del loss_B
+    with _undisturbed(module), mode.unwatched():
+        _check_structure(mode, module, loss, other)
+    if not isinstance(mode, Strict):  # its sums are autograd's
+        with _undisturbed(module):
+            _check_sum(mode, module, loss, batch, truth, tolerance)
+    return True
 
 
 def check_unchanged(module: nn.Module, attached: Sequence[Tensor]) -> None:
@@ -161,7 +176,8 @@ def _check_structure(mode: GradientMode, module: nn.Module, loss: ExampleLoss, b
     bookkeeper = Bookkeeper(module)
     try:
         units = Units.one_each(len(next(iter(batch.values()))))
-        loss_B, _ = bookkeeper.forward(lambda: _run(loss, batch), units)
+        with _told():
+            loss_B, _ = bookkeeper.forward(lambda: _run(loss, batch), units)
     finally:
         bookkeeper.close()
     _check_nodes(loss_B)
@@ -190,32 +206,54 @@ def _nodes(loss_B: Tensor) -> Iterator[torch.autograd.graph.Node]:
 
 
 def _check_sum(
-    mode: GradientMode, module: nn.Module, loss: ExampleLoss, batch: Records, expected: Sequence[Tensor]
+    mode: GradientMode,
+    module: nn.Module,
+    loss: ExampleLoss,
+    batch: Records,
+    expected: Sequence[Tensor],
+    tolerance: float,
 ) -> None:
     """Compare what the mode sums with autograd's gradient of the same batch."""
     whole = float(torch.stack([_norm(g) for g in expected]).norm()) if expected else 0.0
-    try:
+    with _told():
         units = Units.one_each(EXAMPLES)
         sums = mode.clipped_sum(lambda b: _run(loss, b), batch, units, Clipping("flat", LARGEST_NORM)).sums
-    except BadInputError:
-        raise
-    except Exception as error:  # what autograd can do, the mode cannot, whatever the reason
-        raise BadInputError(
-            f"the gradient of single examples cannot be told ({type(error).__name__}: {error}); audit the model with "
-            "'conclave audit model', or try gradients = 'bookkeeping' or numeric = 'strict'"
-        ) from error
     if not whole < LARGEST_NORM / EXAMPLES:  # units that large, or not finite, are left out of every sum
         return
     named = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
     for (name, parameter), total, gradient in zip(named, sums, expected, strict=True):
         difference, size = float(_norm(total.double() - gradient.double())), float(_norm(gradient))
-        tolerance = _TOLERANCE.get(parameter.dtype, _FINE_TOLERANCE)
-        if difference > tolerance * (size + _FLOOR * whole):
+        allowed = _HALF_PARAMETER_TOLERANCE if parameter.dtype in _HALF else tolerance
+        if difference > allowed * (size + _FLOOR * whole):
             raise BadInputError(
                 f"the units' gradients of parameter {name} do not add up to autograd's: the layer is not what its rule "
-                "or sampler takes it for; register a rule for it (privacy.bookkeeping.layers.register), or use "
-                "gradients = 'bookkeeping'"
+                "or sampler takes it for, or the loss holds a gradient itself; register a rule for the layer "
+                "(privacy.bookkeeping.layers.register), or try gradients = 'bookkeeping' or numeric = 'strict'"
             )
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _tolerance(loss_B: Tensor) -> float:
+    """Return how far sums may be off: by what was computed on the way, autocast's share of it included."""
+    types = {kept.dtype for node in _nodes(loss_B) for kept in node._input_metadata}
+    return _HALF_TOLERANCE if types.intersection(_HALF) else _TOLERANCE
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn what fails only while it is watched into a refusal: what autograd can do, the mode cannot."""
+    try:
+        yield
+    except BadInputError:
+        raise
+    except Exception as error:
+        said = str(error).split("\n")[0][:200]
+        raise BadInputError(
+            f"the gradient of single examples cannot be told ({type(error).__name__}: {said}); audit the model with "
+            "'conclave audit model', or try gradients = 'bookkeeping' or numeric = 'strict'"
+        ) from error
 
 
 def _norm(x: Tensor) -> Tensor:

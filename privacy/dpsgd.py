@@ -456,7 +456,7 @@ class PrivateTraining:
     def _check_accounted(self, records: Records) -> None:
         check_unchanged(self._module, self._trained)
         if not self._accounted:
-            check_accounted(self._mode, self._module, self._loss, records)
+            check_accounted(self._mode, self._module, self._loss, records, among_owners=not self._contain)
             self._accounted = True
 
     def measured_room(self, records: Records) -> Room:

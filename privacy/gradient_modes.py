@@ -170,9 +170,14 @@ class _OpacusMode(ABC):
         self._forget()
         try:
             return self._sum(loss, batch, units, clipping)
-        except BaseException:
+        except BaseException as error:
             self.close()
             self._hooks = self._attached()
+            if isinstance(error, RuntimeError) and "BackwardHookFunction" in str(error):
+                raise BadInputError(
+                    "what a layer returned is changed in place (an activation with inplace=True, say), which "
+                    f"gradients {self.name!r} cannot see through; use inplace=False, or 'bookkeeping'"
+                ) from error
             raise
 
     def _forget(self) -> None:

@@ -91,6 +91,10 @@ _REFUSED: list[Refusal] = [
         "unit; use torch.nn.utils.parametrize.remove_parametrizations, or a layer that computes it in forward",
     ),
     (
+        lambda m: any(p is not None and p.is_complex() and p.requires_grad for p in m._parameters.values()),
+        "has complex parameters, whose gradients are not told; hold real and imaginary parts (torch.view_as_complex)",
+    ),
+    (
         lambda m: any(isinstance(p, UninitializedParameter) for p in m._parameters.values()),
         "has parameters without a shape; run it once on an example first",
     ),

@@ -201,6 +201,58 @@ def test_a_layer_that_changes_between_steps_is_used_as_it_is():
         assert relative_error(total, truth.sum(0)) < 1e-5
 
 
+def test_a_penalty_on_gradients_is_refused_however_little_it_weighs():
+    """Its second backward pass goes through weights that took no part in the graph."""
+    module = Model(lambda m, x: m["b"](torch.tanh(m["a"](x))), a=nn.Linear(6, 4), b=nn.Linear(4, 1))
+
+    def loss(batch):
+        x = batch["x"].clone().requires_grad_()
+        score = module(x)
+        (gradient,) = torch.autograd.grad(score.sum(), x, create_graph=True)
+        return score.square().sum(1) + 0.01 * gradient.square().sum(1)
+
+    assert "or the loss holds a gradient itself" in outcome(module, loss, {"x": rows(6)})
+
+
+@pytest.mark.parametrize("gradients", ["hooks", "ghost"])
+def test_an_activation_in_place_that_opacus_cannot_see_through_is_refused(gradients):
+    module = Model(lambda m, x: m["b"](F.relu(m["a"](x), inplace=True)), a=nn.Linear(6, 4), b=nn.Linear(4, 3))
+    assert "use inplace=False, or 'bookkeeping'" in outcome(module, module.loss, {"x": rows(6)}, gradients=gradients)
+    assert outcome(module, module.loss, {"x": rows(6)}) == RIGHT
+
+
+def test_a_model_that_cannot_be_watched_is_refused():
+    module = nn.Linear(6, 3)
+    mapped = torch.vmap(lambda x: module(x[None]).square().sum())
+    assert "cannot be told (RuntimeError" in outcome(module, lambda b: mapped(b["x"]), {"x": rows(6)})
+
+
+def test_a_branch_that_only_records_take_is_found_where_their_owner_alone_is_told():
+    module = Model(
+        lambda m, x: m["a"](x) if x.abs().max() < 50 else F.linear(x, m["a"].weight), a=nn.Linear(6, 3, bias=False)
+    )
+    assert OUTSIDE in outcome(module, module.loss, {"x": 100 * rows(6)})
+    mode = mode_for("bookkeeping", module)
+    accounted.check_accounted(mode, module, module.loss, {"x": 100 * rows(6)})  # as on a node
+
+
+def test_a_loss_that_is_wrapped_is_not_taken_for_another_in_the_same_wrapper():
+    module = Model(lambda m, x: m["a"](x), a=nn.Linear(6, 3))
+
+    def wrap(inner):
+        return lambda batch: inner(batch)
+
+    assert outcome(module, wrap(module.loss), {"x": rows(6)}) == RIGHT
+    penalised = wrap(lambda batch: module.loss(batch) + module.layers["a"].weight.sum())
+    assert OUTSIDE in outcome(module, penalised, {"x": rows(6)})
+
+
+def test_a_batch_that_is_changed_in_place_is_another_at_every_pass():
+    module = Model(lambda m, x: m["a"](x.mul_(2.0)), a=nn.Linear(6, 3))
+    with training(module, lambda b: module.loss({"x": b.pop("x")})) as attached:
+        attached.step({"x": rows(6)})
+
+
 def test_a_wrong_rule_is_found_by_the_sum():
     class Doubling(nn.Linear):
         def forward(self, x):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from privacy.gradient_modes import Records
 
-_SIZES = (2, 3, 17, 33, 65, 127, 256)
+_SIZES = (2, 3, 17, 33, 65, 100, 127, 256)
 """Even and odd, around powers of two, up to what training takes at once where memory allows."""
 _FEW = 40
 _MADE_UP = 16

@@ -166,8 +166,8 @@ def _over_tokens(x: Tensor, shape: list[int], units: Units) -> Tensor:
 
 @register(nn.GroupNorm)
 def group_norm(layer: nn.GroupNorm, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
-    """X [B, C, …], normalised within an example."""
-    normal = F.group_norm(inputs[0].value, layer.num_groups, eps=layer.eps)
+    """X [B, C] or [B, C, …], normalised within an example."""
+    normal, delta = F.group_norm(inputs[0].value, layer.num_groups, eps=layer.eps).unsqueeze(-1), delta.unsqueeze(-1)
     if wanted(layer.weight):
         yield layer.weight, PerUnit(step.units.add_up((delta * normal).flatten(2).sum(2)))
     if wanted(layer.bias):

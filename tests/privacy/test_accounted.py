@@ -221,6 +221,11 @@ def test_an_activation_in_place_that_opacus_cannot_see_through_is_refused(gradie
     assert outcome(module, module.loss, {"x": rows(6)}) == RIGHT
 
 
+def test_group_norm_of_plain_rows_is_right():
+    module = Model(lambda m, x: m["b"](m["a"](x)), a=nn.GroupNorm(2, 6), b=nn.Linear(6, 3))
+    assert outcome(module, module.loss, {"x": rows(6)}) == RIGHT
+
+
 def test_a_model_that_cannot_be_watched_is_refused():
     module = nn.Linear(6, 3)
     mapped = torch.vmap(lambda x: module(x[None]).square().sum())

@@ -130,8 +130,8 @@ def _check_alike(network: Network, batch: Batch) -> None:
     Draws of ``model.unit_random`` are a record's own and stay the same here.
     """
     network.train()
-    passes = [_losses(network, batch, seed) for seed in (_SEED, _SEED + 1)]
-    if not _near(*passes, _REPEATED):
+    once, again = (_losses(network, batch, seed) for seed in (_SEED, _SEED + 1))
+    if not _near(once, again, _REPEATED):
         raise BadInputError(
             "model: two passes over the same records differ, must not: draw with model.unit_random, and keep nothing "
             "from one pass for the next"
@@ -141,7 +141,7 @@ def _check_alike(network: Network, batch: Batch) -> None:
         among_fewer = _losses(network, fewer, _SEED)
     except Exception:  # of batches of one size alone: the step that follows tells
         return
-    if not _near(passes[0][:_FEWER], among_fewer, _AMONG_OTHERS):
+    if not _near(once[:_FEWER], among_fewer, _AMONG_OTHERS):
         raise BadInputError(
             "model: a record's loss depends on the records beside it, must not: normalise and route each by itself"
         )

@@ -238,9 +238,8 @@ def build_part(held):
 
 def test_what_its_code_remembers_does_not_outlive_a_charge(monkeypatch):
     """The second charge starts like the first: nothing but the committed release may carry over."""
-    monkeypatch.setattr(
-        rehearsal, "_check_alike", lambda *_: None
-    )  # it might remember what made-up records do not show
+    # It might remember what made-up records do not show.
+    monkeypatch.setattr("privacy.rehearsal._check_alike", lambda *_: None)
     config = own_config("sample_models:remembering", layers=1)
     document = {
         "model": config,

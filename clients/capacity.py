@@ -6,9 +6,9 @@ import resource
 from dataclasses import dataclass
 
 from clients.plan import Plan
-from model import BadInputError, HeldExperts, ModelConfig, parameters
+from model import HeldExperts, ModelConfig, parameters
 from privacy.dpsgd import DpSgd
-from privacy.physical_batch import Footprint, Room
+from privacy.physical_batch import Room
 from privacy.rehearsal import rehearse
 
 _PROGRAM_BYTES = {resource.RLIMIT_DATA: 448 << 20, resource.RLIMIT_AS: 1152 << 20}
@@ -74,21 +74,8 @@ def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
         declared_size=1,
     )
     footprint, most = rehearse(plan.model, mechanism, held), _batch_bytes()
-    check_batch(footprint, most)
+    footprint.check_fits(most)
     return footprint.room(most)
-
-
-def check_batch(footprint: Footprint, most: int) -> None:
-    """Refuse a model of which not one example fits into the bytes that a batch may take.
-
-    Raises:
-        BadInputError: it takes more.
-    """
-    if footprint.smallest > most:
-        raise BadInputError(
-            f"one example of this model takes {footprint.smallest / 2**20:.1f} MiB in training, "
-            f"must be at most the {most / 2**20:.1f} that a batch may take"
-        )
 
 
 @dataclass(frozen=True)

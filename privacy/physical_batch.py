@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from model.errors import BadInputError
 from model.experts import GroupedLinear
 from model.moe import MoELayer
 from privacy.memory_meter import MemoryMeter
@@ -52,6 +53,18 @@ class Footprint:
     def smallest(self) -> int:
         """Bytes of a batch of one example: with less than that nothing can be processed."""
         return self.of(1, 1)
+
+    def check_fits(self, memory_bytes: int) -> None:
+        """Refuse a model of which not one example fits into the bytes that a batch may take.
+
+        Raises:
+            BadInputError: it takes more.
+        """
+        if self.smallest > memory_bytes:
+            raise BadInputError(
+                f"one example of this model takes {self.smallest / 2**20:.1f} MiB in training, "
+                f"must be at most the {memory_bytes / 2**20:.1f} that a batch may take"
+            )
 
     def room(self, memory_bytes: int) -> Room:
         """Return what is processed at once where a batch may take so much; one example at least."""

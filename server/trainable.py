@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from clients.capacity import check_batch
 from model import HeldExperts
 from privacy.dpsgd import DpSgd
 from privacy.rehearsal import rehearse
@@ -30,4 +29,4 @@ def check_trainable(scenario: Scenario) -> None:
     every = plan.model.all_experts
     part: HeldExperts = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in every.items()}
     for held in (every, part) if plan.model.source is not None else (part,):
-        check_batch(rehearse(plan.model, mechanism, held), DpSgd.memory_bytes)  # more than that no node takes
+        rehearse(plan.model, mechanism, held).check_fits(DpSgd.memory_bytes)  # more than that no node takes

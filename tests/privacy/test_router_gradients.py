@@ -149,8 +149,22 @@ def test_a_step_repeats_and_a_units_draws_do_not_depend_on_company(name, make_co
     assert torch.equal(subject.sums(torch.arange(5)), together)
 
 
-@KINDS
-@pytest.mark.parametrize("options", [{}, {"gradients": "hooks"}, {"numeric": "strict"}])
+def audited(kinds_always, options):
+    """Every kind with these options: audits take seconds, so some run by `make soak` only."""
+    return [
+        pytest.param(kind, options, marks=() if kind in kinds_always else pytest.mark.slow, id=f"{kind}-{options}")
+        for kind in ROUTERS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *audited(ROUTERS, {}),
+        *audited({"softmax", "policy"}, {"gradients": "hooks"}),
+        *audited({"softmax", "policy"}, {"numeric": "strict"}),
+    ],
+)
 def test_the_model_audit_passes(name, options):
     network = build(router_config(name), 3)
     findings = audit_model(Subject(network, network.loss, batch_for(network.config, 6), replace(QUICK, **options)))
@@ -158,10 +172,10 @@ def test_the_model_audit_passes(name, options):
     assert [(f.check, f.violation) for f in findings if f.violation] == []
 
 
-@KINDS
-def test_the_model_audit_passes_on_text(name):
+@pytest.mark.parametrize(("name", "options"), audited({"softmax", "policy"}, {}))
+def test_the_model_audit_passes_on_text(name, options):
     network = build(router_text_config(name), 3)
-    findings = audit_model(Subject(network, network.loss, batch_for(network.config, 4), QUICK))
+    findings = audit_model(Subject(network, network.loss, batch_for(network.config, 4), replace(QUICK, **options)))
     assert [(f.check, f.violation) for f in findings if f.violation] == []
 
 

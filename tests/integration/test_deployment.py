@@ -116,7 +116,11 @@ def test_the_server_tells_its_monitoring_how_the_run_went(federation):
 
 
 def test_a_spent_budget_refuses_the_next_run(federation):
-    """After the run above; each scenario would take the whole budget again."""
+    """After the run above, whose approval is used up; each scenario would take the whole budget again."""
+    unasked = federation.call("train", "patients.toml", "--superlink", "server/operator")
+    assert (unasked.returncode, "3 × awaiting-approval" in unasked.stderr) == (2, True)
+    for name in NODES:
+        federation.must("node", "approve", name, plan_of(federation)[:12])
     again = federation.call("train", "patients.toml", "--superlink", "server/operator")
     assert (again.returncode, "3 × budget-exhausted" in again.stderr) == (2, True)
     for name in NODES:

@@ -151,6 +151,12 @@ def test_a_round_that_everybody_refuses_ends_the_run_and_says_why(tmp_path):
     assert (line["refused"], line["changed"]) == ({"budget-exhausted": 3}, False)
 
 
+def test_a_round_that_everybody_was_charged_for_already_does_not_end_the_run(tmp_path):
+    """A server that came back from an older copy: nodes sit the round out, and take part in the next."""
+    directory = run_with(Refusing({(1, 11), (1, 12), (1, 13)}, code="already-charged"), tmp_path)
+    assert [line["accepted"] for line in directory.metrics()] == [0, 3]
+
+
 def test_a_round_that_one_node_answers_goes_on(tmp_path):
     directory = run_with(Refusing({(1, 11), (1, 12), (2, 13)}), tmp_path)
     assert [line["accepted"] for line in directory.metrics()] == [1, 2]

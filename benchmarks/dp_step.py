@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--modes", default="bookkeeping,ghost,hooks")
+    parser.add_argument("--model", default="", help="only models whose name has this in it")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scaling", action="store_true", help="time against 8, 16, 32 and 64 experts")
@@ -235,6 +236,8 @@ def main() -> None:
         show(measure(*decoder(DECODERS[0], dtype, options.device), ["bookkeeping", "strict"], 3))
     else:
         for name, model, batch in models(dtype, options.device):
+            if options.model not in name:
+                continue
             show(measure(name, model, batch, options.modes.split(","), options.rounds))
 
 

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privacy.randomness import BLOCK, fill_normal
+from privacy.randomness import BLOCK, TOGETHER, fill_normal
 
 _WORTH_A_THREAD = 1 << 17  # values: 3 ms of drawing
-_PIECE = 8 * BLOCK  # a quarter of a MiB stays in the cache for what is done to it
+_PIECE = TOGETHER * BLOCK  # half a MiB stays in the cache for what is done to it
 _one_core = False
 
 

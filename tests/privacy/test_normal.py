@@ -42,7 +42,7 @@ def naive(words):
 
 def box_muller(words):
     out = np.empty(words.shape)
-    _box_muller(words, out, np.empty((3, words.shape[1])))
+    _box_muller(words, out, torch.empty(3, words.shape[1], dtype=torch.float64))
     return out
 
 

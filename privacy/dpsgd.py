@@ -10,6 +10,9 @@ Built on Opacus's ``DPOptimizer`` and its samplers; what differs, and why:
 * Noise comes from the node's secret and is added to every trained parameter, also experts no token reached.
 * An empty Poisson batch is a step of pure noise.
 
+The mechanism's parameters are in :mod:`privacy.dpsgd_mechanism`, its steps in :mod:`privacy.private_training`; a step
+adds up clipped gradients (:mod:`privacy.accumulation`) and noises the sum (:mod:`privacy.unit_optimizer`).
+
 Guarantee: with noise multiplier σ and rate q, one step is the Poisson-subsampled Gaussian mechanism with sensitivity 1
 in units of ``clip`` under add/remove of one unit (Abadi et al. 2016, arXiv:1607.00133). At numeric level ``fast`` this
 assumes that weights do not amplify rounding across units; at ``strict`` it does not (see docs/privacy.md).

@@ -9,7 +9,7 @@ from clients.plan import Plan
 from model import HeldExperts, ModelConfig, parameters
 from privacy.dpsgd import DpSgd
 from privacy.physical_batch import Room
-from privacy.rehearsal import rehearse
+from privacy.rehearsal import rehearse, tried_mechanism
 
 _PROGRAM_BYTES = {resource.RLIMIT_DATA: 448 << 20, resource.RLIMIT_AS: 1152 << 20}
 """What interpreter and libraries take of either limit; measured with torch 2.13: 415 and 926 MiB."""
@@ -64,15 +64,7 @@ def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
     Raises:
         BadInputError: the model cannot be trained as the plan asks, or one example takes more memory than there is.
     """
-    mechanism = DpSgd.of(
-        plan.privacy,
-        steps=1,
-        learning_rate=plan.training.learning_rate,
-        optimizer=plan.training.optimizer,
-        noise_multiplier=plan.noise_multiplier,
-        load_share=plan.load_share,
-        declared_size=1,
-    )
+    mechanism = tried_mechanism(plan.privacy, plan.noise_multiplier, plan.load_share)
     footprint, most = rehearse(plan.model, mechanism, held), _batch_bytes()
     footprint.check_fits(most)
     return footprint.room(most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from clients.plan import Plan
@@ -37,31 +38,19 @@ class PlannedCharges:
 def charges_of(plan: Plan, run_id: str, *, seeded: bool) -> tuple[PlannedCharges, ...]:
     """Return everything that a plan charges a node, training first."""
     rounds = plan.rounds
-    training = PlannedCharges(
-        charge=training_charge(plan, run_id, seeded=seeded),
-        side="training",
-        count=rounds,
-        is_due=lambda round_number: 1 <= round_number <= rounds,
-    )
-    every = [training]
+
+    def planned(charge: ChargeRequest, side: Side, count: int, due: Callable[[int], bool]) -> PlannedCharges:
+        return PlannedCharges(
+            charge=charge, side=side, count=count, is_due=lambda number: 1 <= number <= rounds and due(number)
+        )
+
+    every = [planned(training_charge(plan, run_id, seeded=seeded), "training", rounds, lambda _: True)]
     if (affinity := plan.affinity) is not None:
-        every.append(
-            PlannedCharges(
-                charge=choice_charge(plan, affinity, run_id, seeded=seeded),
-                side="training",
-                count=affinity.count(rounds),
-                is_due=lambda round_number: training.is_due(round_number) and affinity.due(round_number),
-            )
-        )
+        charge = choice_charge(plan, affinity, run_id, seeded=seeded)
+        every.append(planned(charge, "training", affinity.count(rounds), affinity.due))
     if (evaluation := plan.evaluation) is not None:
-        every.append(
-            PlannedCharges(
-                charge=evaluation_charge(plan, evaluation, run_id, seeded=seeded),
-                side="held-out",
-                count=evaluation.count(rounds),
-                is_due=lambda round_number: training.is_due(round_number) and evaluation.due(round_number, rounds),
-            )
-        )
+        charge = evaluation_charge(plan, evaluation, run_id, seeded=seeded)
+        every.append(planned(charge, "held-out", evaluation.count(rounds), partial(evaluation.due, rounds=rounds)))
     return tuple(every)
 
 

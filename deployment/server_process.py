@@ -140,9 +140,8 @@ def _directory(server: ServerDirectory, asked: dict[str, str], flower_run: str) 
     name = asked.get("resume", "")
     if not name:
         scenario = parse_scenario(asked.get("scenario", ""), where="scenario")
-        run = RunDirectory.create(
-            scenario, fresh_directory(scenario.name, server.runs / _unused(server, scenario.name))
-        )
+        folder = fresh_directory(scenario.name, server.runs / _unused(server, scenario.name))
+        run = RunDirectory.create(scenario, folder, mode="deployment")
         (run.path / "run-id").write_text(flower_run)
         return run, flower_run
     if Path(name).name != name or len(name) > _LONGEST_NAME or not (server.runs / name / "run-id").is_file():

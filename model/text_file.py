@@ -6,6 +6,7 @@ import codecs
 from pathlib import Path
 
 from model.errors import BadInputError
+from model.file_content import read_content
 
 MOST_BYTES = 1 << 28
 """What is read of a file: more than anything that people write, and than the longest run's metrics."""
@@ -28,13 +29,7 @@ def read_text(path: Path, what: str) -> str:
         BadInputError: it cannot be read, is too large, or is no text in UTF-8.
     """
     refusal = f"{path}: cannot be read, must be {what}"
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise BadInputError(f"{refusal}: {error.strerror}") from error
-    if len(content) > MOST_BYTES:
-        raise BadInputError(f"{refusal}: it has more than {MOST_BYTES} bytes")
+    content = read_content(path, refusal, MOST_BYTES)
     if (encoding := other_encoding(content)) is not None:
         raise BadInputError(f"{refusal}: it is text in {encoding}, must be saved as UTF-8")
     try:

@@ -18,8 +18,9 @@ from model.errors import BadInputError
 from model.network import Batch, Network
 from model.own import said
 from model.unit_random import drawing_from
+from privacy.config import PrivacyConfig
 from privacy.dpsgd import DpSgd, PrivateTraining
-from privacy.local_optimizers import make_optimizer
+from privacy.local_optimizers import SgdConfig, make_optimizer
 from privacy.physical_batch import TRIED, Footprint, measured
 from privacy.randomness import per_unit_uniform
 
@@ -30,11 +31,24 @@ _REPEATED, _AMONG_OTHERS = 1e-5, 1e-2
 bfloat16 shows with the size of a batch."""
 
 
+def tried_mechanism(config: PrivacyConfig, noise_multiplier: float | None, load_share: float) -> DpSgd:
+    """Return what the training of a plan is rehearsed with: of it, how it takes gradients counts alone."""
+    return DpSgd.of(
+        config,
+        steps=1,
+        learning_rate=1.0,
+        optimizer=SgdConfig(),
+        noise_multiplier=noise_multiplier,
+        load_share=load_share,
+        declared_size=1,
+    )
+
+
 def rehearse(model: ModelConfig, mechanism: DpSgd, held: HeldExperts | None = None) -> Footprint:
     """Train a model with fresh weights on made-up records, once per process for each kind of plan.
 
     Args:
-        mechanism: what trains it. Only how it takes gradients counts.
+        mechanism: what trains it, see :func:`tried_mechanism`. Only how it takes gradients counts.
         held: the experts it is trained with. By default as few as a token needs; all, of a model of the user's own.
 
     Returns:

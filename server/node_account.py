@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -18,6 +17,7 @@ from privacy.ledger import (
     Reservation,
     StoredReply,
 )
+from privacy.ledger.entry import Mode
 from privacy.ledger.heads import public_hex
 from privacy.ledger.keys import create_key, load_key
 from privacy.ledger.machine import machine_id
@@ -115,7 +115,7 @@ def _seeded_key(seed: int) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(derive(seed.to_bytes(32, "big"), "node-level ledger key"))
 
 
-def _genesis(config: NodePrivacyConfig, key: Ed25519PrivateKey, mode: Literal["simulation", "deployment"]) -> Genesis:
+def _genesis(config: NodePrivacyConfig, key: Ed25519PrivateKey, mode: Mode) -> Genesis:
     return Genesis.new(
         public_key=public_hex(key),
         dataset_id="nodes",

@@ -172,8 +172,6 @@ class _RunAudit:
     def _constants(self, genesis: Genesis) -> Iterator[str]:
         """Compare what a ledger was begun with, as far as a plan fixes it."""
         wanted = {"unit": self.plan.privacy.unit, "adjacency": "add-or-remove-one"}
-        if self.run.keeps_ledgers:
-            wanted["mode"] = "simulation"
         wanted["order"] = decimal(fixed_order(float(genesis.epsilon), float(genesis.delta)))
         if genesis.mode == "simulation":  # elsewhere the owner decides these
             privacy, evaluation = self.scenario.privacy, self.scenario.evaluation
@@ -185,6 +183,8 @@ class _RunAudit:
             stated = getattr(genesis, name)
             if stated != value:
                 yield f"genesis: {name} is {shown(stated)}, must be {value} by the run's scenario"
+        if self.run.mode not in (None, genesis.mode):
+            yield f"genesis: mode is {shown(genesis.mode)}, must be {self.run.mode}, which the run was"
 
     def _compare(self, name: str, entry: Entry, kept: KeptReceipt, kind: str | None) -> None:
         where = f"{name}: round {kept.round}"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from model import BadInputError, ModelConfig, save_model
 from model.store import append_durably, write_atomically
 from model.text_file import read_text
 from privacy.code_identity import code_hash
+from privacy.ledger.entry import Mode
 from server.scenario import Scenario, read_scenario
 
 _TESTED_PACKAGES = ("conclave-moe", "torch", "flwr", "flwr-datasets", "opacus", "dp-accounting", "numpy")
@@ -29,15 +30,18 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def create(cls, scenario: Scenario, out: Path | None = None) -> RunDirectory:
+    def create(cls, scenario: Scenario, out: Path | None = None, *, mode: Mode = "simulation") -> RunDirectory:
         """Create the directory: exactly ``out``, or ``runs/<scenario>-<utc time>``.
+
+        Args:
+            mode: what the nodes' ledgers of this run are.
 
         Raises:
             BadInputError: the directory is not empty, or cannot be created.
         """
         out = fresh_directory(scenario.name, out)
         run = cls(out)
-        write_atomically(out / "environment.json", json.dumps(_environment(scenario.seed), indent=2).encode())
+        write_atomically(out / "environment.json", json.dumps(_environment(scenario.seed, mode), indent=2).encode())
         write_atomically(out / "scenario.toml", scenario.to_toml().encode())  # last: it makes this a run directory
         return run
 
@@ -96,9 +100,15 @@ class RunDirectory:
         return sorted((self.path / "ledgers").glob("*.db"))
 
     @property
-    def keeps_ledgers(self) -> bool:
-        """Whether the nodes' ledgers were begun in here, as a simulation's are, wherever they lie now."""
-        return (self.path / "ledgers").is_dir()
+    def mode(self) -> Mode | None:
+        """What the nodes' ledgers must be; None where an older run does not say, or its environment is damaged."""
+        if (self.path / "ledgers").is_dir():  # where a simulation's are begun, wherever they lie now
+            return "simulation"
+        try:
+            stated = self.environment.get("mode")
+        except BadInputError:
+            return None
+        return next((mode for mode in get_args(Mode) if mode == stated), None)
 
     @property
     def held_out_ledgers(self) -> list[Path]:
@@ -198,12 +208,13 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def _environment(seed: int) -> dict[str, Any]:
+def _environment(seed: int, mode: Mode) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "seed": seed,
+        "mode": mode,
         "commit": _git_commit(),
         "code": [code_hash()],
         "packages": {name: _version(name) for name in _TESTED_PACKAGES},

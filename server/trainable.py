@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from model import HeldExperts
 from privacy.dpsgd import DpSgd
-from privacy.rehearsal import rehearse
+from privacy.rehearsal import rehearse, tried_mechanism
 from server.scenario import Scenario
 
 
@@ -17,15 +17,7 @@ def check_trainable(scenario: Scenario) -> None:
         BadInputError: the model cannot be built, or not be trained as the scenario asks.
     """
     plan = scenario.plan()
-    mechanism = DpSgd.of(
-        plan.privacy,
-        steps=1,
-        learning_rate=plan.training.learning_rate,
-        optimizer=plan.training.optimizer,
-        noise_multiplier=plan.noise_multiplier,
-        load_share=plan.load_share,
-        declared_size=1,
-    )
+    mechanism = tried_mechanism(plan.privacy, plan.noise_multiplier, plan.load_share)
     every = plan.model.all_experts
     part: HeldExperts = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in every.items()}
     for held in (every, part) if plan.model.source is not None else (part,):

@@ -20,6 +20,7 @@ from data.formats.values import number_of
 from data.sources import load as load_data
 from model import BadInputError, Network, load
 from model.config import BytesConfig, ImageConfig, TableConfig
+from model.file_content import read_content
 
 _MOST_BYTES = 1 << 30
 _TESTS = {"digits": DataConfig(source="digits"), "mnist": DataConfig(source="mnist", test_records=10_000)}
@@ -163,11 +164,4 @@ def _read_image(path: Path, config: ImageConfig) -> np.ndarray:
 
 
 def _content(path: Path) -> bytes:
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise BadInputError(f"{path}: cannot be read ({error.strerror}), must be an input of the model's") from error
-    if len(content) > _MOST_BYTES:
-        raise BadInputError(f"{path}: has more than {_MOST_BYTES} bytes, must be at most that")
-    return content
+    return read_content(path, f"{path}: cannot be read, must be an input of the model's", _MOST_BYTES)

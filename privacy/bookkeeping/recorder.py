@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,23 @@ class _Found:
     def _settle(self, parameter: Tensor, contribution: Contribution) -> None:
         self._measured.append(contribution.measure())
         self._found[parameter] = contribution
+
+
+class _Call(NamedTuple):
+    """One run of a layer: its name, its own parameters by name, what it was given and what it returned."""
+
+    name: str
+    own: Mapping[str, Tensor]
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    def inputs(self) -> list[Any]:
+        """Return what it was given in the order of its forward pass's parameters, however it was passed."""
+        if not self.kwargs:
+            return list(self.args)
+        return list(inspect.signature(self.layer.forward).bind(*self.args, **self.kwargs).arguments.values())
 
 
 class Bookkeeper:
@@ -244,16 +261,16 @@ class Bookkeeper:
             return None
         for parameter in own.values():
             parameter.requires_grad_(True)
-        inputs, rule = _in_order(layer, args, kwargs), rule_for(layer)
+        call = _Call(name, own, layer, args, kwargs, output)
+        inputs, rule = call.inputs(), rule_for(layer)
         if rule is not None and all(x is None or isinstance(x, Tensor) for x in inputs):
-            return self._ruled(name, own, layer, rule, [x for x in inputs if x is not None], output)
+            return self._ruled(call, rule, [x for x in inputs if x is not None])
         if rule in rules_by_row:
             raise BadInputError(f"layer {name} ({type(layer).__name__}) must be given tensors only")
-        return self._expanded(name, own, layer, args, kwargs, output)
+        return self._expanded(call)
 
-    def _ruled(
-        self, name: str, own: Mapping[str, Tensor], layer: nn.Module, rule: Rule, tensors: Sequence[Tensor], output: Any
-    ) -> Tensor | None:
+    def _ruled(self, call: _Call, rule: Rule, tensors: Sequence[Tensor]) -> Tensor | None:
+        name, layer, output = call.name, call.layer, call.output
         if not isinstance(output, Tensor) or not tensors:
             raise BadInputError(f"layer {name} ({type(layer).__name__}) must map tensors to one tensor")
         state = self._pass
@@ -267,24 +284,18 @@ class Bookkeeper:
             # The edge is of this very output, whatever is done in place to it later.
             edge = get_gradient_edge(output)
             kept = [state.keep(x) for x in tensors]
-            state.uses.append(Ruled(name, layer, list(own.values()), rule, kept, [edge]))
+            state.uses.append(Ruled(name, layer, list(call.own.values()), rule, kept, [edge]))
         return replaced
 
-    def _expanded(
-        self,
-        name: str,
-        own: Mapping[str, Tensor],
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> Any:
+    def _expanded(self, call: _Call) -> Any:
         state = self._pass
         examples = self._examples if state is None else state.units.examples
         self._examples = examples
-        named = f"layer {name or '(the model)'} ({type(layer).__name__})"
+        named = f"layer {call.name or '(the model)'} ({type(call.layer).__name__})"
         try:
-            output, copies = run_expanded(named, layer, list(own), args, kwargs, output, examples)
+            output, copies = run_expanded(
+                named, call.layer, list(call.own), call.args, call.kwargs, call.output, examples
+            )
         except BadInputError:
             raise
         except Exception as error:  # of the layer's own code, of whatever kind
@@ -295,15 +306,8 @@ class Bookkeeper:
                 "random numbers or branches on values; register a rule for it (privacy.bookkeeping.layers.register)"
             ) from error
         if state is not None:
-            state.uses.append(Expanded(list(own.values()), copies))
+            state.uses.append(Expanded(list(call.own.values()), copies))
         return output
-
-
-def _in_order(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return what a layer was given in the order of its forward pass's parameters, however it was passed."""
-    if not kwargs:
-        return list(args)
-    return list(inspect.signature(layer.forward).bind(*args, **kwargs).arguments.values())
 
 
 def _check_rows(name: str, layer: nn.Module, x: Tensor, output: Tensor, examples: int) -> None:

@@ -18,6 +18,7 @@ FORMAT_VERSION = 2
 INFINITE = "inf"
 
 Side = Literal["training", "held-out"]
+Mode = Literal["simulation", "deployment"]
 
 State = Literal["RESERVED", "COMMITTED", "ABANDONED", "ADMITTED", "CLOSED", "ROTATED", "RESTORED", "MIGRATED"]
 """RESERVED → COMMITTED | ABANDONED is the life of a charge, ADMITTED → CLOSED of the budget set aside for a plan. The
@@ -60,7 +61,7 @@ class Genesis(Hashed):
     delta: str
     order: str
     rdp_budget: str
-    mode: Literal["simulation", "deployment"]
+    mode: Mode
     machine_id: str
     public_key: str
     time: str
@@ -85,7 +86,7 @@ class Genesis(Hashed):
         unit: str,
         epsilon: float,
         delta: float,
-        mode: Literal["simulation", "deployment"],
+        mode: Mode,
         machine_id: str,
         held_out: float = 0.0,
         side: Side = "training",

@@ -23,7 +23,8 @@ from test_deployment_node import edit, folder  # noqa: F401  (a fixture)
 
 from clients.node_directory import NodeDirectory
 from clients.protocol import Closed, Refusal, encode
-from deployment import environment, service_unit
+from data.shipped_scenarios import find
+from deployment import environment, server_process, service_unit
 from deployment.health import ask_health
 from deployment.logs import JsonLines, RotatingLog
 from deployment.monitoring import HOST, monitoring
@@ -212,6 +213,15 @@ def test_a_node_tells_its_monitoring_what_the_server_knows_too(folder):  # noqa:
     assert values["conclave_epsilon_spent", "training"] == 0.0
     assert values["conclave_epsilon_budget", "held-out"] == 4.0
     assert values[("conclave_node_paused",)] == 1.0
+
+
+def test_a_run_on_a_server_says_that_its_nodes_are_deployed(tmp_path):
+    """Audits compare its ledgers with that; going on with it does not change it."""
+    server = ServerDirectory.create(tmp_path / "fed", ["localhost"], port=443, days=30)
+    run, number = server_process._directory(server, {"scenario": find("digits").read_text()}, "5")
+    assert (run.mode, number) == ("deployment", "5")
+    again, number = server_process._directory(server, {"resume": run.path.name}, "6")
+    assert (again.path, again.mode, number) == (run.path, "deployment", "5")
 
 
 def units(tmp_path, folder):  # noqa: F811

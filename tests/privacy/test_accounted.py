@@ -254,8 +254,13 @@ def test_a_loss_that_is_wrapped_is_not_taken_for_another_in_the_same_wrapper():
 
 def test_a_batch_that_is_changed_in_place_is_another_at_every_pass():
     module = Model(lambda m, x: m["a"](x.mul_(2.0)), a=nn.Linear(6, 3))
+    records = {"x": rows(6)}
     with training(module, lambda b: module.loss({"x": b.pop("x")})) as attached:
-        attached.step({"x": rows(6)})
+        sums = attached.sums_without_noise(records, UnitIndex(UNITS), torch.arange(UNITS))
+    assert torch.equal(records["x"], rows(6))
+    loss = torch.sin(module.layers["a"](2.0 * rows(6))).sum()
+    truth = torch.autograd.grad(loss, list(module.parameters()))
+    assert relative_error(torch.cat([s.flatten() for s in sums]), torch.cat([g.flatten() for g in truth])) < 1e-4
 
 
 def test_a_wrong_rule_is_found_by_the_sum():

@@ -16,8 +16,9 @@ from router_samples import ROUTERS, router_config, router_text_config
 from scipy import stats
 from torch import nn
 
-import privacy.dpsgd
 import privacy.load_histogram
+import privacy.private_training
+import privacy.unit_optimizer
 from model import BadInputError, build
 from model.moe import MoELayer
 from model.routers import Routing
@@ -273,7 +274,8 @@ def test_no_secret_is_used_twice(monkeypatch):
         used.append(secret)
         return standard_normal(secret, count)
 
-    monkeypatch.setattr(privacy.dpsgd, "standard_normal", recorded)
+    monkeypatch.setattr(privacy.private_training, "standard_normal", recorded)
+    monkeypatch.setattr(privacy.unit_optimizer, "standard_normal", recorded)
     monkeypatch.setattr(privacy.load_histogram, "standard_normal", recorded)
     network = build(make_config(), seed=3)
     with training_of(network, replace(MECHANISM, clipping="adaptive")) as training:

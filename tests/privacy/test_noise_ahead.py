@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import make_batch, make_config
 
-import privacy.dpsgd
 import privacy.noise_ahead
+import privacy.unit_optimizer
 from model import build
 from privacy.dpsgd import DpSgd, PrivateTraining
 from privacy.noise_ahead import NoiseAhead, keep_to_one_core, worth_a_thread
 from privacy.randomness import BLOCK, derive, fill_normal, standard_normal
+from privacy.unit_index import UnitIndex
 
 SECRET = derive(bytes(32), "noise ahead")
 LENGTHS = [3, 70 * BLOCK + 5, 0, BLOCK]
@@ -36,7 +37,7 @@ def noise_threads():
 
 
 def drawn_ahead(monkeypatch, always):
-    monkeypatch.setattr(privacy.dpsgd, "worth_a_thread", lambda values: always)
+    monkeypatch.setattr(privacy.unit_optimizer, "worth_a_thread", lambda values: always)
 
 
 def test_blocks_from_the_middle_are_those_of_the_whole():
@@ -109,7 +110,7 @@ def test_steps_are_the_same_to_the_last_bit(monkeypatch, options):
             super().__init__(*args)
             begun.append(len(self))
 
-    monkeypatch.setattr(privacy.dpsgd, "NoiseAhead", Counted)
+    monkeypatch.setattr(privacy.unit_optimizer, "NoiseAhead", Counted)
     for ahead in (False, True):
         drawn_ahead(monkeypatch, ahead)
         network = build(make_config(), seed=3)
@@ -125,12 +126,12 @@ def test_steps_are_the_same_to_the_last_bit(monkeypatch, options):
 
 def test_gradients_are_sum_and_noise_in_double_precision(monkeypatch):
     """In chunks or not: the value of every coordinate, rounded once."""
-    monkeypatch.setattr(privacy.dpsgd, "_CHUNK", 7)
+    monkeypatch.setattr(privacy.unit_optimizer, "_CHUNK", 7)
     network = build(make_config(), seed=3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     with PrivateTraining(network, optimizer, network.loss, MECHANISM, SECRET) as training:
         chosen = training.sample(8)
-        index = privacy.dpsgd.UnitIndex(8)
+        index = UnitIndex(8)
         sums = training.sums_without_noise(make_batch(8), index, chosen)
         got = training.noised_gradients(make_batch(8), index)
     for number, (total, gradient) in enumerate(zip(sums, got, strict=True)):

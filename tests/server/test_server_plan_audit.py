@@ -265,6 +265,19 @@ def test_all_ledgers_of_a_simulation_cannot_pass_for_deployed_ones(run):
     assert len([f for f in result.findings if "mode is 'deployment', must be simulation" in f]) == len(paths)
 
 
+@pytest.mark.parametrize("stated", ["deployment", None, "anything"])
+def test_all_ledgers_of_a_deployed_run_cannot_pass_for_simulated_ones(run, stated, tmp_path):
+    """Seeded noise and training without privacy would pass with them. What does not say its mode is an older run."""
+    paths = [path.rename(tmp_path / f"{number}.jsonl") for number, path in enumerate(exported(run))]
+    shutil.rmtree(run.path / "ledgers")
+    shutil.rmtree(run.path / "held-out")
+    document = run.environment | {"mode": stated}
+    (run.path / "environment.json").write_text(json.dumps(document))
+    told = [f for f in audit_run(run, paths).findings if "genesis: mode is" in f]
+    must = "mode is 'simulation', must be deployment, which the run was"
+    assert [must in finding for finding in told] == [True] * (len(paths) if stated == "deployment" else 0)
+
+
 def test_one_lie_in_many_entries_is_one_finding_that_names_the_first(run):
     result, ledger = audit_of(run, stating("train", numeric="strict"))
     told = f"{ledger}: entry 2 and {ROUNDS - 1} more: numeric is strict, the plan says fast"

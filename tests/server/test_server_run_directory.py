@@ -24,6 +24,7 @@ def test_what_was_written_is_read_back(tmp_path, scenario):
     run = RunDirectory.open(created.path)
     assert run.scenario == scenario
     assert run.environment["seed"] == 5
+    assert run.mode == "simulation"
     assert run.environment["packages"]["torch"]
     assert run.ledgers == []
     lines = [{"round": 1, "accuracy": 0.1}, {"round": 2, "accuracy": 1 / 3}]

@@ -52,7 +52,7 @@ from privacy.load_histogram import DELTA, LOADS, LoadHistogram, noise_parts
 from privacy.local_optimizers import NoiseCorrectedAdam, OptimizerConfig, SgdConfig, make_optimizer
 from privacy.mechanisms import LARGEST_NOISE, MOST_STEPS
 from privacy.noise_ahead import NoiseAhead, SharedWork, worth_a_thread
-from privacy.physical_batch import MOST, TRIED, Footprint, Room, measured
+from privacy.physical_batch import MEMORY_BYTES, MOST, TRIED, Footprint, Room, measured
 from privacy.randomness import derive, per_unit_uniform, standard_normal
 from privacy.sampling import poisson_sample
 from privacy.unit_index import PhysicalBatch, UnitIndex
@@ -96,7 +96,7 @@ class DpSgd:
     records_per_unit: int | None = None
     optimizer: OptimizerConfig = field(default_factory=SgdConfig)
     physical_batch: int | None = None
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = MEMORY_BYTES
     load_share: float = 0.0
 
     def __post_init__(self) -> None:

@@ -251,11 +251,41 @@ def test_a_non_empty_out_is_refused_and_left_alone(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_help_imports_no_heavy_library():
-    code = "import sys, conclave\nsys.argv = ['conclave', '--help']\ntry: conclave.main()\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'flwr', 'opacus', 'matplotlib', 'pydantic'} & set(sys.modules)"
+def loaded_by(*commands: tuple[str, ...]) -> list[set[str]]:
+    """Run commands one after the other in one new process; return all that each and those before it have loaded."""
+    code = f"""
+import json, sys, conclave
+for command in {commands!r}:
+    sys.argv = ["conclave", *command]
+    try:
+        conclave.main()
+    except SystemExit:
+        pass
+    print(json.dumps([name for name in sys.modules if "." not in name]), file=sys.__stderr__)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return [set(json.loads(line)) for line in done.stderr.splitlines() if line.startswith("[")]
+
+
+HEAVY = {"torch", "flwr", "opacus", "dp_accounting", "scipy", "sympy", "datasets", "sklearn", "matplotlib", "pandas"}
+NOT_FOR_READING = HEAVY - {"torch", "flwr", "dp_accounting", "scipy"}
+IMPORT_NOTHING_HEAVY = (("--help",), ("--version",), ("audit", "--help"), ("node", "init", "--help"))
+IMPORT_NO_TRAINING = (
+    ("simulate", "digits", "--engine", "cloud"), ("simulate", "--resume", "nowhere", "--seed", "3"), ("scenarios",),
+    ("simulate", "digit"), ("plan", "digit"), ("audit", "model", "digit"), ("schema", "receipt"), ("health", "nowhere"),
+    ("status", "--superlink", "nowhere"), ("server", "unit", "nowhere"), ("audit", "ledger", "nowhere"),
+    ("audit", "run", "nowhere"), ("node", "budget", "nowhere"), ("node", "check", "nowhere"),
+    *(("node", command, "nowhere") for command in ("unit", "approve", "pause", "resume", "claim", "restore", "start")),
+)  # fmt: skip
+"""Each ends in a sentence or a list, once it has loaded what it needs. Opacus takes longer to load than all else."""
+
+
+def test_a_command_imports_no_library_that_it_does_not_need():
+    needless = [HEAVY | {"pydantic"}] * len(IMPORT_NOTHING_HEAVY) + [NOT_FOR_READING] * len(IMPORT_NO_TRAINING)
+    commands = (*IMPORT_NOTHING_HEAVY, *IMPORT_NO_TRAINING)
+    for command, libraries, loaded in zip(commands, needless, loaded_by(*commands), strict=True):
+        assert not libraries & loaded, command
 
 
 def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):

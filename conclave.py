@@ -1,6 +1,7 @@
 """The command line: every command of Conclave in one place.
 
-Heavy libraries are imported inside the commands that need them, so that ``conclave --help`` answers at once.
+Heavy libraries are imported inside the commands that need them, so that ``conclave --help`` answers at once; those of
+training once a command's input has been read, so that a misspelt scenario does not wait for them either.
 """
 
 from __future__ import annotations
@@ -95,18 +96,22 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine and write a run directory with a report."""
+    kind = _engine(engine)
+    if resume is not None:
+        _refuse_beside_resume(scenario=scenario, set=overrides, seed=seed, out=out, baseline=baseline)
+
     from server.run_directory import RunDirectory
+
+    if resume is None:
+        resolved = _scenario(scenario or "digits", overrides or [], seed)
+    else:
+        resolved = _with_own_code(RunDirectory.open(resume).scenario)
+
     from simulations.baseline_run import run_baseline
     from simulations.report import write_report
     from simulations.simulate import simulate as run_simulation
     from simulations.tables import print_summary
 
-    kind = _engine(engine)
-    if resume is None:
-        resolved = _scenario(scenario or "digits", overrides or [], seed)
-    else:
-        _refuse_beside_resume(scenario=scenario, set=overrides, seed=seed, out=out, baseline=baseline)
-        resolved = _with_own_code(RunDirectory.open(resume).scenario)
     if baseline is not None:
         other = _baseline(baseline)
         runs = resolved.nodes if other == "alone" else 1
@@ -134,10 +139,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a scenario will cost before anything runs: noise, epsilon, bytes, steps, expected time."""
+    resolved = _scenario(scenario, overrides or [], None)
+
     from simulations.plan import plan as work_out
     from simulations.tables import print_plan
 
-    resolved = _scenario(scenario, overrides or [], None)
     estimate = work_out(resolved)
     print_plan(estimate)
     _warn_of_budget(resolved)
@@ -222,12 +228,14 @@ def audit_model(
 
     Exit 1 on violation, 2 where a check could not be run.
     """
+    is_path = ":" in subject and not Path(subject).exists()
+    resolved = None if is_path else _scenario(subject, overrides or [], None)
+
     from privacy.audit.subject import verdict_of
     from simulations.audit_model import audit_own, audit_scenario
     from simulations.tables import print_findings
 
-    is_path = ":" in subject and not Path(subject).exists()
-    findings = audit_own(subject) if is_path else audit_scenario(_scenario(subject, overrides or [], None))
+    findings = audit_own(subject) if resolved is None else audit_scenario(resolved)
     print_findings(findings)
     verdict = verdict_of(findings)
     if as_json:
@@ -452,10 +460,12 @@ def node_claim(node: NodeFolder, as_json: Json = False) -> None:
 def node_start(node: NodeFolder) -> None:
     """Answer the server's messages beside the private data, until interrupted."""
     from clients.node_directory import NodeDirectory
+
+    directory = NodeDirectory(node)
+
     from deployment.logs import log_to_terminal
     from deployment.node_process import start_node
 
-    directory = NodeDirectory(node)
     log_to_terminal(directory.config.monitoring.log_format)
     with _to_be_started_again():
         start_node(directory)
@@ -472,9 +482,13 @@ def node_check(
 ) -> None:
     """Look at everything that a node needs before its first round; exit 1 if something is not in order."""
     from clients.node_directory import NodeDirectory
+
+    directory = NodeDirectory(node)
+    planned = None if scenario is None else _scenario(scenario, overrides or [], None)
+
     from deployment.node_check import check_node
 
-    checks = check_node(NodeDirectory(node), None if scenario is None else _scenario(scenario, overrides or [], None))
+    checks = check_node(directory, planned)
     for check in checks:
         typer.echo(f"{check.what:<12} {'ok: ' + check.found if check.problem is None else 'NOT OK: ' + check.problem}")
     if as_json:

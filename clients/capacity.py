@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from clients.plan import Plan
 from model import HeldExperts, ModelConfig, parameters
-from privacy.dpsgd import DpSgd
-from privacy.physical_batch import Room
-from privacy.rehearsal import rehearse, tried_mechanism
+from privacy.physical_batch import MEMORY_BYTES, Room
 
 _PROGRAM_BYTES = {resource.RLIMIT_DATA: 448 << 20, resource.RLIMIT_AS: 1152 << 20}
 """What interpreter and libraries take of either limit; measured with torch 2.13: 415 and 926 MiB."""
@@ -32,7 +30,7 @@ def experts_that_fit(model: ModelConfig, memory_mb: int) -> int:
     Raises:
         BadInputError: the user's own model cannot be built.
     """
-    return experts_within(model, memory_mb * 2**20 - DpSgd.memory_bytes)
+    return experts_within(model, memory_mb * 2**20 - MEMORY_BYTES)
 
 
 def experts_within(model: ModelConfig, model_bytes: int) -> int:
@@ -64,6 +62,8 @@ def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
     Raises:
         BadInputError: the model cannot be trained as the plan asks, or one example takes more memory than there is.
     """
+    from privacy.rehearsal import rehearse, tried_mechanism  # with all of training: who looks at a policy does without
+
     mechanism = tried_mechanism(plan.privacy, plan.noise_multiplier, plan.load_share)
     footprint, most = rehearse(plan.model, mechanism, held), _batch_bytes()
     footprint.check_fits(most)
@@ -113,4 +113,4 @@ def process_memory() -> ProcessMemory | None:
 
 def _batch_bytes() -> int:
     process = process_memory()
-    return DpSgd.memory_bytes if process is None else min(DpSgd.memory_bytes, process.batch_bytes)
+    return MEMORY_BYTES if process is None else min(MEMORY_BYTES, process.batch_bytes)

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from model.errors import BadInputError
 from privacy.mechanisms import SMALLEST_NOISE, ExponentialChoice, Mechanism
-from privacy.pld_epsilon import pld_epsilon
-from privacy.prv_epsilon import prv_epsilon
 from privacy.rdp_curves import ORDERS, Pair, epsilon_from_curve, rdp_curves
 from privacy.rounded_pairs import round_pairs
 
@@ -99,6 +97,10 @@ def _report(
     by_rdp = _rdp_epsilon(dict(steps), curve, delta)
     if choices:
         return (("rdp", by_rdp),), None
+    # Opacus, which comes with PRV, takes longer to load than any command that reports nothing may take.
+    from privacy.pld_epsilon import pld_epsilon
+    from privacy.prv_epsilon import prv_epsilon
+
     merged, rounding = round_pairs(_unsampled_as_one(dict(steps)), MOST_PAIRS)
     values = {"rdp": by_rdp, "pld": pld_epsilon(merged, delta), "prv": prv_epsilon(merged, delta)}
     grid = None

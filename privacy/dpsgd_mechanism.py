@@ -12,6 +12,7 @@ from privacy.config import PrivacyConfig
 from privacy.load_histogram import DELTA, noise_parts
 from privacy.local_optimizers import OptimizerConfig, SgdConfig
 from privacy.mechanisms import LARGEST_NOISE, MOST_STEPS
+from privacy.physical_batch import MEMORY_BYTES
 
 Gradients = Literal["bookkeeping", "hooks", "ghost"]
 Numeric = Literal["fast", "strict"]
@@ -43,7 +44,7 @@ class DpSgd:
     records_per_unit: int | None = None
     optimizer: OptimizerConfig = field(default_factory=SgdConfig)
     physical_batch: int | None = None
-    memory_bytes: int = 1 << 30
+    memory_bytes: int = MEMORY_BYTES
     load_share: float = 0.0
 
     def __post_init__(self) -> None:

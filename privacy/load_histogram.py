@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Size, Tensor, nn
@@ -27,9 +28,11 @@ from model.errors import BadInputError
 from model.moe import MoELayer
 from model.padding import present_tokens
 from model.routers import Routing
-from privacy.bookkeeping import Units
 from privacy.mechanisms import split_noise
 from privacy.randomness import standard_normal
+
+if TYPE_CHECKING:  # a plan names the histogram, and needs no gradients
+    from privacy.bookkeeping import Units
 
 GRID_BITS = 30
 DELTA, LOADS = "delta", "loads"

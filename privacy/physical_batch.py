@@ -19,6 +19,9 @@ from model.moe import MoELayer
 from privacy.memory_meter import MemoryMeter
 
 MOST = 512
+MEMORY_BYTES = 1 << 30
+"""What a batch is cut to where nobody says otherwise."""
+
 TRIED = 7
 """Examples on which a batch is measured: a prime, which tells their tensors from those of parameters."""
 

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from privacy.bookkeeping import Units
 from privacy.randomness import standard_normal
+
+if TYPE_CHECKING:  # a plan is priced by the sensitivity alone
+    from privacy.bookkeeping import Units
 
 GRID_BITS = 30
 SENSITIVITY = 1.0

@@ -15,7 +15,6 @@ from privacy.ledger.entry import Side
 from privacy.ledger.reading import History, LedgerFile, open_history, write_export
 from privacy.ledger.spending import Budget, Forecast, budget_of, forecast
 from server.scenario import Scenario
-from simulations import charts
 
 
 @dataclass
@@ -57,6 +56,8 @@ def budget_report(
         report.planned = _planned(source, history, report.budget, scenario)
     if plot is not None:
         try:
+            from simulations import charts
+
             write_atomically(plot, charts.budget(report.budget).encode())
         except OSError as error:
             raise BadInputError(f"--plot {plot}: cannot be written ({error.strerror})") from error

@@ -10,10 +10,7 @@ from model.costs import ModelCosts, costs_of
 from model.errors import BadInputError
 from model.store import write_atomically
 from server.assignment import assign
-from server.plan_estimate import exchange_bytes_of
 from server.scenario import Scenario
-from server.trainable import check_trainable
-from simulations import charts
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,10 @@ def model_card(scenario: Scenario, plot: Path | None) -> ModelCard:
     Raises:
         BadInputError: the picture cannot be written, or the scenario cannot be carried out.
     """
+    from server.plan_estimate import exchange_bytes_of  # with all of training, which the document itself needs not
+    from server.trainable import check_trainable
+    from simulations import charts
+
     check_trainable(scenario)
     model, federation = scenario.model, scenario.federation
     nodes = [f"node {number}" for number in range(scenario.nodes)]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from privacy.audit.subject import Finding
-from privacy.ledger.verification import LedgerAudit
-from server.plan_estimate import PlanEstimate
-from server.run_audit import RunAudit
-from server.scenario import Scenario
-from simulations.audit_ledger import LedgersAudit
-from simulations.baseline_note import BaselineNote
-from simulations.budget import BudgetReport
-from simulations.model_card import ModelCard
 from simulations.printing import Cell, Fields, can_show, print_line, print_table
-from simulations.simulate import Summary
+
+if TYPE_CHECKING:  # a command loads what it works out, and not what the others do
+    from privacy.audit.subject import Finding
+    from privacy.ledger.verification import LedgerAudit
+    from server.plan_estimate import PlanEstimate
+    from server.run_audit import RunAudit
+    from server.scenario import Scenario
+    from simulations.audit_ledger import LedgersAudit
+    from simulations.baseline_note import BaselineNote
+    from simulations.budget import BudgetReport
+    from simulations.model_card import ModelCard
+    from simulations.simulate import Summary
 
 
 def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:

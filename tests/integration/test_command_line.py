@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import jsonschema
 import pytest
@@ -19,17 +22,19 @@ from data.shipped_scenarios import find
 from deployment.alone import alone
 
 
+def status_of(*arguments) -> int:
+    """Run the command line in this process; return its exit status."""
+    with mock.patch.object(sys, "argv", ["conclave", *map(str, arguments)]):
+        try:
+            conclave.main()
+        except SystemExit as stop:
+            return stop.code or 0
+    return 0
+
+
 def call(capsys, *arguments) -> tuple[int, str, str]:
     """Run the command line in this process; return exit status, stdout, stderr."""
-    before = sys.argv
-    sys.argv = ["conclave", *map(str, arguments)]
-    try:
-        conclave.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = before
+    status = status_of(*arguments)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -39,23 +44,21 @@ FAST = ("--set", "federation.rounds=2", "--set", "partition.nodes=3")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "conclave", "simulate", "digits", *FAST, "--out", str(folder), "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    folder, out, err = tmp_path_factory.mktemp("cli") / "run", io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = status_of("simulate", "digits", *FAST, "--out", folder, "--json")
+    assert status == 0, err.getvalue()
+    return folder, out.getvalue(), err.getvalue()
 
 
 def test_simulate_ends_with_one_json_object_and_leaves_a_report(run):
-    folder, done = run
-    result = json.loads(done.stdout.splitlines()[-1])
+    folder, out, err = run
+    result = json.loads(out.splitlines()[-1])
     assert {"accuracy", "epsilon", "delta", "rounds", "bytes_per_node", "run"} <= result.keys()
     assert (result["rounds"], result["delta"], result["run"]) == (2, 1e-5, str(folder))
     assert 0 < result["epsilon"] <= 8
     assert (folder / "report.html").is_file()
-    assert done.stderr == ""  # no progress bar and no library chatter where there is no terminal
+    assert err == ""  # no progress bar where there is no terminal
 
 
 def test_a_baseline_is_one_flag_and_says_which_it_is(capsys, tmp_path):
@@ -77,7 +80,7 @@ def test_a_baseline_is_one_flag_and_says_which_it_is(capsys, tmp_path):
 
 
 def test_audit_passes_a_true_ledger_and_exits_1_on_a_forged_one(run, capsys, tmp_path):
-    folder, _ = run
+    folder, *_ = run
     status, out, _ = call(capsys, "audit", "ledger", folder, "--json")
     result = json.loads(out.splitlines()[-1])
     assert (status, result["verdict"], len(result["ledgers"])) == (0, "NOT_REFUTED", 3)
@@ -137,7 +140,7 @@ def number():
 
 
 def test_an_exceeded_budget_is_a_violation(run, capsys, tmp_path):
-    folder, _ = run
+    folder, *_ = run
     poor = tmp_path / "poor.db"
     with sqlite3.connect(folder / "ledgers" / "node-0000.db") as source, sqlite3.connect(poor) as copy:
         source.backup(copy)
@@ -150,7 +153,7 @@ def test_an_exceeded_budget_is_a_violation(run, capsys, tmp_path):
 
 
 def test_report_predict_scenarios_and_version(run, capsys):
-    folder, _ = run
+    folder, *_ = run
     (folder / "report.html").unlink()
     status, out, _ = call(capsys, "report", folder, "--json")
     assert status == 0
@@ -176,7 +179,7 @@ def test_plan_shows_the_cost_before_anything_runs(capsys, tmp_path, monkeypatch)
 
 
 def test_resume_continues_from_the_command_line_and_takes_nothing_else(run, capsys):
-    folder, _ = run
+    folder, *_ = run
     model = (folder / "model" / "model.safetensors").read_bytes()
     (folder / "model" / "model.safetensors").unlink()
     status, out, _ = call(capsys, "simulate", "--resume", folder, "--json")
@@ -248,15 +251,45 @@ def test_a_non_empty_out_is_refused_and_left_alone(capsys, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
-def test_help_imports_no_heavy_library():
-    code = "import sys, conclave\nsys.argv = ['conclave', '--help']\ntry: conclave.main()\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'flwr', 'opacus', 'matplotlib', 'pydantic'} & set(sys.modules)"
+def loaded_by(*commands: tuple[str, ...]) -> list[set[str]]:
+    """Run commands one after the other in one new process; return all that each and those before it have loaded."""
+    code = f"""
+import json, sys, conclave
+for command in {commands!r}:
+    sys.argv = ["conclave", *command]
+    try:
+        conclave.main()
+    except SystemExit:
+        pass
+    print(json.dumps([name for name in sys.modules if "." not in name]), file=sys.__stderr__)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return [set(json.loads(line)) for line in done.stderr.splitlines() if line.startswith("[")]
+
+
+HEAVY = {"torch", "flwr", "opacus", "dp_accounting", "scipy", "sympy", "datasets", "sklearn", "matplotlib", "pandas"}
+NOT_FOR_READING = HEAVY - {"torch", "flwr", "dp_accounting", "scipy"}
+IMPORT_NOTHING_HEAVY = (("--help",), ("--version",), ("audit", "--help"), ("node", "init", "--help"))
+IMPORT_NO_TRAINING = (
+    ("simulate", "digits", "--engine", "cloud"), ("simulate", "--resume", "nowhere", "--seed", "3"), ("scenarios",),
+    ("simulate", "digit"), ("plan", "digit"), ("audit", "model", "digit"), ("schema", "receipt"), ("health", "nowhere"),
+    ("status", "--superlink", "nowhere"), ("server", "unit", "nowhere"), ("audit", "ledger", "nowhere"),
+    ("audit", "run", "nowhere"), ("node", "budget", "nowhere"), ("node", "check", "nowhere"),
+    *(("node", command, "nowhere") for command in ("unit", "approve", "pause", "resume", "claim", "restore", "start")),
+)  # fmt: skip
+"""Each ends in a sentence or a list, once it has loaded what it needs. Opacus takes longer to load than all else."""
+
+
+def test_a_command_imports_no_library_that_it_does_not_need():
+    needless = [HEAVY | {"pydantic"}] * len(IMPORT_NOTHING_HEAVY) + [NOT_FOR_READING] * len(IMPORT_NO_TRAINING)
+    commands = (*IMPORT_NOTHING_HEAVY, *IMPORT_NO_TRAINING)
+    for command, libraries, loaded in zip(commands, needless, loaded_by(*commands), strict=True):
+        assert not libraries & loaded, command
 
 
 def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):
-    folder, _ = run
+    folder, *_ = run
     ledger, export = folder / "ledgers" / "node-0001.db", tmp_path / "one.jsonl"
     assert call(capsys, "node", "export", ledger, export)[0] == 0
     assert stat.S_IMODE(export.stat().st_mode) == 0o600
@@ -280,19 +313,37 @@ def test_a_model_of_ones_own_is_found_where_the_caller_is(tmp_path):
     source = Path(__file__).parents[1] / "simulations" / "sample_models.py"
     shutil.copy(source, tmp_path / "my_models.py")
     own = ("--set", "model.preset=own", "--set", "model.source=my_models:mixture")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("conclave"), "simulate", "digits", *FAST, *own, "--out", "run", "--json"],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")  # nor do the libraries chatter when they are loaded
+    assert json.loads(done.stdout.splitlines()[-1])["rounds"] == 2
 
-    def run(*arguments):
-        return subprocess.run(
-            [Path(sys.executable).with_name("conclave"), *arguments],
-            capture_output=True, text=True, cwd=tmp_path, check=False,
-        )  # fmt: skip
 
-    done = run("simulate", "digits", *FAST, *own, "--out", "run")
-    assert done.returncode == 0, done.stderr
-    done = run("simulate", "--resume", "run", "--json")
-    assert (done.returncode, json.loads(done.stdout.splitlines()[-1])["rounds"]) == (0, 2), done.stderr
-    done = run("predict", "run", "digits:3")
-    assert (done.returncode, done.stderr.count("must be built by it")) == (2, 1)
+def test_a_run_of_a_model_of_ones_own_is_resumed_where_the_caller_is(capsys, tmp_path, monkeypatch):
+    source = Path(__file__).parents[1] / "simulations" / "sample_models.py"
+    (tmp_path / "here").mkdir()
+    shutil.copy(source, tmp_path / "here" / "resumed_models.py")
+    own = ("--set", "model.preset=own", "--set", "model.source=resumed_models:mixture")
+    monkeypatch.chdir(tmp_path / "here")
+    paths = [path for path in sys.path if path]  # an empty one is where the caller is
+
+    def call_afresh(*arguments) -> tuple[int, str, str]:
+        """As a new process would, which has not loaded the model."""
+        monkeypatch.setattr(sys, "path", list(paths))
+        monkeypatch.delitem(sys.modules, "resumed_models", raising=False)
+        return call(capsys, *arguments)
+
+    status, _, err = call_afresh("simulate", "digits", *FAST, *own, "--out", "run")
+    assert (status, err) == (0, "")
+    status, out, err = call_afresh("simulate", "--resume", "run", "--json")
+    assert (status, json.loads(out.splitlines()[-1])["rounds"]) == (0, 2), err
+    status, _, err = call_afresh("predict", "run", "digits:3")
+    assert (status, err.count("must be built by it")) == (2, 1)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call_afresh("simulate", "--resume", "here/run")
+    assert (status, "resumed_models" in err, len(err.splitlines())) == (2, True, 1)
 
 
 def test_the_model_of_a_scenario(capsys, tmp_path):
@@ -308,7 +359,7 @@ def test_the_model_of_a_scenario(capsys, tmp_path):
 
 
 def test_audit_run(run, capsys, tmp_path):
-    folder, _ = run
+    folder, *_ = run
     status, out, _ = call(capsys, "audit", "run", folder, "--json")
     result = json.loads(out.splitlines()[-1])
     assert (status, result["verdict"], result["receipts"], result["matched"]) == (0, "NOT_REFUTED", 6, 6)
@@ -324,7 +375,7 @@ def test_audit_run(run, capsys, tmp_path):
 
 
 def test_the_budget_of_a_ledger(run, capsys, tmp_path):
-    folder, _ = run
+    folder, *_ = run
     ledger = folder / "ledgers" / "node-0000.db"
     status, out, _ = call(
         capsys, "node", "budget", ledger, "--plan", "digits", "--plot", tmp_path / "b.svg", "--json"
@@ -505,7 +556,7 @@ def test_a_node_from_its_beginning(capsys, tmp_path, monkeypatch):
 
 
 def test_json_documents_match_their_published_schemas(run, capsys, tmp_path):
-    folder, _ = run
+    folder, *_ = run
     ledger, export = folder / "ledgers" / "node-0001.db", tmp_path / "one.jsonl"
     call(capsys, "node", "export", ledger, export)
     genesis, entry, *_, head = export.read_text().splitlines()
@@ -590,28 +641,30 @@ def test_what_the_system_refuses_is_one_sentence(node, capsys, monkeypatch, erro
 
 
 def test_a_closed_pipe_ends_a_command_without_a_word():
+    """In a process of its own: its end writes what is left in the pipe."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "conclave", "schema"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "conclave", "--version"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_terminal_without_the_characters_is_shown_others(tmp_path):
+@pytest.mark.parametrize("arguments", [("model", "wärd.toml", "--plot", "wärd.svg"), ("node", "check", "ä")])
+def test_a_terminal_without_the_characters_is_shown_others(tmp_path, monkeypatch, arguments):
     """The ledger's name has characters that ASCII has not, and the model's picture too."""
     (tmp_path / "wärd.toml").write_bytes(b"\xef\xbb\xbf" + Path(find("digits")).read_bytes().replace(b"\n", b"\r\n"))
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "40"}
-    for arguments in (("model", "wärd.toml", "--plot", "wärd.svg"), ("node", "check", "ä")):
-        done = subprocess.run(
-            [sys.executable, "-m", "conclave", *arguments],
-            cwd=tmp_path, env=ascii_only, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr
-        assert done.returncode == (0 if "--plot" in arguments else 2)
-        assert (r"w\xe4rd.svg" in done.stdout) == ("--plot" in arguments)
-        assert ("#" in done.stdout) == ("--plot" in arguments)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "40")
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(err):
+        status = status_of(*arguments)
+    shown = out.buffer.getvalue().decode("ascii")
+    assert "Traceback" not in err.buffer.getvalue().decode("ascii")
+    assert status == (0 if "--plot" in arguments else 2)
+    assert (r"w\xe4rd.svg" in shown) == ("--plot" in arguments)
+    assert ("#" in shown) == ("--plot" in arguments)
 
 
 def test_a_name_with_an_end_of_line_makes_no_second_line(capsys):

@@ -6,6 +6,7 @@ Each is killed before every line that it runs of the files that write.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import sqlite3
@@ -16,7 +17,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import KEY, MACHINE, genesis, request, spend
-from mortal_node import Kill, Step, lines, run_to_death, steps_of, witness_of
+from mortal_node import witness_of
+from standing_still import Stops
 
 import privacy.ledger.store
 from model.errors import BadInputError
@@ -44,27 +46,31 @@ def audit(folder: Path, receipts: list[SignedHead], *, witnessed: bool = True) -
     return found
 
 
+def stops_of(work: Callable[[], object]) -> Stops:
+    """Do ``work`` in a child that stops before the first turn of each line of the files that write."""
+    return Stops(work, lambda step: step[0].endswith(WRITERS))
+
+
 def kill_everywhere(template: Path, work: Callable[[Path], object], check: Callable[[Path], None]) -> None:
-    """Kill ``work`` on copies of a folder before each line, at its first turn, and check what is left."""
-    copy = template.with_name("copy")
-    shutil.copytree(template, copy)
-    turns: dict[Step, int] = {}
-    for turn, step in enumerate(steps_of(lines, lambda: work(copy)), start=1):
-        if step[0].endswith(WRITERS):
-            turns.setdefault(step, turn)
-    shutil.rmtree(copy)
-    for step, turn in turns.items():
-        shutil.copytree(template, copy)
-        try:
-            life = run_to_death(lambda: work(copy), Kill(turn))
-            assert life.told["died"] == [list(step)]
-            check(copy)
-        except BaseException as error:
-            error.add_note(f"killed before {step}")
-            raise
-        shutil.rmtree(copy)
-    assert len(turns) > 50
-    print(f"killed before {len(turns)} lines")
+    """Check what a kill of ``work`` leaves of a folder, before each line at its first turn.
+
+    One process does the work and stands still before each. What it has then in its files is what a kill would leave;
+    :func:`test_a_kill_leaves_what_a_process_has_that_stands_still` holds that against true kills.
+    """
+    worked, left = template.with_name("worked"), template.with_name("left")
+    shutil.copytree(template, worked)
+    with stops_of(lambda: work(worked)) as stops:
+        for step in stops:
+            shutil.copytree(worked, left)
+            try:
+                check(left)
+            except BaseException as error:
+                error.add_note(f"killed before {step}")
+                raise
+            shutil.rmtree(left)
+    assert len(stops.seen) == len(set(stops.seen)) > 50
+    shutil.rmtree(worked)
+    print(f"killed before {len(stops.seen)} lines")
 
 
 @pytest.fixture
@@ -78,16 +84,44 @@ def spent(tmp_path):
     return folder, receipts
 
 
+def opened(folder: Path, key: Ed25519PrivateKey) -> Ledger:
+    return Ledger(ledger_of(folder), key, witness=witness_of(folder), machine=MACHINE)
+
+
+def rotate(folder: Path) -> None:
+    ledger = opened(folder, KEY)
+    ledger.rotate_key(NEW_KEY)
+    ledger.close()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_kill_leaves_what_a_process_has_that_stands_still(spent):
+    """Every twentieth line is died at in earnest: byte for byte the files are those that were copied before."""
+    folder, _ = spent
+    before = files_of(folder)
+    changed = turn = 0
+    while True:
+        copy = folder.with_name("copy")
+        shutil.copytree(folder, copy)
+        with stops_of(lambda copy=copy: rotate(copy)) as stops:
+            reached = next(itertools.islice(stops, turn, None), None)
+            if reached is None:
+                break
+            had = files_of(copy)
+            stops.kill()
+        assert files_of(copy) == had
+        changed += had != before
+        shutil.rmtree(copy)
+        turn += 20
+    assert turn > 50
+    assert changed > 1
+
+
 def test_a_killed_change_of_keys(spent):
     folder, receipts = spent
-
-    def opened(copy: Path, key: Ed25519PrivateKey) -> Ledger:
-        return Ledger(ledger_of(copy), key, witness=witness_of(copy), machine=MACHINE)
-
-    def rotate(copy: Path) -> None:
-        ledger = opened(copy, KEY)
-        ledger.rotate_key(NEW_KEY)
-        ledger.close()
 
     def check(copy: Path) -> None:
         key, other = (NEW_KEY, KEY) if audit(copy, receipts).rotations else (KEY, NEW_KEY)

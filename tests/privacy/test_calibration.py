@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 
 from model.errors import BadInputError
-from privacy.accountants import epsilon_by_accountant
 from privacy.accounting import budget_units, charge_units, epsilon_of, fixed_order
 from privacy.calibration import PlannedChoices, PlannedRelease, calibrate_noise, calibrate_plan
 from privacy.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
@@ -131,12 +131,17 @@ def test_dp_accounting_alone_agrees_that_the_plan_fits():
 
 def test_pld_calibration_would_be_refused():
     """The trap: σ from a PLD curve spends more than the budget when it is enforced with RDP."""
-    low, high = 0.5, 5.0
+
+    def by_pld(sigma: float) -> float:
+        accountant = PLDAccountant(value_discretization_interval=1e-3)
+        accountant.compose(PoissonSampledDpEvent(0.05, GaussianDpEvent(sigma)), 200)
+        return accountant.get_epsilon(DELTA)
+
+    low, high = 0.5, 1.0
+    assert by_pld(low) > 8 >= by_pld(high)
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (
-            (low, middle) if epsilon_by_accountant([charge(0.05, middle, 200)], DELTA)["pld"] <= 8 else (middle, high)
-        )
+        low, high = (low, middle) if by_pld(middle) <= 8 else (middle, high)
     order = fixed_order(8.0, DELTA)
     spent = charge_units(charge(0.05, high, 200), order)
     assert spent > budget_units(8.0, DELTA, order)

@@ -181,10 +181,10 @@ def test_an_admission_that_sets_less_aside_than_its_choices_cost_is_found(finish
     assert any("aside, must be at least" in finding for finding in findings)
 
 
-def test_the_same_run_again_and_with_workers_is_the_same(finished, tmp_path):
+def test_the_same_run_again_is_the_same(finished, tmp_path):
     scenario, run, _ = finished
     again = RunDirectory.create(scenario, tmp_path / "run")
-    simulate(scenario, again, workers=2)
+    simulate(scenario, again)
     for name in ("model/model.safetensors", "wishes.json"):
         assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
 

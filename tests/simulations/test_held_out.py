@@ -10,7 +10,6 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import entries_of
-from test_simulate import events
 
 from clients.simulated import deal, open_simulated
 from data.shipped_scenarios import find
@@ -36,10 +35,10 @@ CHANGES = {
 }
 
 
-def run_of(folder, changes, **options):
+def run_of(folder, changes):
     scenario = read_scenario(find("digits"), changes)
     run = RunDirectory.create(scenario, folder)
-    return simulate(scenario, run, **options), run
+    return simulate(scenario, run), run
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +110,6 @@ def test_all_experts_without_noise_is_the_exact_figure(tmp_path):
     )
     assert summary.held_out["over_units"] == pytest.approx([float(torch.cat([*per_node.values()]).mean()), 0], abs=1e-6)
     assert summary.held_out_epsilon == float("inf")
-
-
-def test_worker_processes_change_nothing(finished, tmp_path):
-    _, run = finished
-    _, other = run_of(tmp_path / "run", CHANGES, workers=2)
-    assert events(other) == events(run)
-    assert [line.get("private_evaluation") for line in other.metrics()] == [
-        line.get("private_evaluation") for line in run.metrics()
-    ]
 
 
 def test_the_audit_covers_both_ledgers_of_a_node(finished):

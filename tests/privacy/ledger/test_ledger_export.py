@@ -105,12 +105,15 @@ def test_a_ledger_without_entries_has_an_export(tmp_path):
 
 
 def test_a_changed_byte_of_any_kind_of_line_is_found(whole, tmp_path):
-    """Every third position of genesis, head and of one line of each state, then 500 positions anywhere."""
+    """Every ninth position of genesis, head and of one line of each state, then 300 positions anywhere.
+
+    The soak takes them all.
+    """
     # admitted, reserved, committed, rotated, abandoned, closed, restored
-    kinds = line_positions(whole, 0, 1, 2, 3, 42, 65, 66, 68, 101)[::3]
-    anywhere = random.Random(2).sample(range(len(whole)), 500)
+    kinds = line_positions(whole, 0, 1, 2, 3, 42, 65, 66, 68, 101)[::9]
+    anywhere = random.Random(2).sample(range(len(whole)), 300)
     tried, detected = found_flips(flips_at([*kinds, *anywhere], whole), whole, tmp_path)
-    assert tried > 3_000
+    assert tried > 1_000
     assert detected == tried
 
 
@@ -189,11 +192,11 @@ def test_bytes_that_do_not_belong_are_found(whole, tmp_path):
     for index in range(len(lines)):  # a line end of another kind, or an empty line, at each line
         attempts.append(b"".join([*lines[:index], lines[index][:-1] + b"\r\n", *lines[index + 1 :]]))
         attempts.append(b"".join([*lines[:index], b"\n", *lines[index:]]))
-    for _ in range(1000):  # a byte more anywhere
+    for _ in range(300):  # a byte more anywhere
         at = rng.randrange(len(whole) + 1)
         attempts.append(whole[:at] + bytes([rng.randrange(256)]) + whole[at:])
     tried, detected = found_of(attempts, whole, tmp_path)
-    assert tried == 19 + 204 + 1000
+    assert tried == 19 + 204 + 300
     assert detected == tried
 
 

@@ -121,6 +121,29 @@ def test_an_approval_is_for_one_run_however_the_server_names_it(tmp_path, approv
     ask("2", 3)  # the second approval took nothing from the first
 
 
+def test_no_more_is_set_aside_than_was_approved_however_runs_are_named(tmp_path, approvals):
+    """A server that admits one approved plan under ever new names would keep the whole budget from everybody else."""
+    node = replace(make_node(tmp_path), approvals=approvals)
+    code(approvals.check, PLAN, "s", needed=True)
+    approvals.approve(PLAN.hash)
+    admit = {n: AdmitRequest(run_id=n, scenario="test", plan=PLAN) for n in ("1", "2", "3", "4")}
+    node.admit(admit["1"])
+    once = node.ledger.units_set_aside
+    for name in ("2", "3", "3"):
+        node.admit(admit[name])
+        assert node.ledger.units_set_aside == once
+    assert code(node.admit, admit["1"]) == "not-allowed"  # it gave way
+    asked = request(held=HELD, run_id="3")
+    node.train(asked, encode(asked, body()))
+    code(approvals.check, PLAN, "s", needed=True, run_id="4")
+    approvals.approve(PLAN.hash)
+    left = node.ledger.units_set_aside
+    node.admit(admit["4"])
+    assert node.ledger.units_set_aside == left + once  # a run that draws keeps what is its own
+    states = [(entry.state, entry.run_id) for entry in node.ledger.entries()]
+    assert [run for state, run in states if state == "CLOSED"] == ["1", "2"]
+
+
 def test_an_approval_of_an_earlier_release_is_for_the_run_that_goes_on(tmp_path, approvals):
     code(approvals.check, PLAN, "s", needed=True)
     (waiting,) = (tmp_path / "plans").glob("*.waiting")

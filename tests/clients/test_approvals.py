@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -119,6 +121,27 @@ def test_an_approval_is_for_one_run_however_the_server_names_it(tmp_path, approv
     ask("3")
     assert code(ask, "1") == "awaiting-approval"
     ask("2", 3)  # the second approval took nothing from the first
+
+
+def test_of_runs_that_ask_at_once_one_has_the_approval(approvals, tmp_path):
+    code(approvals.check, PLAN, "s", needed=True)
+    approvals.approve(PLAN.hash)
+    began, refused = list[str](), list[str]()
+    ready = threading.Barrier(8)
+
+    def begin(run_id: str) -> None:
+        ready.wait()
+        try:
+            approvals.begin(PLAN, "s", run_id)
+            began.append(run_id)
+        except ProtocolError as error:
+            refused.append(error.code)
+
+    with ThreadPoolExecutor(8) as threads:
+        for result in [threads.submit(begin, f"run-{number}") for number in range(8)]:
+            result.result()
+    assert (len(began), refused) == (1, ["awaiting-approval"] * 7)
+    assert [path.read_text() for path in (tmp_path / "plans").glob("*.run*")] == began
 
 
 def test_no_more_is_set_aside_than_was_approved_however_runs_are_named(tmp_path, approvals):

@@ -74,7 +74,7 @@ class Approvals:
             raise ProtocolError("paused", f"it is outside of limits.hours, {self._hours}")
         if not needed:
             return
-        allowed, runs = self._allowed(plan.hash), self._runs(plan.hash)
+        allowed, runs = self.allowed(plan.hash), self.runs(plan.hash)
         if not (len(runs) < allowed or run_id in runs or (run_id is None and allowed)):
             self._ask_owner(plan, scenario)
 
@@ -84,7 +84,7 @@ class Approvals:
         Raises:
             ProtocolError: ``awaiting-approval``: other runs drew on all there are.
         """
-        for number in range(1, self._allowed(plan.hash) + 1):
+        for number in range(1, self.allowed(plan.hash) + 1):
             place = self._run(plan.hash, number)
             with suppress(FileExistsError), new_file(place, mode=0o600) as file:  # refused where another run took it
                 file.write(run_id.encode())
@@ -102,7 +102,7 @@ class Approvals:
             "awaiting-approval", f"plan {plan.hash} of scenario {scenario!r} is not approved for this run"
         )
 
-    def _allowed(self, plan_hash: str) -> int:
+    def allowed(self, plan_hash: str) -> int:
         """Return how many runs of a plan the owner approved."""
         path = self._file(plan_hash, "approved")
         try:
@@ -112,7 +112,7 @@ class Approvals:
         except (ValueError, TypeError, AttributeError):
             return 1  # as a release wrote it that did not count
 
-    def _runs(self, plan_hash: str) -> list[str]:
+    def runs(self, plan_hash: str) -> list[str]:
         """Return the runs that drew on a plan's approvals."""
         return [path.read_text() for path in sorted(self._folder.glob(f"{plan_hash}-*.run"))]
 
@@ -159,7 +159,7 @@ class Approvals:
         if len(found) != 1:
             raise BadInputError(f"plan {prefix}: {len(found)} waiting plans begin like this, must be one")
         waiting = self._file(found[0].hash, "waiting")
-        document = json.loads(waiting.read_bytes()) | {"runs": self._allowed(found[0].hash) + 1}
+        document = json.loads(waiting.read_bytes()) | {"runs": self.allowed(found[0].hash) + 1}
         write_atomically(self._file(found[0].hash, "approved"), json.dumps(document).encode(), mode=0o600)
         waiting.unlink()
         return found[0]

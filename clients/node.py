@@ -192,8 +192,9 @@ class Node:
         count = plan.evaluation.count(plan.rounds)
 
         def set_aside() -> None:
+            # When the first evaluation is asked for follows how long the training before it took.
             with as_codes():
-                ledger.admit(common, count)
+                ledger.admit(common, count, time=self.ledger.admitted_at(request.run_id, plan.hash))
 
         def state() -> State:
             return (self.ledger.local_state(state_name(request.run_id, plan)),)
@@ -290,7 +291,23 @@ class Node:
         planned = charges_of(plan, run_id, seeded=self.policy.simulation)
         training, *also = [(item.charge, item.count) for item in planned if item.side == "training"]
         with as_codes():
+            self._give_back_unapproved(plan, run_id)
             self.ledger.admit(*training, also)
+
+    def _give_back_unapproved(self, plan: Plan, run_id: str) -> None:
+        """Keep set aside for a plan no more than its approvals allow to be drawn, under however many names it is asked.
+
+        Runs that drew nothing yet give way to the latest that asks.
+        """
+        if self.approvals is None or self.policy.unapproved_plans:
+            return
+        if self.ledger.admitted_at(run_id, plan.hash) is not None:  # nothing is set aside for it anew
+            return
+        drawing = {run_id, *self.approvals.runs(plan.hash)}
+        idle = [name for name in self.ledger.runs_admitted(plan.hash) if name not in drawing]
+        kept = max(0, self.approvals.allowed(plan.hash) - len(drawing))
+        for name in idle[: len(idle) - kept]:
+            self.ledger.close_plan(name, plan.hash)
 
 
 def _reply(kind: type[TrainReply | EvaluateReply | ChooseReply], stored: StoredReply) -> RecordDict:

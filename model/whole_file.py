@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,8 @@ def replaced_file(path: Path, *, mode: int) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _whole(path: Path, mode: int, name: Callable[[Path, Path], object]) -> Iterator[BinaryIO]:
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    # Threads that write the same file, too, must not name each other's half of it.
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}-{threading.get_native_id()}")
     partial.unlink(missing_ok=True)
     try:
         with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as stream:

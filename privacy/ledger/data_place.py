@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import BadInputError
+from privacy.ledger.birth_time import birth_time
 
 _CHUNK = 1 << 20
 
@@ -24,21 +25,22 @@ class DataPlace:
 
     path: absolute, without links.
     files: device and number → path, of files that hold anything and of folders. Links are followed, as readers do.
-    unchanged: ``DEVICE:NUMBER`` → size and time of the last change, of files: who has both is the same file under
-        another name, for numbers are given anew once a file is gone.
+    known: ``DEVICE:NUMBER`` → size, time of the last change, and of birth where the file system tells it, of files.
+        Numbers are given anew once a file is gone: who was born at the same time, or is of the same size and not
+        changed since, is the same file under another name.
     """
 
     path: Path
     files: Mapping[tuple[int, int], Path]
-    unchanged: Mapping[str, str]
+    known: Mapping[str, str]
 
     def shared_with(self, other: DataPlace) -> Path | None:
         """Return a file or folder of this place that the other one has too; None where there is none."""
         return next((path for known_by, path in self.files.items() if known_by in other.files), None)
 
-    def seen_in(self, unchanged: Mapping[str, str]) -> bool:
+    def seen_in(self, known: Mapping[str, str]) -> bool:
         """Whether a file here was at another place when that was looked at."""
-        return any(unchanged.get(known_by) == state for known_by, state in self.unchanged.items())
+        return any(_is_same(known[number], state) for number, state in self.known.items() if number in known)
 
     def is_still(self, other: DataPlace) -> bool:
         """Whether the same place was looked at again, and the same files are there."""
@@ -49,15 +51,23 @@ def look_at(data: Path) -> DataPlace:
     """Look at what lies somewhere. What is not there, or cannot be looked at, is left out: nobody can train on it."""
     path = data.resolve()
     files: dict[tuple[int, int], Path] = {}
-    unchanged: dict[str, str] = {}
+    known: dict[str, str] = {}
     for found, status in _reachable(path):
         known_by = (status.st_dev, status.st_ino)
         if stat.S_ISREG(status.st_mode):
             if not status.st_size:
                 continue
-            unchanged[f"{status.st_dev}:{status.st_ino}"] = f"{status.st_size}:{status.st_mtime_ns}"
+            state = (status.st_size, status.st_mtime_ns, birth_time(found) or "")
+            known[f"{status.st_dev}:{status.st_ino}"] = ":".join(map(str, state))
         files[known_by] = found
-    return DataPlace(path, files, unchanged)
+    return DataPlace(path, files, known)
+
+
+def _is_same(then: str, now: str) -> bool:
+    """Whether two states are of one file; earlier releases did not write when it was born."""
+    *changed, born = (*then.split(":"), "")[:3]
+    *changed_now, born_now = now.split(":")
+    return born == born_now if born and born_now else changed == changed_now
 
 
 def fingerprint(data: Path) -> str:

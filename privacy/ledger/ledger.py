@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
 
 from model.errors import BadInputError
 from privacy.accounting import charge_units, epsilon_of
@@ -23,6 +24,7 @@ from privacy.ledger.drawn import Drawn
 from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
 from privacy.ledger.heads import SignedHead
 from privacy.ledger.plan_text import plan_id_of, spell_plan
+from privacy.ledger.schema import bound_to
 from privacy.ledger.store import Store
 from privacy.ledger.witness import Witness
 
@@ -102,11 +104,20 @@ class Ledger(Store):
         finally:
             os.close(lock)
 
-    def admit(self, request: ChargeRequest, charges: int, also: Sequence[tuple[ChargeRequest, int]] = ()) -> None:
+    def admit(
+        self,
+        request: ChargeRequest,
+        charges: int,
+        also: Sequence[tuple[ChargeRequest, int]] = (),
+        *,
+        time: str | None = None,
+    ) -> None:
         """Set the budget of a whole plan aside: ``charges`` charges like ``request``. Again for the same plan: nothing.
 
         Args:
             also: other charges of the same plan, and how many of each.
+            time: when the plan was admitted elsewhere, see :meth:`admitted_at`; now, where it was not. When it is
+                asked for here may follow how long work on private data took.
 
         Raises:
             BudgetExhaustedError: what is neither spent nor set aside does not suffice.
@@ -137,6 +148,7 @@ class Ledger(Store):
                 code_hash=request.code_hash,
                 releases=request.releases_json(),
                 rng=request.rng,
+                time=time,
             )
             self._db.execute(
                 "INSERT INTO plans VALUES (?, ?, ?, '0', 1)", (request.run_id, request.plan_hash, set_aside)
@@ -150,23 +162,39 @@ class Ledger(Store):
         """Whether budget is set aside for this plan."""
         return bool(self._rows("SELECT 1 FROM plans WHERE run_id = ? AND plan_hash = ? AND open", run_id, plan_hash))
 
+    def admitted_at(self, run_id: str, plan_hash: str) -> str | None:
+        """Return the time of a plan's admission; None where it was never admitted."""
+        rows = self._rows(
+            "SELECT json_extract(body, '$.time') FROM entries WHERE charge_id = ? AND state = 'ADMITTED'",
+            plan_id_of(self.genesis.ledger_id, run_id, plan_hash),
+        )
+        return str(rows[0][0]) if rows else None
+
+    def runs_admitted(self, plan_hash: str) -> list[str]:
+        """Return the runs that budget is set aside for under a plan, and that drew nothing of it yet."""
+        rows = self._rows("SELECT run_id FROM plans WHERE plan_hash = ? AND open AND drawn = '0'", plan_hash)
+        return [str(run_id) for (run_id,) in rows]
+
+    def close_plan(self, run_id: str, plan_hash: str) -> None:
+        """Give back what is still set aside for one plan of a run."""
+        with self._change():
+            if self.is_open(run_id, plan_hash):
+                self._close(run_id, plan_hash)
+
     def close_plans(self, run_id: str) -> int:
         """Give back what is still set aside for a run and forget its local state; return how many plans were open."""
         with self._change():
             rows = self._db.execute("SELECT plan_hash FROM plans WHERE run_id = ? AND open", (run_id,)).fetchall()
             for (plan_hash,) in rows:
-                plan_id = plan_id_of(self.genesis.ledger_id, run_id, plan_hash)
-                self._append(
-                    "CLOSED",
-                    plan_id,
-                    '{"kind":"plan-end"}',
-                    run_id=run_id,
-                    plan_hash=plan_hash,
-                )
-            self._db.execute("UPDATE plans SET open = 0 WHERE run_id = ?", (run_id,))
+                self._close(run_id, plan_hash)
             own = state_of(run_id)
             self._db.execute("DELETE FROM local_state WHERE substr(name, 1, ?) = ?", (len(own), own))
         return len(rows)
+
+    def _close(self, run_id: str, plan_hash: str) -> None:
+        plan_id = plan_id_of(self.genesis.ledger_id, run_id, plan_hash)
+        self._append("CLOSED", plan_id, '{"kind":"plan-end"}', run_id=run_id, plan_hash=plan_hash)
+        self._db.execute("UPDATE plans SET open = 0 WHERE run_id = ? AND plan_hash = ?", (run_id, plan_hash))
 
     def reserve(
         self, request: ChargeRequest, fresh_secret: bytes, *, repeat_key: str = ""
@@ -194,7 +222,10 @@ class Ledger(Store):
             known = self._known(charge_id)
             if not known:
                 self._charge(request, charge_id)
-                self._db.execute("INSERT INTO secrets VALUES (?, ?, 1, ?)", (charge_id, fresh_secret, repeat_key))
+                self._db.execute(
+                    "INSERT INTO secrets VALUES (?, ?, 1, ?)",
+                    (charge_id, fresh_secret, bound_to(fresh_secret, repeat_key)),
+                )
                 return Reservation(charge_id, request, fresh_secret)
             _refuse_other_content(known["RESERVED"], request)
             if "COMMITTED" in known:
@@ -205,7 +236,7 @@ class Ledger(Store):
                 "SELECT secret, attempts, repeat_key FROM secrets WHERE charge_id = ?", (charge_id,)
             ).fetchone()
             # There is no secret where the entry came out of an export, after the database was lost.
-            if row is not None and row[1] < _MOST_ATTEMPTS and row[2] == repeat_key:
+            if row is not None and row[1] < _MOST_ATTEMPTS and row[2] == bound_to(row[0], repeat_key):
                 self._db.execute("UPDATE secrets SET attempts = attempts + 1 WHERE charge_id = ?", (charge_id,))
                 return Reservation(charge_id, request, row[0])
             self._append_for(request, charge_id, "ABANDONED")
@@ -334,7 +365,7 @@ class Ledger(Store):
     def _reply(self, charge_id: str) -> StoredReply:
         row = self._db.execute(
             "SELECT r.seq, e.hash, e.signature, r.body, json_extract(e.body, '$.output_hash') "
-            "FROM replies r JOIN entries e USING (seq) WHERE r.charge_id = ?",
+            "FROM replies r JOIN entries e USING (seq, charge_id) WHERE r.charge_id = ?",
             (charge_id,),
         ).fetchone()
         if row is None:
@@ -342,8 +373,19 @@ class Ledger(Store):
         seq, head_hash, signature, body, output_hash = row
         if sha256(body) != output_hash:
             raise ReplyExpiredError  # damaged: nothing but what was paid for is sent
-        receipt = SignedHead(ledger_id=self.genesis.ledger_id, seq=seq, hash=head_hash, signature=signature)
+        receipt = self._receipt(seq, head_hash, signature)
+        if receipt is None:
+            raise ReplyExpiredError
         return StoredReply(charge_id, bytes(body), receipt)
+
+    def _receipt(self, seq: int, head_hash: str, signature: str) -> SignedHead | None:
+        """Return the head of an entry; None where the file's signature is not one of this ledger's."""
+        try:
+            head = SignedHead(ledger_id=self.genesis.ledger_id, seq=seq, hash=head_hash, signature=signature)
+        except ValidationError:
+            return None
+        keys = (self.genesis.public_key, *(rotation.new_key for rotation in self.rotations))
+        return head if any(map(head.signed_by, keys)) else None
 
     def _prune(self) -> None:
         """Forget replies beyond the latest; they have been sent, so nothing need be overwritten."""

@@ -21,7 +21,7 @@ from privacy.canonical import canonical_json
 from privacy.ledger.entry import FORMAT_VERSION, Genesis
 from privacy.ledger.heads import SignedHead
 from privacy.ledger.schema import format_version
-from privacy.ledger.store import UNREADABLE, read_genesis, read_head
+from privacy.ledger.store import UNREADABLE, check_tables, read_genesis, read_head
 
 _LONGEST_HEAD_LINE = 1024
 _LONGEST_LINE = 1 << 20
@@ -57,6 +57,7 @@ class LedgerFile:
                     raise BadInputError(
                         f"{path}: ledger format version {version}, must be {FORMAT_VERSION}; nodes convert older ones"
                     )
+                check_tables(db, path)  # what is called entries may be a view, which never ends
                 self.genesis = read_genesis(db)
                 self.head = read_head(db, self.genesis)
         except BadInputError:
@@ -137,6 +138,8 @@ def open_history(path: Path) -> History:
     Raises:
         BadInputError: it is neither.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise BadInputError(f"{path}: is no file, must be a ledger or its export")
     try:
         with path.open("rb") as stream:
             is_database = stream.read(16) == b"SQLite format 3\0"

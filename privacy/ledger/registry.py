@@ -56,7 +56,7 @@ class Claim:
     what, name: the dataset's name, or the path where data lie.
     used: whether the ledger came into being. Until then nothing can have been spent, and the same again completes what
         was interrupted. Earlier releases did not say.
-    seen: files that were there when the claim was last looked at; see :attr:`DataPlace.unchanged`.
+    seen: files that were there when the claim was last looked at; see :attr:`DataPlace.known`.
     """
 
     what: Literal["dataset", "data"]
@@ -173,7 +173,7 @@ def release(claims: Iterable[Path]) -> None:
 
 def _claims(dataset_id: str, places: Sequence[DataPlace], owner: Owner, *, used: bool) -> list[Claim]:
     by_name = Claim("dataset", dataset_id, owner, used)
-    return [by_name, *(Claim("data", str(place.path), owner, used, place.unchanged) for place in places)]
+    return [by_name, *(Claim("data", str(place.path), owner, used, place.known) for place in places)]
 
 
 def _is_of(one: Claim, owner: Owner) -> bool:
@@ -188,7 +188,10 @@ def _says_less(one: Claim, dataset_id: str) -> bool:
 
 
 def _is_elsewhere(claimed: Path, ledger: Path) -> bool:
-    return claimed != ledger and claimed.exists() and not claimed.samefile(ledger)
+    """Whether there are two ledgers: also a file with a name in each of two folders is, for its log lies beside it."""
+    if claimed == ledger or not claimed.exists():
+        return False
+    return not (claimed.samefile(ledger) and claimed.parent.samefile(ledger.parent))
 
 
 def _refuse_others(claims: Sequence[Claim], dataset_id: str, places: Sequence[DataPlace]) -> None:
@@ -226,8 +229,9 @@ def _has_one(one: Claim) -> str:
 
 
 def _spelled(name: str) -> str:
-    """Return what names have in common that people take for one: case, width, blanks, composed letters."""
-    folded = unicodedata.normalize("NFKC", name).casefold()
+    """Return what names have in common that people take for one: all but case, width, blanks and unseen characters."""
+    seen = "".join(c for c in name if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())
+    folded = unicodedata.normalize("NFKC", seen).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 

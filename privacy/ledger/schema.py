@@ -48,6 +48,16 @@ def is_ours(db: sqlite3.Connection) -> bool:
     return _schema(db) == _expected_schema()
 
 
+def has_plain_tables(db: sqlite3.Connection) -> bool:
+    """Whether what can be read from a file is stored in it: a view, or a table of another module, may never end."""
+    return (
+        db.execute(
+            "SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index', 'trigger') OR sql LIKE 'CREATE VIRTUAL%'"
+        ).fetchone()
+        is None
+    )
+
+
 @cache
 def _expected_schema() -> frozenset[tuple[str, ...]]:
     db = sqlite3.connect(":memory:")
@@ -60,6 +70,11 @@ def _expected_schema() -> frozenset[tuple[str, ...]]:
 
 def _schema(db: sqlite3.Connection) -> frozenset[tuple[str, ...]]:
     return frozenset(db.execute("SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master"))
+
+
+def bound_to(secret: object, repeat_key: str) -> str:
+    """Return what the column ``repeat_key`` holds: with a secret that was damaged since, noise would be drawn anew."""
+    return sha256(repeat_key.encode() + secret) if isinstance(secret, bytes) else ""
 
 
 def format_version(db: sqlite3.Connection) -> int:
@@ -100,7 +115,7 @@ def _from_1(db: sqlite3.Connection, sign: Callable[[int, str], str]) -> None:
             (document["seq"], body.decode(), head_hash, sign(document["seq"], head_hash)),
         )
         seqs[document["charge_id"]] = document["seq"]
-    db.executemany("INSERT INTO secrets VALUES (?, ?, ?, '')", secrets)
+    db.executemany("INSERT INTO secrets VALUES (?, ?, ?, ?)", [(*row, bound_to(row[1], "")) for row in secrets])
     db.executemany("INSERT INTO replies VALUES (?, ?, ?)", [(seqs[name], name, body) for name, body in replies])
 
 

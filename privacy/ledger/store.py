@@ -21,7 +21,7 @@ from privacy.canonical import canonical_json, sha256
 from privacy.ledger.derived import Derived
 from privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
 from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
-from privacy.ledger.schema import TABLES, format_version, is_ours, migrate, run_script
+from privacy.ledger.schema import TABLES, format_version, has_plain_tables, is_ours, migrate, run_script
 from privacy.ledger.witness import Witness
 
 UNREADABLE = (sqlite3.Error, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError)
@@ -72,6 +72,7 @@ class Store:
         self._db.execute("PRAGMA secure_delete = ON")  # an erased secret is overwritten, not unlinked
         if version < FORMAT_VERSION:
             self._migrate(machine)
+        check_tables(self._db, self.path)  # before anything is read from what is called so
         self.genesis = read_genesis(self._db)
         # A simulation protects nobody: its ledger must survive a killed process, not a power cut.
         synchronous = "OFF" if self.genesis.mode == "simulation" else "FULL"
@@ -230,6 +231,8 @@ class Store:
             found = format_version(self._db)
             if found == FORMAT_VERSION:
                 return  # another process was faster
+            if not has_plain_tables(self._db):
+                raise altered(self.path)
             self.genesis = read_genesis(self._db)
             Store._check_key(self, self.genesis.public_key)
             self._check_unsigned(found, machine)  # before anything is signed
@@ -282,6 +285,7 @@ class Store:
         output_hash: str = "",
         releases: str = "[]",
         rng: str = "",
+        time: str | None = None,
     ) -> SignedHead:
         """Append an entry inside the open transaction; return the new head, signed."""
         seq, total, prev_hash = self._last()
@@ -304,7 +308,7 @@ class Store:
             output_hash=output_hash,
             releases=releases,
             rng=rng,
-            time=self._time_of(state, charge_id, run_id, plan_hash),
+            time=self._time_of(state, charge_id, run_id, plan_hash) if time is None else self._not_before_last(time),
         )
         line = entry.line
         head = self._sign(entry.seq, sha256(line))
@@ -329,9 +333,15 @@ class Store:
             return str(reserved[0])
         admitted = "SELECT 1 FROM plans WHERE run_id = ? AND plan_hash = ? AND open"
         if state in ("RESERVED", "CLOSED") and self._rows(admitted, run_id, plan_hash):
-            (last,) = self._rows("SELECT json_extract(body, '$.time') FROM entries ORDER BY seq DESC LIMIT 1")
-            return str(last[0])
+            return self._last_time()
         return utc_now()
+
+    def _last_time(self) -> str:
+        rows = self._rows("SELECT json_extract(body, '$.time') FROM entries ORDER BY seq DESC LIMIT 1")
+        return str(rows[0][0]) if rows else self.genesis.time
+
+    def _not_before_last(self, time: str) -> str:
+        return max(time, self._last_time())
 
     def _last(self) -> tuple[int, str, str]:
         """Return number, RDP total and hash of the last entry, or of the genesis."""
@@ -472,8 +482,7 @@ def check_chain(db: sqlite3.Connection, path: Path) -> tuple[int, str, Derived]:
     Raises:
         BadInputError: the file is damaged, or something was altered.
     """
-    if not is_ours(db):
-        raise BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
+    check_tables(db, path)
     (damage,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if damage != "ok":
         raise BadInputError(f"{path}: the database is damaged ({damage.splitlines()[-1]}), must be restored")
@@ -490,6 +499,21 @@ def check_chain(db: sqlite3.Connection, path: Path) -> tuple[int, str, Derived]:
     if db.execute("SELECT count(*) FROM entries INDEXED BY one_entry_per_state").fetchone() != (last,):
         raise BadInputError(f"{path}: the database is damaged (an index lacks entries), must be restored")
     return last, last_hash, derived
+
+
+def check_tables(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a file that has other tables, indices or triggers than a ledger.
+
+    Raises:
+        BadInputError: it has.
+    """
+    if not is_ours(db):
+        raise altered(path)
+
+
+def altered(path: Path) -> BadInputError:
+    """Say that a file was changed in a way that no ledger does."""
+    return BadInputError(f"{path}: its tables or triggers were altered, must be those of a ledger")
 
 
 def follows(body: str, entry_hash: str, last_hash: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -119,6 +121,50 @@ def test_an_approval_is_for_one_run_however_the_server_names_it(tmp_path, approv
     ask("3")
     assert code(ask, "1") == "awaiting-approval"
     ask("2", 3)  # the second approval took nothing from the first
+
+
+def test_of_runs_that_ask_at_once_one_has_the_approval(approvals, tmp_path):
+    code(approvals.check, PLAN, "s", needed=True)
+    approvals.approve(PLAN.hash)
+    began, refused = list[str](), list[str]()
+    ready = threading.Barrier(8)
+
+    def begin(run_id: str) -> None:
+        ready.wait()
+        try:
+            approvals.begin(PLAN, "s", run_id)
+            began.append(run_id)
+        except ProtocolError as error:
+            refused.append(error.code)
+
+    with ThreadPoolExecutor(8) as threads:
+        for result in [threads.submit(begin, f"run-{number}") for number in range(8)]:
+            result.result()
+    assert (len(began), refused) == (1, ["awaiting-approval"] * 7)
+    assert [path.read_text() for path in (tmp_path / "plans").glob("*.run*")] == began
+
+
+def test_no_more_is_set_aside_than_was_approved_however_runs_are_named(tmp_path, approvals):
+    """A server that admits one approved plan under ever new names would keep the whole budget from everybody else."""
+    node = replace(make_node(tmp_path), approvals=approvals)
+    code(approvals.check, PLAN, "s", needed=True)
+    approvals.approve(PLAN.hash)
+    admit = {n: AdmitRequest(run_id=n, scenario="test", plan=PLAN) for n in ("1", "2", "3", "4")}
+    node.admit(admit["1"])
+    once = node.ledger.units_set_aside
+    for name in ("2", "3", "3"):
+        node.admit(admit[name])
+        assert node.ledger.units_set_aside == once
+    assert code(node.admit, admit["1"]) == "not-allowed"  # it gave way
+    asked = request(held=HELD, run_id="3")
+    node.train(asked, encode(asked, body()))
+    code(approvals.check, PLAN, "s", needed=True, run_id="4")
+    approvals.approve(PLAN.hash)
+    left = node.ledger.units_set_aside
+    node.admit(admit["4"])
+    assert node.ledger.units_set_aside == left + once  # a run that draws keeps what is its own
+    states = [(entry.state, entry.run_id) for entry in node.ledger.entries()]
+    assert [run for state, run in states if state == "CLOSED"] == ["1", "2"]
 
 
 def test_an_approval_of_an_earlier_release_is_for_the_run_that_goes_on(tmp_path, approvals):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from clients.node_directory import NodeDirectory
 from model.errors import BadInputError
 from privacy.ledger import Ledger
 from privacy.ledger import registry as claims
+from privacy.ledger.birth_time import birth_time
 from privacy.ledger.data_place import fingerprint, look_at
 
 AGAIN = "has a ledger already|have a ledger already"
@@ -96,6 +98,38 @@ def test_data_that_were_renamed_are_still_claimed(make, data):  # noqa: F811
         make(name="second", dataset="other", data="renamed.csv", witness="w2")
 
 
+@pytest.mark.parametrize("how", ["touched", "a record more"])
+def test_data_that_were_renamed_and_changed_are_still_claimed(make, data, how):  # noqa: F811
+    """A file is known by when it was born, where the file system tells that; it may have changed since."""
+    make(data="one/rows.csv")
+    moved = (data / "one" / "rows.csv").rename(data / "renamed.csv")
+    if birth_time(moved) is None:
+        pytest.skip("this file system does not tell when a file was born")
+    if how == "touched":
+        os.utime(moved, (1, 1))
+    else:
+        moved.write_text(f"{moved.read_text()}more,1\n")
+    with pytest.raises(BadInputError, match=r"renamed\.csv lay at .*rows\.csv before"):
+        make(name="second", dataset="other", data="renamed.csv", witness="w2")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "same"),
+    [
+        ("9:5:70", "12:6:70", True),
+        ("9:5:70", "9:5:71", False),  # another file that was given the number, and a copied time
+        ("9:5", "9:5:70", True),  # as an earlier release wrote it
+        ("9:5", "9:6:70", False),
+        ("9:5:", "9:5:", True),
+        ("9:5:", "9:6:", False),
+    ],
+)
+def test_a_file_is_the_same_by_its_birth_or_where_that_is_unknown_by_size_and_change(data, then, now, same):
+    place = replace(look_at(data), known={"1:2": now})
+    assert place.seen_in({"1:2": then}) == same
+    assert not place.seen_in({"1:3": then})
+
+
 def test_a_new_file_may_get_the_number_of_one_that_is_gone(make, data):  # noqa: F811
     make(data="one/rows.csv")
     number = (data / "one" / "rows.csv").stat().st_ino
@@ -107,7 +141,9 @@ def test_a_new_file_may_get_the_number_of_one_that_is_gone(make, data):  # noqa:
     assert len(registry_of(data)) == 4  # of each node, its data set's name and the place of its data
 
 
-@pytest.mark.parametrize("name", ["Ward-7", " ward-7", "ward-7 ", "WARD-7", "\uff57ard-7", "ward-7\t"])
+@pytest.mark.parametrize(
+    "name", ["Ward-7", " ward-7", "ward-7 ", "WARD-7", "\uff57ard-7", "ward-7\t", "ward\u200b-7", "\ufeffward-7"]
+)
 def test_a_name_is_one_however_it_is_spelled(make, data, name):  # noqa: F811
     make(data="one")
     with pytest.raises(BadInputError, match=AGAIN):
@@ -295,6 +331,15 @@ def test_a_moved_node_works_and_a_copied_one_does_not(make, data):  # noqa: F811
     spend(copy)
     copy.path.rename(data / "moved")
     spend(NodeDirectory(data / "moved"))
+
+
+def test_two_names_of_one_ledger_in_two_folders_are_two_ledgers(make, data):  # noqa: F811
+    """Each would keep its own log beside its name, and neither see what the other spends."""
+    node = make(data="one")
+    shutil.copytree(node.path, data / "twin", copy_function=os.link)
+    with pytest.raises(BadInputError, match="is a copy of"):
+        NodeDirectory(data / "twin").open_ledger()
+    node.open_ledger().close()
 
 
 def test_a_copy_with_a_witness_of_its_own_has_no_second_budget(make, data):  # noqa: F811

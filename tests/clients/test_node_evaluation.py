@@ -317,3 +317,16 @@ def test_config_of_the_model_is_checked_like_for_training(tmp_path):
     other = other.model_copy(update={"head": other.head.model_copy(update={"classes": 7})})
     mismatch = plan(model=other, evaluation={"every": 4, "noise_multiplier": 2.0})
     assert refusal(make_node(tmp_path / "c"), mismatch) == "schema-mismatch"
+
+
+def test_the_time_of_the_first_evaluation_stands_nowhere(tmp_path, monkeypatch):
+    """It comes after rounds of training, whose length follows how many records were drawn."""
+    node = make_node(tmp_path)
+    monkeypatch.setattr("privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:00+00:00")
+    node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN))
+    monkeypatch.setattr("privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:13+00:00")
+    ask(node)
+    node.close(CloseRequest(run_id="1"))
+    entries = [*node.ledger.entries(), *node.held_out.ledger.entries()]
+    assert [entry.state for entry in entries] == ["ADMITTED", "CLOSED", "ADMITTED", "RESERVED", "COMMITTED", "CLOSED"]
+    assert {entry.time for entry in entries} == {"2030-01-01T00:00:00+00:00"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import sqlite3
@@ -295,6 +296,43 @@ def test_what_no_ledger_has_is_refused(life, statement):
     assert refused(life)
 
 
+ENDLESS = "WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r)"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("table", "columns"),
+    [
+        ("entries", "n AS seq, '{}' AS body, '' AS hash, '' AS signature FROM r"),
+        ("genesis", "'' AS document, '' AS signature FROM r WHERE n < 0"),
+    ],
+)
+def test_a_view_in_place_of_a_table_is_not_read(life, table, columns, version):
+    """It never ends, for whoever opens the ledger as for whoever audits it."""
+    edit(
+        life.path,
+        f"ALTER TABLE {table} RENAME TO more",
+        f"CREATE VIEW {table} AS {ENDLESS} SELECT {columns}",
+        f"PRAGMA user_version = {version}",
+        keep_triggers=False,
+    )
+    db = sqlite3.connect(life.path)
+    db.set_progress_handler(lambda: 1, 10**6)
+    with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+        db.execute(f"SELECT * FROM {table}").fetchall()
+    db.close()
+    with pytest.raises(BadInputError, match="tables or triggers were altered"):
+        life.open()
+    with pytest.raises(BadInputError, match=r"tables or triggers were altered|format version 1"):
+        open_history(life.path)
+
+
+def test_a_pipe_is_no_history(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInputError, match="is no file, must be a ledger or its export"):
+        open_history(tmp_path / "pipe")
+
+
 def test_a_log_that_is_taken_away_or_put_back_is_an_older_copy(tmp_path):
     witness = Witness(tmp_path / "witness")
     ledger = new_ledger(tmp_path, witness=witness)
@@ -445,6 +483,51 @@ def test_a_reply_that_was_changed_is_not_sent(tmp_path):
     edit(tmp_path / "ledger.db", "UPDATE replies SET body = CAST('other' AS BLOB)")
     with pytest.raises(ReplyExpiredError):
         ledger.reserve(request(), bytes(32))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE entries SET signature = '' WHERE seq = 2",
+        "UPDATE entries SET signature = (SELECT signature FROM entries WHERE seq = 1) WHERE seq = 2",
+        "UPDATE replies SET seq = 7 - seq WHERE seq = 2",
+    ],
+)
+def test_a_reply_whose_receipt_does_not_hold_is_not_sent(tmp_path, statement):
+    ledger = new_ledger(tmp_path)
+    spend(ledger, 2)
+    edit(tmp_path / "ledger.db", statement)
+    with pytest.raises(ReplyExpiredError):
+        ledger.reserve(request(), bytes(32))
+    assert isinstance(ledger.reserve(request(2), bytes(32)), StoredReply)
+
+
+def test_replies_exchanged_between_charges_are_not_sent(tmp_path):
+    ledger = new_ledger(tmp_path)
+    for number, body in ((1, b"first"), (2, b"second")):
+        reservation = ledger.reserve(request(number), bytes(32))
+        ledger.commit(reservation, body)
+    edit(
+        tmp_path / "ledger.db",
+        "CREATE TABLE more AS SELECT charge_id, seq FROM replies",
+        "UPDATE replies SET charge_id = 'none' WHERE seq = 2",
+        "UPDATE replies SET charge_id = (SELECT charge_id FROM more WHERE seq = 2) WHERE seq = 4",
+        "UPDATE replies SET charge_id = (SELECT charge_id FROM more WHERE seq = 4) WHERE seq = 2",
+        "DROP TABLE more",
+    )
+    for number in (1, 2):
+        with pytest.raises(ReplyExpiredError):
+            ledger.reserve(request(number), bytes(32))
+
+
+@pytest.mark.parametrize("secret", ["zeroblob(32)", "zeroblob(0)", "'text'", "7"])
+def test_a_secret_that_was_damaged_is_not_drawn_from(tmp_path, secret):
+    """With it, the work that a crash interrupted would be a second mechanism, and only one was charged."""
+    ledger = new_ledger(tmp_path)
+    ledger.reserve(CHEAP, b"1" * 32)
+    edit(tmp_path / "ledger.db", f"UPDATE secrets SET secret = {secret}")
+    with pytest.raises(ChargeAbandonedError):
+        ledger.reserve(CHEAP, b"2" * 32)
 
 
 def test_secrets_change_neither_what_is_spent_nor_what_was_committed(tmp_path):

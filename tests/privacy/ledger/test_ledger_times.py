@@ -78,3 +78,21 @@ def test_times_go_on_with_the_next_plan(tmp_path, clock):
     times = [entry.time for entry in ledger.entries()]
     assert times == sorted(times)
     assert times[1] == times[2] != times[0]
+
+
+def test_an_admission_that_follows_private_work_has_the_time_of_the_first(tmp_path, clock):
+    """A held-out side admits a plan with its first evaluation, which comes when the training before it is done."""
+    for folder in ("training", "aside"):
+        (tmp_path / folder).mkdir()
+    training, aside = new_ledger(tmp_path / "training"), new_ledger(tmp_path / "aside")
+    assert training.admitted_at("7", "p" * 64) is None
+    training.admit(request(), 2)
+    clock(90)
+    aside.admit(request(), 2, time=training.admitted_at("7", "p" * 64))
+    assert aside.entries()[0].time == training.entries()[0].time
+    clock(60)
+    later = {"run_id": "8"}
+    aside.admit(request(**later), 2)
+    aside.admit(request(run_id="9"), 2, time=training.admitted_at("7", "p" * 64))
+    times = [entry.time for entry in aside.entries()]
+    assert times == sorted(times)  # but never before what came before it

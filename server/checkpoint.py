@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.errors import BadInputError
+from model.json_text import parse_json
 from model.store import write_atomically
 from server.noise_likeness import History
 from server.optimizer import OptimizerState
@@ -63,7 +64,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     history: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(path, framework="pt") as stream:
-            state = json.loads(stream.metadata()["state"])
+            state = parse_json(stream.metadata()["state"])
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
                 kind, _, name = key.partition(":")
                 if kind in ("model", "average"):

@@ -135,7 +135,7 @@ def simulate(
 
 def summarize(run: RunDirectory) -> Summary:
     """Sum up a finished run from its directory."""
-    scenario, metrics, note = run.scenario, run.metrics(), read_note(run.path)
+    scenario, metrics, note = run.scenario, run.whole_metrics(), read_note(run.path)
     exchanged = [line["bytes_down_per_node"] + line["bytes_up_per_node"] for line in metrics]
     return Summary(
         accuracy=metrics[-1].get("accuracy"),

@@ -121,7 +121,8 @@ def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
     try:
         content = handle()
     except ProtocolError as error:
-        log.info("refused with %s: %s", error.code, error)
+        level = logging.ERROR if error.code == "internal-error" else logging.INFO  # of a simulation only errors show
+        log.log(level, "refused with %s: %s", error.code, error)
         content = encode(Refusal(code=error.code))
     except Exception:
         log.exception("a handler failed; the server is told internal-error and nothing else")

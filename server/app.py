@@ -219,8 +219,7 @@ def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory,
     if not run.checkpoint.exists():
         return 0
     checkpoint = read_checkpoint(run.checkpoint)
-    if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
-        raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
+    checkpoint.check_belongs(run.checkpoint, plan_hash, strategy.run_id)
     strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
     if strategy.noise_test is not None:
         strategy.noise_test.history = {node: dict(sums) for node, sums in checkpoint.history.items()}

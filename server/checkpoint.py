@@ -36,6 +36,15 @@ class Checkpoint:
     average: Mapping[str, Tensor] = field(default_factory=dict)
     averaged: int = 0
 
+    def check_belongs(self, path: Path, plan_hash: str, run_id: str) -> None:
+        """Look whether it is of this plan and run.
+
+        Raises:
+            BadInputError: it is not.
+        """
+        if self.plan_hash != plan_hash or self.run_id != run_id:
+            raise BadInputError(f"{path}: belongs to another plan, must be of the scenario beside it")
+
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint; a crash leaves the previous one whole."""

@@ -22,6 +22,7 @@ from clients.protocol import (
 )
 from clients.simulated import ledger_path, open_simulated
 from data.shipped_scenarios import find
+from model.errors import BadInputError
 from privacy.ledger.reading import LedgerFile
 from server.scenario import read_scenario
 
@@ -132,3 +133,13 @@ def test_what_keeps_a_node_from_answering_is_said_where_only_errors_are(context,
         caplog.clear()
         ask(context, QUERY_DESCRIBE, encode(DescribeRequest()))
         assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == said
+
+
+def test_what_only_the_owner_can_mend_is_one_line_of_the_log(context, caplog, monkeypatch):
+    def refuse(context):
+        raise BadInputError("ledger.db: was signed with another key")
+
+    monkeypatch.setattr("clients.app.open_node", refuse)
+    assert refusal(ask(context, QUERY_DESCRIBE, encode(DescribeRequest()))) == "internal-error"
+    (record,) = caplog.records
+    assert (record.getMessage().count("was signed with another key"), record.exc_info) == (1, None)

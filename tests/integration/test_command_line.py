@@ -235,6 +235,14 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, a
     assert out == ""
 
 
+def test_a_folder_that_may_not_be_read_is_not_one_without_ledgers(capsys, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    assert call(capsys, "audit", "ledger", tmp_path) == (2, "", f"conclave: {tmp_path}: Permission denied\n")
+
+
 @pytest.mark.parametrize("command", [("stop",), ("server", "remove")])
 @pytest.mark.parametrize("number", [str(2**64), "9" * 5000])
 def test_ids_have_64_bits(capsys, command, number):

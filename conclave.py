@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on 
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    _refuse_arguments_that_are_no_text(sys.argv[1:])
+    _refuse_arguments_that_say_nothing(sys.argv[1:])
     if version:
         from importlib.metadata import version as installed_version
 
@@ -61,8 +62,14 @@ def _version(
         raise typer.Exit
 
 
-def _refuse_arguments_that_are_no_text(arguments: list[str]) -> None:
-    """No document could hold them, and no terminal show them."""
+def _refuse_arguments_that_say_nothing(arguments: list[str]) -> None:
+    """Refuse what no document could hold and no terminal show; and what is empty: as a path it is the folder here."""
+    for place, argument in enumerate(arguments, start=1):
+        if not argument or (argument.startswith("--") and argument.find("=") == len(argument) - 1):
+            from model.errors import BadInputError
+
+            name = argument or f"argument {place}"
+            raise BadInputError(f"{name}: is empty, must be a value; perhaps a variable of the shell is not set")
     try:
         "\n".join(arguments).encode()
     except UnicodeEncodeError as error:
@@ -126,10 +133,10 @@ def simulate(
     print_summary(resolved, summary, report_path)
     _warn_of_budget(resolved)
     if as_json:
-        result = {name: value for name, value in asdict(summary).items() if value is not None}
+        result = {name: value for name, value in asdict(summary).items() if value is not None and name != "run"}
         if summary.baseline is not None:
             result["baseline"] = summary.baseline.model_dump(exclude_defaults=True)
-        _print_json({**result, "epsilon": _finite(summary.epsilon), "run": str(summary.run)})
+        _print_json({**result, "run": str(summary.run)})
 
 
 @app.command()
@@ -148,7 +155,7 @@ def plan(
     print_plan(estimate)
     _warn_of_budget(resolved)
     if as_json:
-        _print_json({**asdict(estimate), "epsilon": _finite(estimate.epsilon)})
+        _print_json(asdict(estimate))
 
 
 @app.command()
@@ -896,25 +903,30 @@ def _said_by_system(error: OSError) -> str:
     return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
-def _finite(value: float) -> float | str:
-    """Spell infinity as the ledger does; JSON has no number for it."""
-    return value if value != float("inf") else "inf"
-
-
 def _print_json(document: Any) -> None:
     """Print one JSON object on a line of its own: a mapping, or a document that has a published schema."""
     if not isinstance(document, dict):
         from simulations.schemas import to_json
 
         document = to_json(document)
-    typer.echo(json.dumps(document, allow_nan=False))
+    typer.echo(json.dumps(_spelled(document), allow_nan=False))
+
+
+def _spelled(value: Any) -> Any:
+    """Spell what JSON has no number for: infinity as the ledger does, and what a model that diverged comes to."""
+    if isinstance(value, dict):
+        return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelled(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _say(sentence: str) -> None:
     """Write one line, whatever names the sentence repeats: a file's may have ends of lines in it."""
     from simulations.printing import on_one_line
 
-    sys.stderr.write(f"conclave: {on_one_line(sentence)}\n")
+    if sys.stderr is not None:  # it may be closed
+        sys.stderr.write(f"conclave: {on_one_line(sentence)}\n")
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from clients.protocol import (
 )
 from data.shipped_scenarios import scenario_text
 from data.simulated_run import simulated_run_dir
+from model.errors import BadInputError
 
 log = logging.getLogger("conclave.node")
 
@@ -121,8 +122,12 @@ def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
     try:
         content = handle()
     except ProtocolError as error:
-        log.info("refused with %s: %s", error.code, error)
+        level = logging.ERROR if error.code == "internal-error" else logging.INFO  # of a simulation only errors show
+        log.log(level, "refused with %s: %s", error.code, error)
         content = encode(Refusal(code=error.code))
+    except BadInputError as error:  # of the owner: one sentence says it all
+        log.error("the server is told internal-error and nothing else: %s", error)
+        content = encode(Refusal(code="internal-error"))
     except Exception:
         log.exception("a handler failed; the server is told internal-error and nothing else")
         content = encode(Refusal(code="internal-error"))

@@ -13,6 +13,7 @@ from typing import NoReturn
 from clients.hours import within
 from clients.protocol import Plan, ProtocolError
 from model.errors import BadInputError
+from model.json_text import parse_json
 from model.store import write_atomically
 from model.whole_file import new_file
 from privacy.load_histogram import release_shares
@@ -106,7 +107,7 @@ class Approvals:
         """Return how many runs of a plan the owner approved."""
         path = self._file(plan_hash, "approved")
         try:
-            return int(json.loads(path.read_bytes()).get("runs", 1))
+            return int(parse_json(path.read_bytes()).get("runs", 1))
         except FileNotFoundError:
             return 0
         except (ValueError, TypeError, AttributeError):
@@ -139,7 +140,7 @@ class Approvals:
         found = []
         for path in sorted(self._folder.glob("*.waiting")):
             try:
-                document = json.loads(path.read_bytes())
+                document = parse_json(path.read_bytes())
                 plan = Plan.model_validate_json(json.dumps(document["plan"]))
                 scenario = str(document["scenario"])
             except (OSError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.errors import BadInputError
 from model.network import Network
 from model.text_file import read_text
-from model.whole_file import replaced_file, sync_folder
+from model.whole_file import naming, replaced_file, sync_folder
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
@@ -33,10 +33,13 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 def append_durably(path: Path, content: bytes) -> None:
     """Add to a file, which is created if need be, so that it survives a power cut once this returns."""
     is_new = not path.exists()
-    with path.open("ab") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with path.open("ab") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise naming(error, path) from error
     if is_new:
         sync_folder(path.parent)
 

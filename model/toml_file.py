@@ -60,14 +60,17 @@ def refuse_extremes(value: object, *, where: str, depth: int = 0) -> None:
     """Refuse what could be neither checked nor shown: Python reads hexadecimal integers that it then cannot print.
 
     Raises:
-        BadInputError: an integer has more bits than TOML's, or tables and arrays are nested too deeply.
+        BadInputError: an integer has more bits than TOML's, a text has a character that ends those of the system, or
+            tables and arrays are nested too deeply.
     """
     if depth > _DEEPEST:
         raise _too_deep(where)
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:
         raise _too_long(where)
+    if isinstance(value, str) and "\0" in value:
+        raise BadInputError(f"{where}: {value!r} has the character U+0000, must be text that can be a name or a path")
     if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
             refuse_extremes(item, where=where, depth=depth + 1)
 
 

@@ -45,9 +45,18 @@ def _whole(path: Path, mode: int, name: Callable[[Path, Path], object]) -> Itera
             stream.flush()
             os.fsync(stream.fileno())
         name(partial, path)
+    except OSError as error:
+        if error.filename is not None and str(error.filename) != str(partial):  # of another file that the block uses
+            raise
+        raise naming(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)  # the name itself must survive a power cut
+
+
+def naming(error: OSError, path: Path) -> OSError:
+    """Return an error of the system as one that names a file: of a full disk, it names none by itself."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,6 +24,7 @@ from server.averaging import ModelAverage
 from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from server.coverage import Coverage, shortage
 from server.evaluation import Evaluation, evaluate
+from server.metrics import dropped_by, unchanged
 from server.node_account import NodeAccount
 from server.node_rounds import NodeLevel
 from server.receipts import ReceiptBook
@@ -150,7 +151,7 @@ def run_scenario(
     roster.close()
     if strategy.node_level is not None:
         strategy.node_level.close()
-    _check_something_changed(run.metrics())
+    _check_something_changed(run.whole_metrics())
 
 
 def _check_somebody_took_part(round_number: int, strategy: ExpertStrategy) -> None:
@@ -169,12 +170,11 @@ def _check_somebody_took_part(round_number: int, strategy: ExpertStrategy) -> No
 
 def _check_something_changed(metrics: Sequence[Mapping[str, Any]]) -> None:
     """End a run that came to nothing; not where its draws asked nobody, which costs nothing and is as planned."""
-    if any(line["changed"] for line in metrics) or not any(line["asked"] for line in metrics):
+    if unchanged(metrics) < len(metrics) or not any(line.get("asked", 1) for line in metrics):
         return
-    refused, dropped = Counter[str](), Counter[str]()
+    refused, dropped = Counter[str](), Counter(dropped_by(metrics))
     for line in metrics:
         refused.update(line["refused"])
-        dropped.update(line["dropped_by"])
     why = counted(refused + dropped) or "too few nodes answered"
     raise RunFailedError(f"in {len(metrics)} rounds nothing changed the model ({why})")
 
@@ -219,8 +219,7 @@ def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory,
     if not run.checkpoint.exists():
         return 0
     checkpoint = read_checkpoint(run.checkpoint)
-    if checkpoint.plan_hash != plan_hash or checkpoint.run_id != strategy.run_id:
-        raise BadInputError(f"{run.checkpoint}: belongs to another plan, must be of the scenario beside it")
+    checkpoint.check_belongs(run.checkpoint, plan_hash, strategy.run_id)
     strategy.optimizer.restore(checkpoint.tensors, checkpoint.optimizer)
     if strategy.noise_test is not None:
         strategy.noise_test.history = {node: dict(sums) for node, sums in checkpoint.history.items()}

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from model.errors import BadInputError
+from model.json_text import parse_json
 from model.store import write_atomically
 from server.noise_likeness import History
 from server.optimizer import OptimizerState
@@ -34,6 +35,15 @@ class Checkpoint:
     history: History = field(default_factory=dict)
     average: Mapping[str, Tensor] = field(default_factory=dict)
     averaged: int = 0
+
+    def check_belongs(self, path: Path, plan_hash: str, run_id: str) -> None:
+        """Look whether it is of this plan and run.
+
+        Raises:
+            BadInputError: it is not.
+        """
+        if self.plan_hash != plan_hash or self.run_id != run_id:
+            raise BadInputError(f"{path}: belongs to another plan, must be of the scenario beside it")
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -63,7 +73,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     history: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     try:
         with safe_open(path, framework="pt") as stream:
-            state = json.loads(stream.metadata()["state"])
+            state = parse_json(stream.metadata()["state"])
             for key in stream.keys():  # noqa: SIM118  (not a mapping)
                 kind, _, name = key.partition(":")
                 if kind in ("model", "average"):

@@ -113,9 +113,10 @@ class Coverage:
         self._count(counts)
 
     def restore(self, metrics: Iterable[Mapping[str, Any]]) -> None:
-        """Count the rounds of an interrupted run, as :meth:`metrics` noted them."""
+        """Count the rounds of an interrupted run, as :meth:`metrics` noted them; of another model's, nothing."""
+        shape = list(map(len, self.last))
         for line in metrics:
-            if "holders" in line:
+            if list(map(len, line.get("holders", ()))) == shape:
                 self._count(line["holders"])
 
     def metrics(self) -> dict[str, Any]:

@@ -1,10 +1,97 @@
-"""What a run's metrics, one mapping a round, come to over its rounds."""
+"""A run's metrics, one mapping a round: what a line may look like, and what they come to over the rounds."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Counts = dict[str, _Count]
+_Layers = list[list[_Finite]]
+_Pair = Annotated[list[_Finite], Field(min_length=2, max_length=2)] | None
+
+
+class _Typed(BaseModel):
+    """Where a key is there, it has this type. Older versions of Conclave left keys out, younger ones add some."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _HeldOut(_Typed):
+    metric: str
+    over_units: _Pair
+    over_nodes: _Pair
+    by_node: dict[str, _Pair]
+
+
+class _Line(_Typed):
+    """One round. Only of a quality is a number no mistake that is none: a model may have diverged."""
+
+    round: Annotated[int, Field(ge=1, lt=2**63)]
+    nodes: _Count = 0
+    asked: _Count = 0
+    accepted: _Count = 0
+    refused: _Counts = {}
+    dropped: _Count = 0
+    dropped_by: _Counts = {}
+    missing: _Count = 0
+    changed: bool = True
+    bytes_down_per_node: _Count = 0
+    bytes_up_per_node: _Count = 0
+    bytes_full_model: Annotated[int, Field(ge=1, lt=2**63)] = 1
+    seconds: _Finite = 0.0
+    accuracy: float = 0.0
+    accuracy_without_experts: float = 0.0
+    bits_per_byte: float = 0.0
+    bits_per_byte_without_experts: float = 0.0
+    order0_bits_per_byte: float = 0.0
+    load: _Layers = []
+    private_load: list[list[_Finite | None]] = []
+    holders: list[list[_Count]] = []
+    holders_mean: _Layers = []
+    rounds_without_holder: list[list[_Count]] = []
+    private_evaluation: _HeldOut | None = None
+
+
+_ALWAYS = (
+    "nodes", "accepted", "refused", "dropped", "missing",
+    "bytes_down_per_node", "bytes_up_per_node", "bytes_full_model", "seconds",
+)  # fmt: skip
+_QUALITIES = (
+    ("accuracy", "accuracy_without_experts"),
+    ("bits_per_byte", "bits_per_byte_without_experts", "order0_bits_per_byte"),
+)
+
+
+def why_no_metrics(line: object) -> str | None:
+    """Say what a line of metrics cannot have, or lacks to be one at all; None where nothing speaks against it."""
+    try:
+        _Line.model_validate(line)
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        return ".".join(map(str, first["loc"])) + (": " if first["loc"] else "") + first["msg"].lower()
+    return None
+
+
+_ALIKE = (("load", "private_load"), ("holders_mean", "rounds_without_holder"))  # as many layers of as many experts
+
+
+def lacking(metrics: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say what rounds lack to be summed up; None where they lack nothing. A quality is in all of them or in none."""
+    last = metrics[-1]
+    quality = next((names for names in _QUALITIES if names[0] in last), _QUALITIES[0] if "load" in last else ())
+    for number, line in enumerate(metrics, start=1):
+        for name in (*_ALWAYS, *quality):
+            if name not in line:
+                return f"line {number} has no {name}"
+    for one, other in _ALIKE:
+        if one in last and other in last and list(map(len, last[one])) != list(map(len, last[other])):
+            return f"{one} and {other} of line {len(metrics)} are of other lengths"
+    return None
 
 
 def dropped_by(metrics: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -14,10 +14,12 @@ from typing import Any, get_args
 from torch import Tensor
 
 from model import BadInputError, ModelConfig, save_model
+from model.json_text import parse_json
 from model.store import append_durably, write_atomically
 from model.text_file import read_text
 from privacy.code_identity import code_hash
 from privacy.ledger.entry import Mode
+from server.metrics import lacking, why_no_metrics
 from server.scenario import Scenario, read_scenario
 
 _TESTED_PACKAGES = ("conclave-moe", "torch", "flwr", "flwr-datasets", "opacus", "dp-accounting", "numpy")
@@ -70,8 +72,10 @@ class RunDirectory:
         """
         path = self.path / "environment.json"
         try:
-            document = json.loads(read_text(path, "the run's environment"))
-        except json.JSONDecodeError as error:
+            document = parse_json(read_text(path, "the run's environment"))
+        except BadInputError:
+            raise
+        except ValueError as error:
             raise BadInputError(f"{path}: damaged, must be as the run left it") from error
         if not isinstance(document, dict):
             raise BadInputError(f"{path}: damaged, must be as the run left it")
@@ -142,16 +146,32 @@ class RunDirectory:
             BadInputError: the run has no finished round, or a line is damaged.
         """
         path = self.path / "metrics.jsonl"
+        refusal = f"{path}: missing or damaged, must hold one JSON object a line"
         if not path.is_file():
-            raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line")
+            raise BadInputError(refusal)
+        text = read_text(path, "one JSON object a line")
         try:
-            rounds = [json.loads(line) for line in read_text(path, "one JSON object a line").splitlines()]
-        except json.JSONDecodeError as error:
-            raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line") from error
-        if not all(isinstance(line, dict) for line in rounds):
-            raise BadInputError(f"{path}: missing or damaged, must hold one JSON object a line")
+            rounds = [parse_json(line) for line in text.splitlines()]
+        except ValueError as error:
+            raise BadInputError(refusal) from error
+        for number, line in enumerate(rounds, start=1):
+            wrong = why_no_metrics(line)
+            if wrong is not None:
+                raise BadInputError(f"{refusal}, as the run left it: line {number}: {wrong}")
         if not rounds:
             raise BadInputError(f"{path}: empty, the run must have finished a round")
+        return rounds
+
+    def whole_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics, with all that they are summed up by.
+
+        Raises:
+            BadInputError: as :meth:`metrics`, or a line lacks something.
+        """
+        rounds = self.metrics()
+        lack = lacking(rounds)
+        if lack is not None:
+            raise BadInputError(f"{self.path / 'metrics.jsonl'}: damaged, must be as the run left it: {lack}")
         return rounds
 
     def keep_metrics(self, rounds: int) -> list[dict[str, Any]]:
@@ -162,10 +182,10 @@ class RunDirectory:
         text, kept = "", []
         for line in path.read_text(errors="replace").splitlines():
             try:
-                metrics = json.loads(line)
-                if metrics["round"] > rounds:
-                    break
-            except (ValueError, KeyError, TypeError):
+                metrics = parse_json(line)
+            except ValueError:
+                break
+            if why_no_metrics(metrics) is not None or metrics["round"] > rounds:
                 break
             kept.append(metrics)
             text += line + "\n"

@@ -14,6 +14,7 @@ from torch import Size
 from clients.protocol import ChooseReply, Description, Plan, ProtocolError, body_of, decode, tensors_of
 from model import HeldExperts
 from model.errors import BadInputError
+from model.json_text import parse_json
 from model.store import write_atomically
 from privacy.canonical import sha256
 from privacy.ledger.entry import charge_id_of
@@ -43,10 +44,16 @@ class Wishes:
         self._of: dict[str, Wish] = {}
         if path is not None and path.is_file():
             try:
-                document = json.loads(path.read_bytes())
+                document = parse_json(path.read_bytes())
                 self.round, self._of = int(document["round"]), {str(k): v for k, v in document["wishes"].items()}
+                if not all(map(self._possible, self._of.values())):
+                    raise ValueError("no choice of experts")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BadInputError(f"{path}: damaged, must hold what nodes chose") from error
+
+    def _possible(self, wish: Wish) -> bool:
+        layers, experts = self._plan.model.layers, set(range(self._plan.model.experts.routed))
+        return len(wish) == layers and all(len(set(ids)) == len(ids) and experts.issuperset(ids) for ids in wish)
 
     def due(self, round_number: int) -> bool:
         """Whether nodes are to be asked before this round, and were not yet."""

@@ -51,6 +51,8 @@ def audit_ledgers(given: Sequence[Path], *, witness: Path | None = None, receipt
 def _ledger_files(given: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in given:
+        if path.is_dir():
+            next(path.iterdir(), None)  # a folder that may not be read would look like one without ledgers
         found = sorted(path.rglob("*.db")) if path.is_dir() else [path]
         if not found:
             raise BadInputError(f"{path}: holds no ledger (*.db), must be a ledger or a folder with ledgers")

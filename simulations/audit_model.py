@@ -66,7 +66,7 @@ def audit_own(path: str) -> list[Finding]:
         declared_size=_DECLARED_SIZE,
     )
     try:
-        return audit_model(Subject(module, loss, _some(batch), mechanism))
+        return audit_model(Subject(module, loss, _some(batch), mechanism, rebuild=lambda: _built(path)[:2]))
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from error
 

@@ -83,14 +83,17 @@ def _continue(
         raise BadInputError(f"--max-bytes is {max_bytes}, must be 1 to 65536")
     if not (math.isfinite(temperature) and temperature > 0):
         raise BadInputError(f"--temperature is {temperature:g}, must be above 0")
+    if not -(2**63) <= seed < 2**64:
+        raise BadInputError(f"--seed is {seed}, must be from -2^63 to 2^64 - 1")
     generator = torch.Generator().manual_seed(seed)
     text = list(prompt.encode())
     start = len(text)
     with torch.inference_mode():
         for _ in range(max_bytes):
             context_BT = torch.tensor([text[-window:]], dtype=torch.uint8)
-            scores_V = network({"text": context_BT}).scores[0, -1]
-            probabilities_V = (scores_V / temperature).softmax(dim=0)
+            scores_V = network({"text": context_BT}).scores[0, -1].double()
+            below_V = scores_V - scores_V.max()  # the best stays 0, however small a number divides it
+            probabilities_V = (below_V / temperature).softmax(dim=0)
             text.append(int(torch.multinomial(probabilities_V, 1, generator=generator)))
     return Continuation(bytes(text[start:]).decode(errors="replace"), max_bytes)
 

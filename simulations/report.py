@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from model.errors import BadInputError
 from model.store import write_atomically
 from model.text_file import read_text
 from privacy.accounting import fixed_order
@@ -22,6 +23,7 @@ from simulations.tables import said_of_held_out
 
 _TEMPLATES = Path(__file__).parent / "templates"
 TEMPLATE = "report.html.j2"
+_ENVIRONMENT = ("started", "python", "platform", "commit", "packages")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def render(contents: Mapping[str, Any]) -> str:
 
 def contents_of(run: RunDirectory) -> dict[str, Any]:
     """Return what the template asks for, by name. Raises as :func:`write_report`."""
-    scenario, metrics = run.scenario, run.metrics()
+    scenario, metrics = run.scenario, run.whole_metrics()
     audit = audit_run(run)
     nodes = [_node_row(Path(path), ledger) for path, ledger in audit.ledgers.items()]
     last = metrics[-1]
@@ -81,14 +83,14 @@ def contents_of(run: RunDirectory) -> dict[str, Any]:
     without_holder = last.get("rounds_without_holder", [])  # a run of an older version did not count
     holders = [
         charts.holders(mean, without, f"layer {layer}")
-        for layer, (mean, without) in enumerate(zip(last.get("holders_mean", []), without_holder, strict=True))
+        for layer, (mean, without) in enumerate(zip(last.get("holders_mean", []), without_holder, strict=False))
     ]
     exchanged = last["bytes_down_per_node"] + last["bytes_up_per_node"]
     plan = scenario.plan()
     return {
         "scenario": scenario,
         "toml": read_text(run.path / "scenario.toml", "the run's scenario"),
-        "environment": run.environment,
+        "environment": _environment_of(run),
         "plan": plan,
         "choice_share": plan.choice_share(fixed_order(scenario.privacy.epsilon, scenario.privacy.delta)),
         "last": last,
@@ -110,6 +112,16 @@ def contents_of(run: RunDirectory) -> dict[str, Any]:
         "unchanged": unchanged(metrics),
         "seconds": sum(line["seconds"] for line in metrics),
     }
+
+
+def _environment_of(run: RunDirectory) -> dict[str, Any]:
+    """Return what the page names of it: a file that lost some of that is damaged."""
+    environment = run.environment
+    lost = [name for name in _ENVIRONMENT if name not in environment]
+    if lost or not isinstance(environment["packages"], dict):
+        what = f"has no {lost[0]}" if lost else "packages is no mapping"
+        raise BadInputError(f"{run.path / 'environment.json'}: damaged, must be as the run left it: {what}")
+    return environment
 
 
 def _quality(rounds: list[int], metrics: list[dict[str, Any]]) -> str:

@@ -17,6 +17,7 @@ import server.app
 from clients.simulated import deal, open_simulated
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
+from server.checkpoint import read_checkpoint
 from server.metrics import dropped_by, unchanged
 from server.node_account import NodeAccount
 from server.run_directory import RunDirectory
@@ -98,9 +99,11 @@ def simulate(
         NodeAccount.begin_simulated(run.node_account, scenario.node_privacy, scenario.seed)
     deal(scenario.to_toml())  # a partition that cannot be made is the caller's mistake, not each node's
     check_trainable(scenario)  # nor is a model that cannot be trained, whatever the engine makes of the server's errors
+    nodes, run_id = scenario.nodes, run_number(scenario)
+    if run.checkpoint.exists():  # before nodes with other keys meet the ledgers of a scenario that was edited
+        read_checkpoint(run.checkpoint).check_belongs(run.checkpoint, scenario.plan().hash, str(run_id))
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    nodes, run_id = scenario.nodes, run_number(scenario)
     run_config = {"scenario": scenario.to_toml(), "run-dir": str(run.path)}
     try:
         with contextlib.ExitStack() as stack:
@@ -135,7 +138,7 @@ def simulate(
 
 def summarize(run: RunDirectory) -> Summary:
     """Sum up a finished run from its directory."""
-    scenario, metrics, note = run.scenario, run.metrics(), read_note(run.path)
+    scenario, metrics, note = run.scenario, run.whole_metrics(), read_note(run.path)
     exchanged = [line["bytes_down_per_node"] + line["bytes_up_per_node"] for line in metrics]
     return Summary(
         accuracy=metrics[-1].get("accuracy"),

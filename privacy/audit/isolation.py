@@ -14,7 +14,16 @@ from model.errors import BadInputError
 from privacy.audit.arithmetic import RoundedOnce, tolerance_of
 from privacy.audit.company import Company, companies
 from privacy.audit.memory import Memory, same_bits
-from privacy.audit.observed import Losses, coarsest_type, gradient, kept, losses_of, most_at_once
+from privacy.audit.observed import (
+    Losses,
+    coarsest_type,
+    gradient,
+    has_drawn,
+    kept,
+    losses_of,
+    most_at_once,
+    same_randomness,
+)
 from privacy.audit.subject import Finding, Subject, length, said
 from privacy.clipping import LARGEST_NORM, SMALLEST_CLIP
 from privacy.gradient_modes import Records
@@ -174,7 +183,7 @@ def check_gradients(subject: Subject) -> Finding:
 
 
 def check_state(subject: Subject) -> Finding:
-    """Use the model on some records: it must keep nothing of them, and be the same model afterwards.
+    """Use the model on records: it must keep nothing of them, be the same model afterwards, and draw for each alone.
 
     Compared are what Python shows of its memory after records that differ, and its losses and gradients when fresh and
     when used. A table that is filled at the first call, whatever the records, is fine; so is what the next call writes
@@ -210,10 +219,64 @@ def check_state(subject: Subject) -> Finding:
         for _ in range(_CALLS):
             now = losses(subject.records, everyone).detach().double().flatten()
             difference = max(difference, _relative(now, first, first.unsqueeze(0)))
+    drawn, at_all = _other_draws(subject)
     if difference > tolerance:
         wrong.append(f"used, its losses or gradients differ by {difference:.2g} from those of a fresh copy")
-    looked_at = f"{len(before)} saved tensors, what Python shows of memory, {_CALLS} calls"
-    return Finding("state", looked_at, "; ".join(wrong) or None)
+    elif drawn > tolerance:
+        wrong.append(
+            f"its losses differ by {drawn:.2g} with what a stream draws that all records share; "
+            "draw with model.unit_random"
+        )
+    looked_at = f"{len(before)} saved tensors, what Python shows of memory, {_CALLS} calls, {_CALLS} seeds"
+    if not wrong:
+        wrong += _unlike_when_built_anew(subject, halves, tolerance)
+    incomplete = "it draws from a stream that all records share, to no effect with these seeds" if at_all else None
+    return Finding("state", looked_at, "; ".join(wrong) or None, None if wrong else incomplete)
+
+
+def _unlike_when_built_anew(subject: Subject, halves: tuple[Tensor, Tensor], tolerance: float) -> list[str]:
+    """Compare models built alike that saw other records first: what hides their memory from Python hides it in vain.
+
+    What is not the same after the same records either, or cannot be built twice, tells nothing.
+    """
+    build = subject.rebuild
+    if build is None:
+        return []
+    state, everyone = _saved(subject), torch.arange(subject.examples)
+
+    def losses_after(history: Tensor) -> Tensor:
+        same_randomness()
+        module, loss = build()
+        module.load_state_dict(state)
+        losses = losses_of(replace(subject, module=module, example_loss=loss))
+        losses(_rows(subject.records, history), history)
+        return losses(subject.records, everyone).detach().double().flatten()
+
+    try:
+        once, again, other = (losses_after(history) for history in (halves[0], halves[0], halves[1]))
+    except Exception:  # of code that was brought
+        return []
+    if _relative(again, once, once.unsqueeze(0)) > tolerance:
+        return []
+    difference = _relative(other, once, once.unsqueeze(0))
+    if difference <= tolerance:
+        return []
+    return [f"built anew, its losses differ by {difference:.2g} after other records were seen first"]
+
+
+def _other_draws(subject: Subject) -> tuple[float, bool]:
+    """Return how far losses are apart where what is drawn for no unit of its own is drawn anew; and if it is at all.
+
+    Such a draw follows how many were made before it, and so the other units of the batches before.
+    """
+    losses, everyone = losses_of(subject, range(_CALLS)), torch.arange(subject.examples)
+    with kept(subject) as memory:
+        found, at_all = [], False
+        for seed in range(_CALLS):
+            memory.restore()
+            found.append(losses(subject.records, everyone).detach().double().flatten())
+            at_all |= has_drawn(seed)
+        return max(_relative(now, found[0], found[0].unsqueeze(0)) for now in found), at_all
 
 
 def _saved(subject: Subject) -> dict[str, Tensor]:

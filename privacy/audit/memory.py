@@ -11,13 +11,15 @@ import hashlib
 import random
 import sys
 import sysconfig
-from collections import deque
+import threading
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -26,6 +28,9 @@ from torch.nn.parameter import is_lazy
 
 _MOST_OBJECTS = 100_000
 _INSTALLED = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib")})
+_HOLDERS = (threading.local, WeakKeyDictionary, WeakValueDictionary, UserDict, UserList, SimpleNamespace)
+"""Of the standard library, what is made to hold things."""
+_CachedFunction = type(cache(lambda: None))
 _VALUES = (bool, int, float, complex, str, bytes, type(None))
 _MISSING = object()
 
@@ -116,6 +121,10 @@ class _Walk:
                 yield path, _names_in(vars(thing), [name for name in vars(thing) if not name.startswith("__")])
         elif isinstance(thing, partial):
             yield from ((path, part) for part in (thing.func, thing.args, thing.keywords))
+        elif isinstance(thing, _CachedFunction):
+            yield path, thing.__wrapped__
+        elif isinstance(thing, _HOLDERS):
+            yield path, vars(thing)
         elif isinstance(thing, nn.Module | Tensor) or self._is_own(type(thing).__module__):
             yield from self._inside_object(path, thing)
 
@@ -195,6 +204,8 @@ def _undo_for(thing: Any) -> Callable[[], None] | None:
         return _undo_tensor(thing)
     if isinstance(thing, np.ndarray):
         return _undo_array(thing)
+    if isinstance(thing, _CachedFunction):
+        return thing.cache_clear  # what it holds is never shown; without it, it computes the same
     return _undo_generator(thing)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -33,11 +34,16 @@ def kept(subject: Subject) -> Iterator[Memory]:
         memory.restore()
 
 
-def losses_of(subject: Subject) -> Losses:
-    """Return how training takes losses, in training mode and from the same randomness at every call.
+def losses_of(subject: Subject, seeds: Iterable[int] = repeat(0)) -> Losses:
+    """Return how training takes losses, in training mode.
 
     Where training refuses the model, draws are those of a training that did not.
+
+    Args:
+        seeds: one a call, for what is drawn from streams that all records share. By default the same, so that a model
+            that draws from them does not differ by chance.
     """
+    seed = iter(seeds)
     try:
         training = subject.training()
     except BadInputError:
@@ -48,7 +54,7 @@ def losses_of(subject: Subject) -> Losses:
 
     def losses(batch: Records, example_B: Tensor) -> Tensor:
         subject.module.train()
-        same_randomness()
+        same_randomness(next(seed))
         return taken({name: tensor.clone() for name, tensor in batch.items()}, example_B)  # it may change them in place
 
     return losses
@@ -64,11 +70,24 @@ def _with_own_draws(subject: Subject) -> Losses:
     return losses
 
 
-def same_randomness() -> None:
-    """Start every generator that a program shares anew: a model that draws from them must not differ by chance."""
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+def same_randomness(seed: int = 0) -> None:
+    """Start every generator that a program shares anew."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def has_drawn(seed: int = 0) -> bool:
+    """Say whether anything was drawn from these generators since :func:`same_randomness`; of GPUs' it is not known."""
+    with callers_randomness_untouched():
+        now = _drawn()
+        same_randomness(seed)
+        return now != _drawn()
+
+
+def _drawn() -> tuple[object, ...]:
+    _, keys, *places = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(keys).tobytes(), *places
 
 
 @contextmanager

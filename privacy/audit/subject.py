@@ -24,6 +24,7 @@ class Subject:
     """A model, its loss, synthetic records, and the mechanism it is to be trained with.
 
     start: makes the training under audit; the real one unless a test puts a broken one in its place.
+    rebuild: makes model and loss once more, as they were before any use; None where nothing does.
     """
 
     module: nn.Module
@@ -31,6 +32,7 @@ class Subject:
     records: Records
     mechanism: DpSgd
     start: Start = PrivateTraining
+    rebuild: Callable[[], tuple[nn.Module, ExampleLoss]] | None = None
 
     @property
     def examples(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from model.errors import BadInputError
@@ -29,10 +29,15 @@ def refuse_unusable(subject: Subject) -> None:
     if not trained:
         raise BadInputError("nothing is trained: no parameter of the module requires a gradient")
     loss_B = _losses(subject)
-    if not loss_B.requires_grad or all(
-        g is None for g in torch.autograd.grad(loss_B.sum(), trained, allow_unused=True)
-    ):
+    if not loss_B.requires_grad or all(g is None for g in _gradients(loss_B, trained)):
         raise BadInputError("example_loss does not depend on any parameter that is trained; must not be detached")
+
+
+def _gradients(loss_B: Tensor, trained: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss_B.sum(), trained, allow_unused=True)
+    except Exception as error:  # of what changes values in place that the gradient needs, of a backward pass of its own
+        raise BadInputError(f"the gradient of example_loss cannot be taken: {said(error)}") from error
 
 
 def _losses(subject: Subject) -> Tensor:

@@ -22,6 +22,7 @@ from clients.protocol import (
 )
 from clients.simulated import ledger_path, open_simulated
 from data.shipped_scenarios import find
+from model.errors import BadInputError
 from privacy.ledger.reading import LedgerFile
 from server.scenario import read_scenario
 
@@ -119,3 +120,26 @@ def test_simulated_nodes_are_distinct_seeded_and_say_so(context, tmp_path):
 def test_another_number_of_nodes_than_the_scenario_deals_to_is_refused(context):
     context.node_config["num-partitions"] = 2
     assert refusal(ask(context, QUERY_DESCRIBE)) == "schema-mismatch"
+
+
+def test_what_keeps_a_node_from_answering_is_said_where_only_errors_are(context, caplog, monkeypatch):
+    """A simulation shows no more of its nodes than that, and the server is told a code."""
+    for code, said in (("internal-error", ["refused with internal-error: look at its disk"]), ("paused", [])):
+
+        def refuse(context, code=code):
+            raise ProtocolError(code, "look at its disk")
+
+        monkeypatch.setattr("clients.app.open_node", refuse)
+        caplog.clear()
+        ask(context, QUERY_DESCRIBE, encode(DescribeRequest()))
+        assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == said
+
+
+def test_what_only_the_owner_can_mend_is_one_line_of_the_log(context, caplog, monkeypatch):
+    def refuse(context):
+        raise BadInputError("ledger.db: was signed with another key")
+
+    monkeypatch.setattr("clients.app.open_node", refuse)
+    assert refusal(ask(context, QUERY_DESCRIBE, encode(DescribeRequest()))) == "internal-error"
+    (record,) = caplog.records
+    assert (record.getMessage().count("was signed with another key"), record.exc_info) == (1, None)

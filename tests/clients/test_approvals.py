@@ -68,9 +68,10 @@ def test_an_ambiguous_or_unknown_hash_approves_nothing(approvals):
 def test_a_damaged_file_is_named(approvals, tmp_path):
     code(approvals.check, PLAN, "s", needed=True)
     (path,) = (tmp_path / "plans").glob("*.waiting")
-    path.write_text("{")
-    with pytest.raises(BadInputError, match="damaged"):
-        approvals.waiting()
+    for text in ("{", "[" * 100_000, '{"scenario": "\\ud800"}', "[]"):
+        path.write_text(text)
+        with pytest.raises(BadInputError, match="damaged"):
+            approvals.waiting()
 
 
 def test_a_paused_node_refuses_whatever_is_approved(approvals):

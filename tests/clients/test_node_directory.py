@@ -107,6 +107,7 @@ def test_what_the_ledger_fixes_cannot_be_edited(make, old, new, sentence):
         ("[budget]", "[budget", "not TOML"),
         ("max_rounds = 10000", f"max_rounds = {'9' * 5001}", "an integer is too long, must have at most 64 bits"),
         ("max_rounds = 10000", f"max_rounds = 0x{'f' * 5001}", "an integer is too long, must have at most 64 bits"),
+        ('state = "state"', r'state = "a\u0000"', "has the character U+0000"),
         ("max_rounds = 10000", f"max_rounds.{'a.' * 3000}b = 1", "nested too deeply, must be at most 64"),
         ("[limits]", '[server]\naddress = "a..b:1"\nca = "ca.pem"\n[limits]', "server.address: must be host:port"),
         ("# metrics_port = 9464", 'metrics_port = 9094\n[server]\naddress = "fed:1"\nca = "ca.pem"',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -217,6 +218,9 @@ BAD = [
     (("audit", "ledger", "."), "holds no ledger"),
     (("simulate", "digits", "--set", f"seed={'9' * 5001}"), "--set seed: an integer is too long"),
     (("simulate", "digits", "--set", f"a={'[' * 3000}"), "--set a: nested too deeply"),
+    (("report", ""), "argument 2: is empty, must be a value"),
+    (("node", "init", "n", "--data", ""), "argument 5: is empty"),
+    (("simulate", "digits", "--out="), "--out=: is empty, must be a value; perhaps a variable of the shell is not set"),
     (("node", "check", "caf\udce9"), "argument 'caf\\udce9': is no text in UTF-8"),
     (("server", "init", "fed", "--host", "fed", "--port", "9091"), "internal_port is 9091, must be another than port"),
 ]
@@ -232,6 +236,14 @@ def test_bad_input_is_one_sentence_and_status_2(capsys, tmp_path, monkeypatch, a
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert out == ""
+
+
+def test_a_folder_that_may_not_be_read_is_not_one_without_ledgers(capsys, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may read everything
+    assert call(capsys, "audit", "ledger", tmp_path) == (2, "", f"conclave: {tmp_path}: Permission denied\n")
 
 
 @pytest.mark.parametrize("command", [("stop",), ("server", "remove")])
@@ -581,6 +593,12 @@ def test_json_documents_match_their_published_schemas(run, capsys, tmp_path):
         broken[next(iter(broken))] = {"no": "such thing"}
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.Draft202012Validator(published).validate(broken)
+
+
+def test_whatever_a_number_is_it_has_a_spelling_in_json(capsys):
+    odd = {"a": [math.nan, (-math.inf, 1.5)], "b": {"c": math.inf, "d": None}}
+    conclave._print_json(odd)
+    assert json.loads(capsys.readouterr().out) == {"a": ["nan", ["-inf", 1.5]], "b": {"c": "inf", "d": None}}
 
 
 def test_infinity_has_a_spelling_in_json(capsys, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from conftest import make_batch, make_config
 
 from model import BadInputError, build, load, parameters, save_model
-from model.store import write_atomically
+from model.store import append_durably, write_atomically
 
 
 @pytest.fixture
@@ -107,9 +107,14 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+    assert caught.value.filename == str(path)
+    if call == "fsync":
+        with pytest.raises(OSError, match="No space left") as caught:
+            append_durably(path, b"more")
+        assert caught.value.filename == str(path)
 
 
 def test_weights_that_do_not_belong_to_the_configuration_are_refused(tmp_path):

@@ -30,6 +30,17 @@ def test_after_an_error_there_is_nothing_and_the_next_try_works(tmp_path):
     assert path.read_bytes() == b"whole"
 
 
+def test_an_error_names_the_file_that_was_to_be_and_not_the_one_on_the_way(tmp_path):
+    """Of a full disk the system names none; of a folder that is not there, the one on the way."""
+    for path, cause in ((tmp_path / "file", lambda: fail(errno.ENOSPC)), (tmp_path / "no" / "file", lambda: None)):
+        with pytest.raises(OSError, match="No s") as caught:
+            write(path, b"to", cause)
+        assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as caught:  # what the block itself reads keeps its name
+        write(tmp_path / "file", b"to", (tmp_path / "source").read_bytes)
+    assert caught.value.filename == str(tmp_path / "source")
+
+
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("meanwhile", [True, False])
 def test_a_file_that_is_there_stays_as_it_is(tmp_path, monkeypatch, links, meanwhile):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import threading
+import weakref
 
 import numpy as np
 import torch
@@ -145,6 +147,11 @@ def u_dropout_from_a_generator_of_its_own():
     )
 
 
+def u_one_coin_for_the_whole_batch():
+    """At one seed it always falls on the same side."""
+    return wrapped(lambda self, x: x * (1 + (torch.rand(1) < 0.5)))
+
+
 def u_attention_over_the_batch():
     return wrapped(lambda self, x: x + 0.1 * torch.softmax(x @ x.t(), -1) @ x)
 
@@ -228,6 +235,35 @@ def u_the_first_batch_in_slots():
         return x - self.holder.mean
 
     return wrapped(change, holder=Holder())
+
+
+def u_the_first_batch_in_a_cached_function():
+    given = []
+
+    @functools.cache
+    def first():
+        return given[-1]
+
+    def change(self, x):
+        given.append(x.detach().mean(0))
+        return x - first()
+
+    return wrapped(change)
+
+
+def u_the_first_batch_of_a_thread():
+    local = threading.local()
+
+    def change(self, x):
+        vars(local).setdefault("mean", x.detach().mean(0))
+        return x - local.mean
+
+    return wrapped(change)
+
+
+def u_the_first_batch_under_a_weak_key():
+    means = weakref.WeakKeyDictionary()
+    return wrapped(lambda self, x: x - means.setdefault(self, x.detach().mean(0)))
 
 
 def u_the_last_batchs_mean():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import audit_samples
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -44,10 +46,48 @@ def test_what_couples_or_remembers_units_is_found(name):
 
 @pytest.mark.parametrize("name", audit_samples.INDEPENDENT)
 def test_what_does_neither_is_not_violated(name):
-    brought = subject(audit_samples.INDEPENDENT[name], SMALL)
+    build = audit_samples.INDEPENDENT[name]
+    brought = subject(build, SMALL, rebuild=lambda: build()[:2])
     for check in (check_gradients, check_isolation, check_state, check_sensitivity, check_faults):
         finding = check(brought)
         assert finding.violation is None, finding
+
+
+def test_memory_that_python_does_not_show_is_found_where_the_model_can_be_built_again():
+    def build():
+        def remember():
+            first = None
+            while True:
+                seen = yield first
+                first = seen if first is None else first
+
+        memory = remember()
+        next(memory)
+        return audit_samples.wrapped(
+            lambda self, x: x - x * 0 if (first := memory.send(x.detach().mean(0))) is None else x - first
+        )
+
+    def wrapped_generator():
+        module, loss, batch = build()
+        loss(batch)  # from now on it has nothing to remember
+        return module, loss, batch
+
+    brought = subject(wrapped_generator, SMALL)
+    assert check_state(brought).violation is None
+    found = check_state(replace(brought, rebuild=lambda: build()[:2])).violation
+    assert "built anew, its losses differ by" in found
+    for rebuild in (lambda: 1 / 0, lambda: audit_samples.network(nn.Linear(8, 8))):
+        assert check_state(replace(brought, rebuild=rebuild)).violation is None
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1), lambda: random.random(), lambda: numpy.random.rand()])
+def test_what_is_drawn_for_no_unit_is_said_also_where_it_has_no_effect(draw):
+    def drawing(chance):
+        return lambda: audit_samples.wrapped(lambda self, x: x + (float(draw()) < chance))
+
+    assert "with what a stream draws that all records share" in check_state(subject(drawing(0.5), SMALL)).violation
+    finding = check_state(subject(drawing(-1.0), SMALL))
+    assert (finding.violation, "draws from a stream" in finding.incomplete) == (None, True)
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e-5])
@@ -134,6 +174,7 @@ def unusable(loss=None, module=None, **records):
         (unusable(lambda m, b: m(b["x"])[:3]), "shape [3, 3]"),
         (unusable(lambda m, b: m(b["x"]).argmax(1)), "returns torch.int64, must be a floating-point type"),
         (unusable(lambda m, b: m(b["x"]).sum(1).detach()), "must not be detached"),
+        (unusable(lambda m, b: m(b["x"]).exp().mul_(2).sum(1)), "the gradient of example_loss cannot be taken: Ru"),
         (unusable(lambda m, b: m(b["z"])), "fails on the batch that was returned with it: KeyError"),
         (unusable(x=torch.full((8, 6), float("nan"))), "the loss of example 0 of the batch is not finite"),
         (unusable(module=audit_samples.network().requires_grad_(False)), "nothing is trained"),

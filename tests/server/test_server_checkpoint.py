@@ -144,3 +144,11 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
         write_checkpoint(path, sample(4))
     monkeypatch.undo()
     assert same(read_checkpoint(path), sample(3))
+
+
+@pytest.mark.parametrize("state", ["[" * 100_000, "[]", "{}", '{"round": ' + "9" * 5000 + "}", '{"run_id": "\\ud800"}'])
+def test_a_state_that_is_none_is_named(tmp_path, state):
+    path = tmp_path / "c"
+    path.write_bytes(save({"model:shared/a": torch.ones(2)}, metadata={"state": state}))
+    with pytest.raises(BadInputError, match="missing or damaged, must be a checkpoint"):
+        read_checkpoint(path)

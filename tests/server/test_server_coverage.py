@@ -94,6 +94,7 @@ def test_coverage_counts_holders_by_layer_and_expert():
     assert coverage.short == 3 + 6  # round one: experts 0 and 2 of layer 0, 0 of layer 1; round two: all
     resumed = Coverage(layers=2, experts=3, min_holders=2)
     resumed.restore([{"round": 0}, first, {"holders": coverage.last}])
+    resumed.restore([{"holders": [[1, 1, 1]]}, {"holders": [[1] * 4] * 2}])  # of another model
     assert resumed.metrics() == coverage.metrics()
 
 

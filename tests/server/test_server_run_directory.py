@@ -65,7 +65,21 @@ def test_what_is_no_run_directory_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "missing or damaged"), ('{"a": 1}\n{"b', "damaged"), ("", "empty"), ("1\n", "damaged")],
+    [
+        (None, "missing or damaged"),
+        ('{"a": 1}\n{"b', "damaged"),
+        ("", "empty"),
+        ("1\n", "damaged"),
+        ("[" * 100_000, "damaged"),
+        ('{"round": ' + "9" * 5000 + "}", "damaged"),
+        ('{"round": 1, "note": "\\ud800"}', "damaged"),
+        ('{"round": 1}\n{}', "line 2: round: field required"),
+        ('{"round": "1"}', "line 1: round: input should be a valid integer"),
+        ('{"round": 1, "seconds": NaN}', "line 1: seconds: input should be a finite number"),
+        ('{"round": 1, "bytes_full_model": 0}', "line 1: bytes_full_model: input should be greater"),
+        ('{"round": 1, "refused": [1]}', "line 1: refused: input should be"),
+        ('{"round": 1, "missing": ' + "9" * 400 + "}", "line 1: missing: input should be less"),
+    ],
 )
 def test_damaged_metrics_are_bad_input(tmp_path, scenario, content, sentence):
     run = RunDirectory.create(scenario, tmp_path)
@@ -75,7 +89,10 @@ def test_damaged_metrics_are_bad_input(tmp_path, scenario, content, sentence):
         run.metrics()
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"a": "\ud800"}'])
+NO_JSON = ["", "[]", "{", '{"a": "\ud800"}', '{"a": "\\ud800"}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("content", [None, *NO_JSON], ids=lambda content: str(content)[:10])
 def test_a_damaged_environment_is_bad_input(tmp_path, scenario, content):
     run = RunDirectory.create(scenario, tmp_path)
     path = tmp_path / "environment.json"
@@ -105,3 +122,11 @@ def test_metrics_are_one_json_object_a_line(tmp_path, scenario):
         run.append_metrics({"round": number, "text": "a\nb"})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]
+
+
+def test_what_resuming_cannot_use_of_the_metrics_is_dropped_from_there_on(tmp_path, scenario):
+    run = RunDirectory.create(scenario, tmp_path)
+    for odd in ('{"round": "2"}', '{"round": 2, "holders": 3}', "[" * 100_000, '{"n": 2}', "null"):
+        (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n' + odd + '\n{"round": 3}\n')
+        assert run.keep_metrics(3) == [{"round": 1}]
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"round": 1}\n'

@@ -347,6 +347,8 @@ def test_hostile_documents_and_overrides_are_refused():
     for deep in ("[" * 3000, "{a" + ".a" * 3000 + "=1}"):
         with pytest.raises(BadInputError, match=r"^--set a: nested too deeply"):
             parse_override(f"a={deep}")
+    for text in (r'a = "b\u0000"', r'"a\u0000" = 1', r'a = [{b = "\u0000"}]'):
+        assert "has the character U+0000, must be text that can be a name or a path" in refusal(text)
     assert refusal(overrides={"model" + ".a" * 3000: 1}).startswith("nested too deeply")
     with pytest.raises(BadInputError, match="must set one key to one value"):
         parse_override("a=1\nb=2")

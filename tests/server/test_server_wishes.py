@@ -113,9 +113,13 @@ def test_a_receipt_that_goes_back_or_is_not_signed_is_refused():
 
 def test_a_damaged_file_is_named(tmp_path):
     path = tmp_path / "wishes.json"
-    path.write_text('{"round": 3}')
-    with pytest.raises(BadInputError, match=r"wishes\.json: damaged"):
-        Wishes(PLAN, path)
+    wishes = ("null", "3", "[0]", "[[0, 0]]", "[[0], [1]]", "[[99]]", '[["a"]]', "[[{}]]", "[3]")
+    for text in ('{"round": 3}', "[" * 100_000, *(f'{{"round": 3, "wishes": {{"n": {wish}}}}}' for wish in wishes)):
+        path.write_text(text)
+        with pytest.raises(BadInputError, match=r"wishes\.json: damaged"):
+            Wishes(PLAN, path)
+    path.write_text('{"round": 3, "wishes": {"n": [[0, 2, 1]]}}')
+    assert Wishes(PLAN, path).round == 3
 
 
 def entries_of(path):

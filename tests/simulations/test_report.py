@@ -12,7 +12,7 @@ from data.shipped_scenarios import find
 from model.errors import BadInputError
 from server.run_directory import RunDirectory
 from server.scenario import read_scenario
-from simulations.report import write_report
+from simulations.report import contents_of, write_report
 from simulations.simulate import simulate, summarize
 
 FAST = {"federation.rounds": 2, "partition.nodes": 3}
@@ -143,3 +143,38 @@ def test_an_unfinished_run_is_refused_in_one_sentence(directory, tmp_path):
         write_report(RunDirectory(copy))
     with pytest.raises(BadInputError, match="must be a run directory"):
         RunDirectory.open(tmp_path)
+
+
+def test_what_a_damaged_run_directory_lacks_is_named(directory, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(directory.path, copy)
+    run, lines, environment = RunDirectory(copy), directory.metrics(), directory.environment
+
+    def refused_with(where: str, what: str) -> None:
+        with pytest.raises(BadInputError, match=rf"{where}: (missing or )?damaged, must .*as the run left it.*{what}"):
+            write_report(run)
+
+    for name in lines[0]:
+        (copy / "metrics.jsonl").write_text(
+            "".join(json.dumps({k: v for k, v in line.items() if k != name}) + "\n" for line in lines)
+        )
+        try:
+            contents_of(run)
+            summarize(run)
+        except BadInputError as error:
+            assert name in str(error)  # noqa: PT017  (either is right: whole, or a sentence that names it)
+    for number, change, said in (
+        (0, {"accuracy": "high"}, "line 1: accuracy"),
+        (1, {"load": [[1.0]], "private_load": [[None, 2.0]]}, "line 2 are of other lengths"),
+        (1, {"rounds_without_holder": [[0]]}, "line 2 are of other lengths"),
+        (1, {"private_evaluation": {"metric": "accuracy"}}, "line 2: private_evaluation.over_units"),
+    ):
+        changed = [line | change if place == number else line for place, line in enumerate(lines)]
+        (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+        refused_with("metrics.jsonl", said)
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("started", "python", "platform", "commit", "packages"):
+        (copy / "environment.json").write_text(json.dumps({k: v for k, v in environment.items() if k != name}))
+        refused_with("environment.json", f"has no {name}")
+    (copy / "environment.json").write_text(json.dumps(environment | {"packages": ["torch"]}))
+    refused_with("environment.json", "packages is no mapping")

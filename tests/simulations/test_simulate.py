@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from data.shipped_scenarios import find
 from model import load, parameters
+from model.errors import BadInputError
 from privacy.ledger.reading import LedgerFile
 from privacy.ledger.spending import budget_of
 from privacy.ledger.verification import audit_history
@@ -77,6 +79,20 @@ def test_another_seed_gives_another_model_and_other_events(finished, tmp_path):
     assert not {e["charge_id"] for node in events(first) for e in node} & {
         e["charge_id"] for node in events(other) for e in node
     }
+
+
+@pytest.mark.parametrize("change", [{"seed": 77}, {"federation.rounds": 4}])
+def test_a_scenario_that_was_edited_is_refused_before_its_nodes_meet_the_ledgers(finished, tmp_path, caplog, change):
+    _, directory = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(directory.path, copy)
+    edited = RunDirectory(copy)
+    (copy / "scenario.toml").write_text(read_scenario(copy / "scenario.toml", change).to_toml())
+    with pytest.raises(BadInputError, match=r"round\.safetensors: belongs to another plan"):
+        simulate(edited.scenario, edited)
+    assert caplog.records == []  # other keys than the ledgers' would have been
+    for path in directory.ledgers:
+        assert entries_of(copy / "ledgers" / path.name) == entries_of(path)
 
 
 def test_every_node_is_charged_once_a_round_and_stays_within_its_budget(finished):

@@ -69,7 +69,8 @@ def test_a_prompt_is_continued(finished):
 
 def test_a_low_temperature_takes_the_likeliest_byte(finished):
     _, run = finished
-    cold = {predict(run.path, "def ", max_bytes=8, temperature=1e-4, seed=seed).text for seed in range(4)}
+    degrees = [1e-4] * 4 + [1e-40, 5e-324]  # the last two are nothing in float32
+    cold = {predict(run.path, "def ", max_bytes=8, temperature=t, seed=seed).text for seed, t in enumerate(degrees)}
     assert len(cold) == 1
 
 
@@ -81,6 +82,8 @@ def test_a_low_temperature_takes_the_likeliest_byte(finished):
         ("a", {"max_bytes": 65_537}, "--max-bytes is 65537"),
         ("a", {"temperature": 0.0}, "--temperature is 0"),
         ("a", {"temperature": float("nan")}, "--temperature is nan"),
+        ("a", {"seed": 2**64}, "--seed is 18446744073709551616"),
+        ("a", {"seed": -(2**63) - 1}, "--seed is -9223372036854775809"),
     ],
 )
 def test_what_cannot_be_continued_is_one_sentence(finished, prompt, options, sentence):

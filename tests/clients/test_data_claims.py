@@ -130,13 +130,15 @@ def test_a_file_is_the_same_by_its_birth_or_where_that_is_unknown_by_size_and_ch
     assert not place.seen_in({"1:3": then})
 
 
-def test_a_new_file_may_get_the_number_of_one_that_is_gone(make, data):  # noqa: F811
+@pytest.mark.parametrize("born", [7, None])
+def test_a_new_file_may_get_the_number_of_one_that_is_gone(make, data, monkeypatch, born):  # noqa: F811
     make(data="one/rows.csv")
     number = (data / "one" / "rows.csv").stat().st_ino
     # Which number a new file gets is the file system's choice: written anew, the old file is one with its number.
     new = (data / "one" / "rows.csv").rename(data / "new.csv")
     new.write_text("x,y\nanother,1\n")
     assert new.stat().st_ino == number
+    monkeypatch.setattr("privacy.ledger.data_place.birth_time", lambda path: born)
     make(name="second", dataset="other", data="new.csv", witness="w2")
     assert len(registry_of(data)) == 4  # of each node, its data set's name and the place of its data
 

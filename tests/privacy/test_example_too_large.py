@@ -10,6 +10,7 @@ from test_protocol import plan
 from torch import nn
 
 import clients.capacity
+import privacy.rehearsal
 import server.trainable
 from clients.capacity import ProcessMemory, room_for
 from clients.protocol import AdmitRequest, ProtocolError
@@ -58,7 +59,7 @@ def test_pairs_count_where_norms_are_told_from_them():
 def taken(request, monkeypatch) -> int:
     """A model of which an example takes 1 GiB, and no byte or one byte more."""
     size = GIB + request.param
-    for module in (clients.capacity, server.trainable):
+    for module in (privacy.rehearsal, server.trainable):
         monkeypatch.setattr(module, "rehearse", lambda *args: Footprint(size))
     return size
 

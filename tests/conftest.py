@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from clients.protocol import TrainReply
 from model import Batch, ModelConfig
@@ -79,6 +81,15 @@ def make_table(examples: int, features: int = 7, classes: int = 5, seed: int = 1
         "table": torch.randn(examples, features, generator=generator),
         "label": torch.randint(classes, (examples,), generator=generator),
     }
+
+
+def in_the_soak_unless(always: Iterable[object], every: Iterable[object]) -> list[ParameterSet]:
+    """Return parameters of a costly test: all of them run by `make soak`, by `make test` those that always do."""
+    always = list(always)
+    return [
+        pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=() if one in always else pytest.mark.slow)
+        for one in every
+    ]
 
 
 def load_benchmark(name: str) -> ModuleType:

@@ -20,8 +20,8 @@ from model.text_file import other_encoding, without_mark
 from privacy.canonical import canonical_json
 from privacy.ledger.entry import FORMAT_VERSION, Genesis
 from privacy.ledger.heads import SignedHead
-from privacy.ledger.schema import format_version
-from privacy.ledger.store import UNREADABLE, check_tables, read_genesis, read_head
+from privacy.ledger.schema import format_version, has_plain_tables
+from privacy.ledger.store import UNREADABLE, altered, read_genesis, read_head
 
 _LONGEST_HEAD_LINE = 1024
 _LONGEST_LINE = 1 << 20
@@ -57,7 +57,8 @@ class LedgerFile:
                     raise BadInputError(
                         f"{path}: ledger format version {version}, must be {FORMAT_VERSION}; nodes convert older ones"
                     )
-                check_tables(db, path)  # what is called entries may be a view, which never ends
+                if not has_plain_tables(db):  # what is called entries may be a view, which never ends
+                    raise altered(path)
                 self.genesis = read_genesis(db)
                 self.head = read_head(db, self.genesis)
         except BadInputError:

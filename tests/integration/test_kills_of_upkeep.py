@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from conftest import in_the_soak_unless
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import KEY, MACHINE, genesis, request, spend
 from mortal_node import witness_of
@@ -139,7 +140,7 @@ def test_a_killed_change_of_keys(spent):
     kill_everywhere(folder, rotate, check)
 
 
-@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("evidence", in_the_soak_unless([True], [False, True]))
 def test_a_killed_recovery(spent, evidence):
     """A backup from before the last two charges, on a new machine; with evidence an export proves what came after."""
     folder, receipts = spent

@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+from conftest import in_the_soak_unless
 from ledger_samples import entries_of
 
 from data.shipped_scenarios import find
@@ -93,7 +94,7 @@ def calls(tmp_path_factory) -> int:
     return calls
 
 
-@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("kill", in_the_soak_unless(range(8), range(KILLS)))
 def test_a_run_killed_anywhere_and_resumed_ends_the_same(undisturbed, calls, tmp_path, kill):
     generator = random.Random(kill)
     run = RunDirectory.create(scenario(), tmp_path / "run")

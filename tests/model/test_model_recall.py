@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import load_benchmark
+from conftest import in_the_soak_unless, load_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_the_answer_is_96_tokens_before_the_question(recall):
     assert (capital_BT.sum(dim=1) == 2).all()  # it is nowhere else
 
 
-@pytest.mark.parametrize("attention", ["multi-head", "latent"])
+@pytest.mark.parametrize("attention", in_the_soak_unless(["latent"], ["multi-head", "latent"]))
 def test_attention_recalls_it(recall, attention):
     network = recall.make(attention, width=32)
     assert recall.train(network, steps=400, learning_rate=5e-3) < 400

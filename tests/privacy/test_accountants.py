@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from conftest import in_the_soak_unless
 from dp_accounting import ComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from opacus.accountants import PRVAccountant
@@ -69,7 +70,7 @@ def random_plan(seed):
     return plan, float(10 ** generator.uniform(-7, -4))
 
 
-@pytest.mark.parametrize("seed", [*range(7), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(7, 14))])
+@pytest.mark.parametrize("seed", in_the_soak_unless(range(4), range(14)))
 def test_accountants_agree_on_random_plans(seed):
     plan, delta = random_plan(seed)
     got = epsilon_by_accountant(plan, delta)
@@ -77,7 +78,7 @@ def test_accountants_agree_on_random_plans(seed):
     assert got["rdp"] >= got["pld"] - 1e-3
 
 
-@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 7))])
+@pytest.mark.parametrize("seed", in_the_soak_unless([1, 2], [1, 2, 3, 7]))
 def test_values_are_those_of_the_libraries_themselves(seed):
     plan, delta = random_plan(seed)
     got = epsilon_by_accountant(plan, delta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import in_the_soak_unless
 from family_samples import FAMILY, examples_for
 from microbatches import alone, relative_error
 
@@ -40,15 +41,10 @@ def test_the_clipped_sum_of_every_mode_is_that_of_the_units_alone(name, mode):
         assert relative_error(sum_in_units, torch.einsum("u,u...->...", factor_U, gradient.double())) < 5e-3
 
 
-AUDITED_ALWAYS = {
-    "convolutions, one token", "latent, both ways", "after next, latent", "deep-moe, gated",
-    "table, features that attend",
-}  # fmt: skip
+AUDITED_ALWAYS = ("convolutions, one token", "after next, latent", "deep-moe, gated")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in AUDITED_ALWAYS else pytest.mark.slow) for name in FAMILY]
-)
+@pytest.mark.parametrize("name", in_the_soak_unless(AUDITED_ALWAYS, FAMILY))
 def test_the_audit_finds_nothing(name):
     network = build(FAMILY[name], seed=3)
     findings = audit_model(Subject(network, network.loss, records(name, 8), MECHANISM))

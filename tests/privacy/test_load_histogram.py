@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import make_batch, make_config, make_text, make_text_config
+from conftest import in_the_soak_unless, make_batch, make_config, make_text, make_text_config
 from ledger_samples import Lines, new_ledger, request
 from router_samples import ROUTERS, router_config, router_text_config
 from scipy import stats
@@ -116,7 +116,10 @@ def test_a_share_is_of_the_tokens_that_are_there(name, padded):
 @pytest.mark.parametrize(
     ("name", "options"),
     # Ghost mode refuses a policy, which uses its parameters several times.
-    [(n, o) for n in ROUTERS for o in MODES if not (n == "policy" and o.get("gradients") == "ghost")],
+    in_the_soak_unless(
+        [(n, o) for n in ("softmax, biased", "attention", "policy") for o in MODES],
+        [(n, o) for n in ROUTERS for o in MODES if not (n == "policy" and o.get("gradients") == "ghost")],
+    ),
 )
 def test_every_mode_counts_the_same(name, options):
     """With private draws: a mode that runs an example twice, or alone, draws the same for it."""

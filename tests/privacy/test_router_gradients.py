@@ -160,9 +160,9 @@ def audited(kinds_always, options):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *audited(ROUTERS, {}),
-        *audited({"softmax", "policy"}, {"gradients": "hooks"}),
-        *audited({"softmax", "policy"}, {"numeric": "strict"}),
+        *audited({"softmax", "sigmoid", "attention", "learned groups"}, {}),
+        *audited({"policy"}, {"gradients": "hooks"}),
+        *audited({"group-limited"}, {"numeric": "strict"}),
     ],
 )
 def test_the_model_audit_passes(name, options):
@@ -172,7 +172,7 @@ def test_the_model_audit_passes(name, options):
     assert [(f.check, f.violation) for f in findings if f.violation] == []
 
 
-@pytest.mark.parametrize(("name", "options"), audited({"softmax", "policy"}, {}))
+@pytest.mark.parametrize(("name", "options"), audited({"top-p"}, {}))
 def test_the_model_audit_passes_on_text(name, options):
     network = build(router_text_config(name), 3)
     findings = audit_model(Subject(network, network.loss, batch_for(network.config, 4), replace(QUICK, **options)))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import in_the_soak_unless
 
 BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
 
@@ -20,10 +21,10 @@ def planted():
     return planted_partition
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["softmax", "sigmoid", "attention", "hierarchical-learned", "hierarchical-group-limited", "policy", "top-p"],
-)
+NAMES = ["softmax", "sigmoid", "attention", "hierarchical-learned", "hierarchical-group-limited", "policy", "top-p"]
+
+
+@pytest.mark.parametrize("name", in_the_soak_unless(["softmax", "hierarchical-learned", "policy"], NAMES))
 def test_clusters_and_experts_share_their_information(planted, name):
     """A map of clusters to experts drawn at random has 0.85 on average, one to one has 1.
 
@@ -36,10 +37,10 @@ def test_clusters_and_experts_share_their_information(planted, name):
 
 
 def test_the_test_knows_every_router(planted):
-    assert len(planted.ROUTERS) == 7
+    assert set(planted.ROUTERS) == set(NAMES)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "hierarchical-group-limited", "softmax"])
+@pytest.mark.parametrize("name", in_the_soak_unless(["sigmoid"], ["sigmoid", "hierarchical-group-limited", "softmax"]))
 def test_balancing_balances(planted, name):
     """Means of two seeds: an expert too many tokens prefer gets fewer of them."""
     on, off = (

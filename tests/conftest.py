@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from _pytest.mark import ParameterSet
 from clients.protocol import TrainReply
 from model import Batch, ModelConfig
 from server.receipts import EMPTY_RECEIPT
+
+gc.disable()  # until all tests are collected
 
 pytest_plugins = ["soak_fixtures"]
 """A conftest.py of the soak's own would hide this file's helpers from the other tests."""
@@ -100,3 +103,9 @@ def load_benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(folder))
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests stay: the garbage collector need not look through them again and again."""
+    gc.freeze()
+    gc.enable()

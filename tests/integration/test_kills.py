@@ -55,7 +55,7 @@ from privacy.ledger.reading import LedgerFile
 from privacy.ledger.store import Store, transaction
 from privacy.ledger.verification import LedgerAudit, audit_history
 
-KILLS, SOAK_KILLS = 20, 200
+KILLS, SOAK_KILLS = 12, 208
 IN_TRAINING = Kill(1, entering(clients.trainer.train.__code__))
 BEFORE_SENDING = Kill(1, entering(on_the_wire.__code__))
 EARLIER = {

@@ -25,7 +25,7 @@ from privacy.ledger.verification import audit_history
 from privacy.ledger.witness import Witness
 from privacy.randomness import fresh_secret
 
-KILLS, SOAK_KILLS = 12, 100
+KILLS, SOAK_KILLS = 8, 104
 
 
 def witness_of(folder: Path, side: str) -> Witness:

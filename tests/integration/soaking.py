@@ -113,7 +113,9 @@ def balanced(federation: Federation, name: str, nodes: Sequence[str] = NODES) ->
     """
     run = run_of(federation, name)
     ledgers = [str(federation.folder / node / "state" / "ledger.db") for node in nodes]
+    others = [str(other) for other in sorted(run.path.parent.iterdir()) if other != run.path]
     options = [part for path in ledgers for part in ("--ledger", path)]
+    options += [part for path in others for part in ("--also", path)]  # the same ledgers paid for them
     found = json.loads(federation.must("audit", "run", run.path, *options, "--json").splitlines()[-1])
     assert (found["verdict"], found["findings"]) == ("NOT_REFUTED", [])
     receipts = list(read_receipts(run.receipts))

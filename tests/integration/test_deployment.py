@@ -138,7 +138,10 @@ def test_a_paused_node_refuses_until_it_is_resumed(federation):
 
 @pytest.mark.parametrize(
     ("asked", "reason"),
-    [("privacy.epsilon=100", "noise is 0.208829, must be at least 0.3"), ("training.steps=10001", "steps is 10001")],
+    [
+        ("privacy.epsilon=100", "noise is 0.208829, must be at least 0.3"),
+        pytest.param("training.steps=10001", "steps is 10001", marks=pytest.mark.slow),
+    ],
 )
 def test_what_no_policy_allows_is_refused_and_the_reason_stays_with_the_owner(federation, asked, reason):
     refused = federation.call("train", "patients.toml", "--set", asked, "--superlink", "server/operator")

@@ -94,7 +94,7 @@ def calls(tmp_path_factory) -> int:
     return calls
 
 
-@pytest.mark.parametrize("kill", in_the_soak_unless(range(8), range(KILLS)))
+@pytest.mark.parametrize("kill", in_the_soak_unless(range(6), range(KILLS)))
 def test_a_run_killed_anywhere_and_resumed_ends_the_same(undisturbed, calls, tmp_path, kill):
     generator = random.Random(kill)
     run = RunDirectory.create(scenario(), tmp_path / "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pool_app
 import pytest
 import torch
-from conftest import make_reply
+from conftest import in_the_soak_unless, make_reply
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from test_simulate import events, events_of
@@ -136,7 +136,7 @@ def test_a_worker_is_sent_what_it_has_forgotten_again(alone):
             check(reply, nodes[0], float(turn))
 
 
-@pytest.mark.parametrize("workers", ["alone", "three"])
+@pytest.mark.parametrize("workers", in_the_soak_unless(["alone"], ["alone", "three"]))
 def test_every_message_is_answered_once_and_kept_replies_stay(workers, request):
     _, grid = request.getfixturevalue(workers)
     nodes = list(grid.get_node_ids())
@@ -153,7 +153,7 @@ def test_every_message_is_answered_once_and_kept_replies_stay(workers, request):
 @pytest.mark.parametrize(
     ("app", "kind", "says"),
     [
-        ("no_such_module:app", TRAIN, "no_such_module"),
+        pytest.param("no_such_module:app", TRAIN, "no_such_module", marks=pytest.mark.slow),
         ("pool_app:app", "query.other", "worker processes carry one document"),
     ],
 )

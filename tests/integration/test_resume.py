@@ -125,8 +125,13 @@ class StoppedError(Exception):
     "federation",
     [
         {"optimizer": {"kind": "adam", "learning_rate": 0.02, "schedule": "cosine", "decay": 0.9, "warmup_rounds": 2}},
-        {"optimizer": {"kind": "adamw"}, "aggregation": {"kind": "trimmed-mean"}, "step_scale": "contributions"},
-        {"optimizer": {"kind": "adagrad"}, "aggregation": {"kind": "norm-bounded"}},
+        pytest.param(
+            {"optimizer": {"kind": "adamw"}, "aggregation": {"kind": "trimmed-mean"}, "step_scale": "contributions"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"optimizer": {"kind": "adagrad"}, "aggregation": {"kind": "norm-bounded"}}, marks=pytest.mark.slow
+        ),
         {"optimizer": {"kind": "sgd", "momentum": 0.9, "nesterov": True}, "aggregation": {"kind": "median"}},
     ],
 )

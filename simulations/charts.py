@@ -118,7 +118,8 @@ def load(shares: Sequence[float], title: str, private: Sequence[float | None] | 
         axes.axhline(1 / len(shares), color=_SECOND, linewidth=1.2, linestyle="--", label="even share")
         _name_ticks(axes, [str(index) for index in range(len(shares))])
         axes.set_title(title, loc="left", fontsize=9)
-        axes.legend(frameon=False, loc="upper right")
+        axes.set_ylim(top=axes.get_ylim()[1] * 1.2)  # room for the legend above the tallest bar
+        axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=8)
         return _svg(figure)
 
 

@@ -75,7 +75,7 @@ class Approvals:
             raise ProtocolError("paused", f"it is outside of limits.hours, {self._hours}")
         if not needed:
             return
-        allowed, runs = self.allowed(plan.hash), self.runs(plan.hash)
+        allowed, runs = self._allowed(plan.hash), self.runs(plan.hash)
         if not (len(runs) < allowed or run_id in runs or (run_id is None and allowed)):
             self._ask_owner(plan, scenario)
 
@@ -85,7 +85,7 @@ class Approvals:
         Raises:
             ProtocolError: ``awaiting-approval``: other runs drew on all there are.
         """
-        for number in range(1, self.allowed(plan.hash) + 1):
+        for number in range(1, self._allowed(plan.hash) + 1):
             place = self._run(plan.hash, number)
             with suppress(FileExistsError), new_file(place, mode=0o600) as file:  # refused where another run took it
                 file.write(run_id.encode())
@@ -103,7 +103,7 @@ class Approvals:
             "awaiting-approval", f"plan {plan.hash} of scenario {scenario!r} is not approved for this run"
         )
 
-    def allowed(self, plan_hash: str) -> int:
+    def _allowed(self, plan_hash: str) -> int:
         """Return how many runs of a plan the owner approved."""
         path = self._file(plan_hash, "approved")
         try:
@@ -160,7 +160,7 @@ class Approvals:
         if len(found) != 1:
             raise BadInputError(f"plan {prefix}: {len(found)} waiting plans begin like this, must be one")
         waiting = self._file(found[0].hash, "waiting")
-        document = json.loads(waiting.read_bytes()) | {"runs": self.allowed(found[0].hash) + 1}
+        document = json.loads(waiting.read_bytes()) | {"runs": self._allowed(found[0].hash) + 1}
         write_atomically(self._file(found[0].hash, "approved"), json.dumps(document).encode(), mode=0o600)
         waiting.unlink()
         return found[0]

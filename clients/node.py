@@ -297,17 +297,17 @@ class Node:
     def _give_back_unapproved(self, plan: Plan, run_id: str) -> None:
         """Keep set aside for a plan no more than its approvals allow to be drawn, under however many names it is asked.
 
-        Runs that drew nothing yet give way to the latest that asks.
+        The owner is asked again only once every approval is drawn on, so at most one is free: of the runs that drew
+        nothing yet, it is for the latest that asks.
         """
         if self.approvals is None or self.policy.unapproved_plans:
             return
         if self.ledger.admitted_at(run_id, plan.hash) is not None:  # nothing is set aside for it anew
             return
         drawing = {run_id, *self.approvals.runs(plan.hash)}
-        idle = [name for name in self.ledger.runs_admitted(plan.hash) if name not in drawing]
-        kept = max(0, self.approvals.allowed(plan.hash) - len(drawing))
-        for name in idle[: len(idle) - kept]:
-            self.ledger.close_plan(name, plan.hash)
+        for name in self.ledger.runs_admitted(plan.hash):
+            if name not in drawing:
+                self.ledger.close_plan(name, plan.hash)
 
 
 def _reply(kind: type[TrainReply | EvaluateReply | ChooseReply], stored: StoredReply) -> RecordDict:

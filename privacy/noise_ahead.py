@@ -20,7 +20,7 @@ from torch import Tensor
 from privacy.randomness import BLOCK, TOGETHER, fill_normal
 
 _WORTH_A_THREAD = 1 << 17  # values: 3 ms of drawing
-_PIECE = TOGETHER * BLOCK  # half a MiB stays in the cache for what is done to it
+_PIECE = TOGETHER * BLOCK  # half a MiB: one run of the array operations
 _one_core = False
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 SECRET_BYTES = 32
 
 PAIRS = 2048
-"""Pairs of normal values in a block. Its arrays, 0.15 MB, stay in the L2 cache; a call costs a whole block at least,
-0.04 ms. Changing it changes the values of a secret."""
+"""Pairs of normal values in a block: a call costs a whole one at least, 0.1 ms. Changing it changes the values of a
+secret."""
 BLOCK = 2 * PAIRS
 TOGETHER = 15
 """Blocks in one array operation, where there are as many. Longer operations let other threads run beside them: each

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model import HeldExperts
-from privacy.dpsgd import DpSgd
+from privacy.physical_batch import MEMORY_BYTES
 from privacy.rehearsal import rehearse, tried_mechanism
 from server.scenario import Scenario
 
@@ -21,4 +21,4 @@ def check_trainable(scenario: Scenario) -> None:
     every = plan.model.all_experts
     part: HeldExperts = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in every.items()}
     for held in (every, part) if plan.model.source is not None else (part,):
-        rehearse(plan.model, mechanism, held).check_fits(DpSgd.memory_bytes)  # more than that no node takes
+        rehearse(plan.model, mechanism, held).check_fits(MEMORY_BYTES)  # more than that no node takes

@@ -11,7 +11,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from clients.protocol import TrainReply
 from model import Batch, ModelConfig
@@ -86,7 +85,7 @@ def make_table(examples: int, features: int = 7, classes: int = 5, seed: int = 1
     }
 
 
-def in_the_soak_unless(always: Iterable[object], every: Iterable[object]) -> list[ParameterSet]:
+def in_the_soak_unless(always: Iterable[object], every: Iterable[object]) -> list:
     """Return parameters of a costly test: all of them run by `make soak`, by `make test` those that always do."""
     always = list(always)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,12 @@ class Told:
 
     def lines(self):
         return iter([entry.line for entry in self.entries])
+
+
+def copy_to_lie_in(run: RunDirectory, folder: Path) -> RunDirectory:
+    """Copy what an audit reads of a run."""
+    unread = shutil.ignore_patterns("checkpoint", "model", "report*")
+    return RunDirectory(Path(shutil.copytree(run.path, folder / "run", ignore=unread)))
 
 
 def kind_of(entry: Entry) -> str:

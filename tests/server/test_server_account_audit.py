@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
-from lying_ledgers import Told
+from lying_ledgers import Told, copy_to_lie_in
 
 from data.shipped_scenarios import find
 from privacy.accounting import budget_units, charge_units
@@ -41,8 +40,7 @@ def finished(tmp_path_factory) -> RunDirectory:
 
 @pytest.fixture
 def run(finished, tmp_path) -> RunDirectory:
-    shutil.copytree(finished.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint", "model", "report*"))
-    return RunDirectory(tmp_path / "run")
+    return copy_to_lie_in(finished, tmp_path)
 
 
 def findings_after(run, change=lambda entry: entry, **constants: str) -> list[str]:

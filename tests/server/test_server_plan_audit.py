@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from ledger_samples import entries_of
-from lying_ledgers import exported, kind_of, lie, renamed, stating, times
+from lying_ledgers import copy_to_lie_in, exported, kind_of, lie, renamed, stating, times
 
 from data.shipped_scenarios import find
 from privacy.canonical import canonical_json
@@ -47,8 +47,7 @@ def finished(tmp_path_factory) -> RunDirectory:
 
 @pytest.fixture
 def run(finished, tmp_path) -> RunDirectory:
-    shutil.copytree(finished.path, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint", "model", "report*"))
-    return RunDirectory(tmp_path / "run")
+    return copy_to_lie_in(finished, tmp_path)
 
 
 TRAINING, HELD_OUT = 0, 2

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from privacy import accountants, pld_epsilon, prv_epsilon, rdp_curves
-from privacy.accountants import accountant_report
-from privacy.accounting import charge_units, fixed_order, rdp_at
-from privacy.calibration import PlannedChoices, PlannedRelease, calibrate_plan
-from privacy.curve_cache import CurveCache
-from privacy.mechanisms import ExponentialChoice, SampledGaussian
-from privacy.rounded_pairs import round_pairs
+from conclave.privacy.accounting import accountants, pld_epsilon, prv_epsilon, rdp_curves
+from conclave.privacy.accounting.accountants import accountant_report
+from conclave.privacy.accounting.calibration import PlannedChoices, PlannedRelease, calibrate_plan
+from conclave.privacy.accounting.curve_cache import CurveCache
+from conclave.privacy.accounting.filter import charge_units, fixed_order, rdp_at
+from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian
+from conclave.privacy.accounting.rounded_pairs import round_pairs
 
 DELTA = 1e-5
 Row = dict[str, object]

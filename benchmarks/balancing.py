@@ -21,11 +21,12 @@ from collections.abc import Iterable
 import torch
 from whole_run import whole_run
 
-from data.shipped_scenarios import find
-from model import build
-from privacy.dpsgd import DpSgd, PrivateTraining
-from privacy.randomness import derive
-from server.scenario import read_scenario
+from conclave.model.building import build
+from conclave.privacy.randomness import derive
+from conclave.privacy.training.dpsgd_mechanism import DpSgd
+from conclave.privacy.training.private_training import PrivateTraining
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 Row = dict[str, object]
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import MultiHeadAttention
-from model.config import ExpertsConfig, MultiHeadConfig
-from model.moe import MoELayer
+from conclave.model.attention.config import MultiHeadConfig
+from conclave.model.attention.multi_head import MultiHeadAttention
+from conclave.model.experts.config import ExpertsConfig
+from conclave.model.experts.moe import MoELayer
 
 
 class Size(NamedTuple):

@@ -10,8 +10,8 @@ import json
 
 from whole_run import whole_run
 
-from data.shipped_scenarios import find
-from server.scenario import read_scenario
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 SCENARIOS = ("digits", "digits-open")
 

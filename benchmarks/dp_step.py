@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from privacy.bookkeeping import Units
-from privacy.dpsgd import DpSgd, PrivateTraining
-from privacy.gradient_modes import Clipping, GradientMode, mode_for
-from privacy.randomness import derive, standard_normal
+from conclave.privacy.bookkeeping import Units
+from conclave.privacy.gradients.modes import Clipping, GradientMode, mode_for
+from conclave.privacy.randomness import derive, standard_normal
+from conclave.privacy.training.dpsgd_mechanism import DpSgd
+from conclave.privacy.training.private_training import PrivateTraining
 
 DECODERS = [
     Size(32, 64, 65, 128, 256, 8, 2, 4, 4),

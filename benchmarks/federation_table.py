@@ -20,10 +20,10 @@ from typing import Any
 
 from whole_run import whole_run
 
-from data.shipped_scenarios import find, shipped
-from model.costs import costs_of
-from server.scenario import Scenario, read_scenario
-from simulations.baselines import baseline
+from conclave.model.costs import costs_of
+from conclave.server.scenario import Scenario, read_scenario
+from conclave.simulations.baselines import baseline
+from conclave.simulations.shipped import find, shipped
 
 Row = dict[str, object]
 

@@ -23,17 +23,19 @@ from flwr.app import Context, Message, RecordDict
 from lies import AdaptiveLiar, Delta, as_long_as_may_be, first_of, unassigned
 from safetensors.torch import load
 
-import clients.app
-from clients.protocol import TRAIN, Refusal, TrainReply, TrainRequest, body_of, decode, encode, pack, unpack
-from data.shipped_scenarios import find
-from data.sources import load as load_data
-from privacy.gradient_modes import Records
-from server.app import run_scenario
-from server.metrics import dropped_by
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.inline_engine import InlineGrid
-from simulations.simulate import run_number
+import conclave.simulations.client_app
+from conclave.data.sources import load as load_data
+from conclave.privacy.gradients.modes import Records
+from conclave.protocol.codec import body_of, decode, encode, unpack
+from conclave.protocol.messages import TRAIN, Refusal, TrainReply, TrainRequest
+from conclave.protocol.tensor_array import pack
+from conclave.server.metrics import dropped_by
+from conclave.server.run import run_scenario
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.engines.inline import InlineGrid
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import run_number
 
 HOSTILE = 3
 """The number of the hostile node, one of about the mean size."""
@@ -49,9 +51,9 @@ class Federation:
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer as Conclave's ClientApp, but for the hostile node."""
-        reply = clients.app.app(message, context)
+        reply = conclave.simulations.client_app.app(message, context)
         if message.metadata.message_type == TRAIN and context.node_config["partition-id"] == HOSTILE:
-            node = clients.app.open_node(context)
+            node = conclave.simulations.client_app.open_node(context)
             reply.content = self._spoil(message.content, reply.content, node.declared_size, node.records)
         return reply
 

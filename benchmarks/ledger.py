@@ -27,16 +27,16 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from privacy.accountants import epsilon_by_accountant
-from privacy.accounting import charge_units
-from privacy.calibration import calibrate_noise
-from privacy.canonical import canonical_json
-from privacy.ledger import ChargeRequest, Genesis, Ledger, Reservation, SignedHead
-from privacy.ledger.heads import public_hex
-from privacy.ledger.reading import LedgerExport, open_history, write_export
-from privacy.ledger.verification import audit_history
-from privacy.ledger.witness import Witness
-from privacy.mechanisms import SampledGaussian
+from conclave.base.canonical import canonical_json
+from conclave.privacy.accounting.accountants import epsilon_by_accountant
+from conclave.privacy.accounting.calibration import calibrate_noise
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.ledger import ChargeRequest, Genesis, Ledger, Reservation, SignedHead
+from conclave.privacy.ledger.heads import public_hex
+from conclave.privacy.ledger.reading.history import LedgerExport, open_history, write_export
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.privacy.ledger.witness import Witness
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 EPSILON, DELTA, RATE = 8.0, 1e-5, 0.01

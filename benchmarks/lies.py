@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from clients.protocol import Plan, TrainRequest, norms
-from clients.trainer import train
-from privacy.gradient_modes import Records
-from server.config import NoiseTestConfig
-from server.noise_likeness import NoiseTest
-from server.public_noise import PublicNoise
-from server.validation import norm_bound
+from conclave.clients.trainer import train
+from conclave.privacy.gradients.modes import Records
+from conclave.protocol.codec import norms
+from conclave.protocol.messages import TrainRequest
+from conclave.protocol.plan import Plan
+from conclave.server.replies.config import NoiseTestConfig
+from conclave.server.replies.noise_likeness import NoiseTest
+from conclave.server.replies.public_noise import PublicNoise
+from conclave.server.replies.validation import norm_bound
 
 Delta = dict[str, Tensor]
 

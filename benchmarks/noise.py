@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from privacy.randomness import derive, per_unit_uniform, standard_normal
+from conclave.privacy.randomness import derive, per_unit_uniform, standard_normal
 
 SECRET = derive(bytes(32), "benchmark")
 UNITS, DRAWS = 10_000, 64

@@ -12,8 +12,8 @@ import json
 
 from whole_run import whole_run
 
-from data.shipped_scenarios import find
-from server.scenario import read_scenario
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 TWO_CLASSES = {"partition.scheme": "pathological", "partition.labels_per_node": 2}
 SCOPES: dict[str, dict[str, object]] = {

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
-from model.config import ExpertsConfig
-from model.moe import MoELayer
-from model.router_config import PolicyRouterConfig
-from model.routers import Routing, SigmoidRouter, moved_bias, reinforced
+from conclave.model.experts.config import ExpertsConfig
+from conclave.model.experts.moe import MoELayer
+from conclave.model.routers.config import PolicyRouterConfig
+from conclave.model.routers.policy import reinforced
+from conclave.model.routers.routing import Routing
+from conclave.model.routers.sigmoid import SigmoidRouter, moved_bias
 
 CLUSTERS, WIDTH, TOKENS, CLASSES = 8, 16, 8, 4
 BALANCE, NOISE, BIAS_RATE = 0.3, 0.3, 0.01

@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ModelConfig, Network, build
-from model.config import LatentConfig
+from conclave.model.attention.config import LatentConfig
+from conclave.model.building import build
+from conclave.model.config import ModelConfig
+from conclave.model.network import Network
 
 DISTANCE, FILLER, CAPITALS, QUESTION = 96, (97, 123), (65, 81), 63
 CHANCE = 1.0 / (CAPITALS[1] - CAPITALS[0])

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 from whole_run import whole_run
 
-from data.shipped_scenarios import find
-from server.scenario import read_scenario
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 ROUTERS = {
     "softmax": {"kind": "softmax"},

@@ -24,9 +24,9 @@ import torch
 from planted_partition import ROUTERS, Outcome, run
 from torch import nn
 
-from model.config import ExpertsConfig
-from model.experts import SharedExpert
-from model.moe import MoELayer
+from conclave.model.experts.config import ExpertsConfig
+from conclave.model.experts.moe import MoELayer
+from conclave.model.experts.stacked import SharedExpert
 
 Row = dict[str, object]
 

@@ -26,13 +26,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from clients.protocol import TRAIN, TrainReply, decode, encode, tensors_of
-from server.aggregation import Averager, Contribution
-from server.optimizer import ServerOptimizer
-from server.optimizer_config import ServerSgd
-from server.receipts import EMPTY_RECEIPT
-from simulations.inline_engine import InlineGrid
-from simulations.worker_pool import WorkerPool
+from conclave.protocol.codec import decode, encode, tensors_of
+from conclave.protocol.messages import TRAIN, TrainReply
+from conclave.server.aggregate.aggregation import Averager, Contribution
+from conclave.server.aggregate.optimizer import ServerOptimizer
+from conclave.server.aggregate.optimizer_config import ServerSgd
+from conclave.server.replies.receipts import EMPTY_RECEIPT
+from conclave.simulations.engines.inline import InlineGrid
+from conclave.simulations.engines.worker_pool import WorkerPool
 
 RECORDS, BATCH, RATE = 50, 10, 0.05
 

@@ -21,12 +21,12 @@ import torch
 from torch import Size, Tensor
 from whole_run import whole_run
 
-import clients.node
-from clients.encodings import Encoding, encodings_of, wire_form
-from clients.trainer import Trained, train
-from data.shipped_scenarios import find
-from privacy.randomness import derive, standard_normal
-from server.scenario import read_scenario
+import conclave.clients.node
+from conclave.clients.trainer import Trained, train
+from conclave.privacy.randomness import derive, standard_normal
+from conclave.protocol.encodings import Encoding, encodings_of, wire_form
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 ENCODINGS: tuple[Encoding, ...] = ("fp32", "bf16", "int8")
 SHAPES = {f"expert/0/{number}/up.weight": Size([100, 100]) for number in range(100)}
@@ -45,7 +45,7 @@ def rounded_in_equal_noise(encoding: Encoding) -> Iterator[None]:
         sent = form.encode(trained.delta, derive(secret, "encoding"))
         return replace(trained, delta=form.decode(sent))
 
-    with mock.patch.object(clients.node, "train", train_and_round):
+    with mock.patch.object(conclave.clients.node, "train", train_and_round):
         yield
 
 

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from server.run_directory import RunDirectory
-from server.scenario import Scenario
-from simulations.simulate import Summary, simulate
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import Scenario
+from conclave.simulations.simulate import Summary, simulate
 
 
 class WholeRun(NamedTuple):

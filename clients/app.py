@@ -9,9 +9,10 @@ from typing import TypeVar
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients.deployed import deployed
-from clients.node import Node
-from clients.protocol import (
+from conclave.base.errors import BadInputError
+from conclave.clients.node import Node
+from conclave.protocol.codec import decode, encode
+from conclave.protocol.messages import (
     AdmitRequest,
     ChooseRequest,
     CloseRequest,
@@ -20,88 +21,65 @@ from clients.protocol import (
     ProtocolError,
     Refusal,
     TrainRequest,
-    decode,
-    encode,
 )
-from data.shipped_scenarios import scenario_text
-from data.simulated_run import simulated_run_dir
-from model.errors import BadInputError
 
 log = logging.getLogger("conclave.node")
 
-app = ClientApp()
-
 _Request = TypeVar("_Request", ChooseRequest, TrainRequest, EvaluateRequest)
 
-
-@app.query("describe")
-def describe(message: Message, context: Context) -> Message:
-    """Answer what is public about this node."""
-
-    def run() -> RecordDict:
-        request = decode(message.content, DescribeRequest) if message.content else DescribeRequest()
-        return encode(open_node(context).describe(request.model))
-
-    return _answer(message, run)
+OpenNode = Callable[[Context], Node]
+"""How an app finds the node it answers as. Of a deployed one it is given: nothing in a message leads to another."""
 
 
-@app.query("admit")
-def admit(message: Message, context: Context) -> Message:
-    """Say whether a plan may run, and set its budget aside."""
-    return _answer(message, lambda: encode(open_node(context).admit(decode(message.content, AdmitRequest))))
+def make_client_app(open_node: OpenNode) -> ClientApp:
+    """Return the Flower ClientApp that answers as the nodes that ``open_node`` finds.
 
-
-@app.query("close")
-def close(message: Message, context: Context) -> Message:
-    """Give back what is set aside for a run that is over."""
-    return _answer(message, lambda: encode(open_node(context).close(decode(message.content, CloseRequest))))
-
-
-@app.query("choose")
-def choose(message: Message, context: Context) -> Message:
-    """Choose experts, and reply with their order."""
-    return _answer_release(message, context, ChooseRequest, Node.choose)
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train one round and reply with the delta of exactly what was sent."""
-    return _answer_release(message, context, TrainRequest, Node.train)
-
-
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Measure a model on held-out units and reply with the noised sums."""
-    return _answer_release(message, context, EvaluateRequest, Node.evaluate)
-
-
-def open_node(context: Context) -> Node:
-    """Find the node that this process stands for: the deployed one, or a simulated one.
-
-    ``partition-id`` is set by a simulation engine on its own side; a message cannot set it.
-
-    Raises:
-        ProtocolError: ``not-enrolled``, the node has not been set up.
+    open_node: may raise ProtocolError, of which the server is told the code.
     """
-    node = deployed()
-    if node is not None:  # and nothing that a message says leads to another
-        return node
-    from clients.simulated import open_simulated  # partitioners and their libraries: nothing for a deployed node
+    app = ClientApp()
 
-    number, of = (context.node_config.get(key) for key in ("partition-id", "num-partitions"))
-    if not isinstance(number, int) or not isinstance(of, int):
-        raise ProtocolError("not-enrolled", "this node has no data configured")
-    return open_simulated(
-        scenario_text(str(context.run_config["scenario"])),
-        str(simulated_run_dir(str(context.run_config["run-dir"]), context.run_id)),
-        number,
-        of,
-    )
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        """Answer what is public about this node."""
+
+        def run() -> RecordDict:
+            request = decode(message.content, DescribeRequest) if message.content else DescribeRequest()
+            return encode(open_node(context).describe(request.model))
+
+        return _answer(message, run)
+
+    @app.query("admit")
+    def admit(message: Message, context: Context) -> Message:
+        """Say whether a plan may run, and set its budget aside."""
+        return _answer(message, lambda: encode(open_node(context).admit(decode(message.content, AdmitRequest))))
+
+    @app.query("close")
+    def close(message: Message, context: Context) -> Message:
+        """Give back what is set aside for a run that is over."""
+        return _answer(message, lambda: encode(open_node(context).close(decode(message.content, CloseRequest))))
+
+    @app.query("choose")
+    def choose(message: Message, context: Context) -> Message:
+        """Choose experts, and reply with their order."""
+        return _answer_release(message, context, open_node, ChooseRequest, Node.choose)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        """Train one round and reply with the delta of exactly what was sent."""
+        return _answer_release(message, context, open_node, TrainRequest, Node.train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Measure a model on held-out units and reply with the noised sums."""
+        return _answer_release(message, context, open_node, EvaluateRequest, Node.evaluate)
+
+    return app
 
 
 def _answer_release(
     message: Message,
     context: Context,
+    open_node: OpenNode,
     kind: type[_Request],
     handle: Callable[[Node, _Request, RecordDict], RecordDict],
 ) -> Message:

@@ -10,13 +10,13 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import NoReturn
 
-from clients.hours import within
-from clients.protocol import Plan, ProtocolError
-from model.errors import BadInputError
-from model.json_text import parse_json
-from model.store import write_atomically
-from model.whole_file import new_file
-from privacy.load_histogram import release_shares
+from conclave.base.errors import BadInputError
+from conclave.base.json_text import parse_json
+from conclave.base.whole_file import new_file, write_atomically
+from conclave.clients.hours import within
+from conclave.privacy.releases.load_histogram import release_shares
+from conclave.protocol.messages import ProtocolError
+from conclave.protocol.plan import Plan
 
 _MOST_WAITING = 100
 """A server that asks for ever new plans fills no disk."""
@@ -48,7 +48,7 @@ class Approvals:
     plan may have a second run (``HASH-2.run``), and so on. A server names its runs as it likes, and could otherwise run
     an approved plan until the budget is gone.
 
-    hours: outside of them the node is paused; see :class:`clients.operations_config.LimitsConfig`.
+    hours: outside of them the node is paused; see :class:`conclave.clients.folder.operations_config.LimitsConfig`.
     now: the local time of day.
     """
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import resource
 from dataclasses import dataclass
 
-from clients.plan import Plan
-from model import HeldExperts, ModelConfig, parameters
-from privacy.physical_batch import MEMORY_BYTES, Room
+from conclave.model import parameters
+from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.privacy.gradients.physical_batch import MEMORY_BYTES, Room
+from conclave.protocol.plan import Plan
 
 _PROGRAM_BYTES = {resource.RLIMIT_DATA: 448 << 20, resource.RLIMIT_AS: 1152 << 20}
 """What interpreter and libraries take of either limit; measured with torch 2.13: 415 and 926 MiB."""
@@ -54,7 +56,8 @@ def experts_within(model: ModelConfig, model_bytes: int) -> int:
 def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
     """Return how many examples a node processes at once under a plan: from public shapes and its machine's limits.
 
-    The first call for a kind of plan trains the model on made-up records, see :mod:`privacy.rehearsal`.
+    The first call for a kind of plan trains the model on made-up records, see
+    :mod:`conclave.privacy.training.rehearsal`.
 
     Args:
         held: the experts it is for; by default as few as a token needs, or all of a model of the user's own.
@@ -62,7 +65,10 @@ def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
     Raises:
         BadInputError: the model cannot be trained as the plan asks, or one example takes more memory than there is.
     """
-    from privacy.rehearsal import rehearse, tried_mechanism  # with all of training: who looks at a policy does without
+    from conclave.privacy.training.rehearsal import (  # with all of training: who looks at a policy does without
+        rehearse,
+        tried_mechanism,
+    )
 
     mechanism = tried_mechanism(plan.privacy, plan.noise_multiplier, plan.load_share)
     footprint, most = rehearse(plan.model, mechanism, held), _batch_bytes()

@@ -8,16 +8,17 @@ from functools import partial
 import torch
 from torch import Size, Tensor, nn
 
-from clients.capacity import room_for
-from clients.protocol import Plan
-from clients.whole_pass import contained, whole_pass
-from data.sources import Records
-from model import Batch, Network, parameters
-from model.building import empty
-from model.moe import MoELayer
-from privacy.choice import choose
-from privacy.load_histogram import LoadHistogram
-from privacy.randomness import derive
+from conclave.clients.capacity import room_for
+from conclave.clients.whole_pass import contained, whole_pass
+from conclave.data.sources import Records
+from conclave.model import parameters
+from conclave.model.building import empty
+from conclave.model.experts.moe import MoELayer
+from conclave.model.network import Batch, Network
+from conclave.privacy.randomness import derive
+from conclave.privacy.releases.choice import choose
+from conclave.privacy.releases.load_histogram import LoadHistogram
+from conclave.protocol.plan import Plan
 
 SENSITIVITY = 1.0
 """A unit's tokens can all choose an expert, and no more: it moves a worth by at most 1."""

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clients.capacity import room_for
-from clients.protocol import Plan
-from clients.whole_pass import contained, whole_pass
-from data.sources import Records
-from model import HeldExperts, Network, from_state, parameters
-from model.network import Batch
-from privacy.private_metrics import MetricSums
-from privacy.randomness import derive
+from conclave.clients.capacity import room_for
+from conclave.clients.whole_pass import contained, whole_pass
+from conclave.data.sources import Records
+from conclave.model import parameters
+from conclave.model.building import from_state
+from conclave.model.experts.config import HeldExperts
+from conclave.model.network import Batch, Network
+from conclave.privacy.randomness import derive
+from conclave.privacy.releases.private_metrics import MetricSums
+from conclave.protocol.plan import Plan
 
 
 def evaluate(

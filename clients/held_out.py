@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from data.held_out import by_content, by_group, split
-from data.sources import Records
-from privacy.ledger import Genesis, Ledger
+from conclave.data.held_out import by_content, by_group, split
+from conclave.data.sources import Records
+from conclave.privacy.ledger import Genesis, Ledger
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from safetensors.torch import load
 from torch import Tensor
 
-from clients.protocol import Plan, pack
-from model import HeldExperts, build, parameters
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.model.experts.config import HeldExperts
+from conclave.protocol.plan import Plan
+from conclave.protocol.tensor_array import pack
 
 _SEED_DIGITS = 15
 

@@ -8,17 +8,29 @@ from functools import partial
 
 from flwr.app import RecordDict
 
-from clients.approvals import Approvals
-from clients.capacity import room_for
-from clients.charges import charges_of, choice_charge, evaluation_charge, for_message, training_charge
-from clients.chooser import choice, choice_shapes
-from clients.encodings import encodings_of, wire_form
-from clients.evaluator import evaluate
-from clients.held_out import HeldOut
-from clients.local_experts import local_experts, packed, state_name
-from clients.node_ledger import State, as_codes, check_receipt, paid
-from clients.policy import Policy
-from clients.protocol import (
+from conclave.base.canonical import sha256
+from conclave.clients.approvals import Approvals
+from conclave.clients.capacity import room_for
+from conclave.clients.chooser import choice, choice_shapes
+from conclave.clients.evaluator import evaluate
+from conclave.clients.held_out import HeldOut
+from conclave.clients.local_experts import local_experts, packed, state_name
+from conclave.clients.node_ledger import State, as_codes, check_receipt, paid
+from conclave.clients.policy import Policy
+from conclave.clients.trainer import train
+from conclave.data.sources import GROUP, Records
+from conclave.data.values.schema import Schema
+from conclave.model import parameters
+from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.privacy.ledger import Ledger, StoredReply, state_of
+from conclave.privacy.ledger.sides import check_pair
+from conclave.privacy.randomness import derive
+from conclave.privacy.releases.release import release
+from conclave.protocol.charges import charges_of, choice_charge, evaluation_charge, for_message, training_charge
+from conclave.protocol.codec import body_of, encode, tensors_of
+from conclave.protocol.encodings import encodings_of, wire_form
+from conclave.protocol.messages import (
     Admission,
     AdmitRequest,
     ChooseReply,
@@ -29,23 +41,11 @@ from clients.protocol import (
     EvaluateReply,
     EvaluateRequest,
     HeldOutSide,
-    Plan,
     ProtocolError,
     TrainReply,
     TrainRequest,
-    body_of,
-    encode,
-    tensors_of,
 )
-from clients.trainer import train
-from data.schema import Schema
-from data.sources import GROUP, Records
-from model import HeldExperts, ModelConfig, parameters
-from privacy.canonical import sha256
-from privacy.ledger import Ledger, StoredReply, state_of
-from privacy.ledger.sides import check_pair
-from privacy.randomness import derive
-from privacy.release import release
+from conclave.protocol.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

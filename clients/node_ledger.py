@@ -8,10 +8,9 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from clients.protocol import ProtocolError
-from model import BadInputError
-from privacy.canonical import canonical_json, sha256
-from privacy.ledger import (
+from conclave.base.canonical import canonical_json, sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
@@ -26,7 +25,8 @@ from privacy.ledger import (
     StoredReply,
     WitnessUnavailableError,
 )
-from privacy.repeatability import repeat_key
+from conclave.privacy.releases.repeatability import repeat_key
+from conclave.protocol.messages import ProtocolError
 
 State = tuple[bytes | None, ...]
 

@@ -6,10 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from clients.capacity import experts_that_fit, experts_within, process_memory
-from clients.protocol import Plan, ProtocolError
-from model.config import Frozen, ModelConfig
-from model.parameters import shapes
+from conclave.base.frozen import Frozen
+from conclave.clients.capacity import experts_that_fit, experts_within, process_memory
+from conclave.model.config import ModelConfig
+from conclave.model.parameters import shapes
+from conclave.protocol.messages import ProtocolError
+from conclave.protocol.plan import Plan
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -25,7 +27,8 @@ class Policy(Frozen):
     max_parameters: of the part of a model that comes here. A plan is refused where even the smallest part has more.
     expert_capacity: experts of one layer that this node can hold.
     memory_mb: MiB that training may take, beside program and records; it too bounds the experts, see
-        :mod:`clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is allowed.
+        :mod:`conclave.clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is
+        allowed.
     certified_only: refuse gradient modes without a certified clip bound.
     releases: what may leave, each with the largest share of a plan's budget it may take: ``delta``, and ``loads``, the
         histogram of expert loads, which nobody gets unless the owner names it. So must ``metrics`` be named, of

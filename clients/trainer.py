@@ -8,14 +8,18 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from clients.capacity import room_for
-from clients.protocol import Plan
-from data.sources import GROUP
-from model import HeldExperts, ModelConfig, Network, parameters
-from model.building import empty
-from model.own import EXPERT
-from privacy.dpsgd import DpSgd, train_privately
-from privacy.gradient_modes import Records
+from conclave.clients.capacity import room_for
+from conclave.data.sources import GROUP
+from conclave.model import parameters
+from conclave.model.building import empty
+from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.model.network import Network
+from conclave.model.own import EXPERT
+from conclave.privacy.gradients.modes import Records
+from conclave.privacy.training.dpsgd import train_privately
+from conclave.privacy.training.dpsgd_mechanism import DpSgd
+from conclave.protocol.plan import Plan
 
 
 @dataclass(frozen=True)

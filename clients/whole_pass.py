@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from clients.protocol import Plan
-from data.sources import GROUP, Records
-from model import Batch
-from privacy.physical_batch import Room
-from privacy.unit_index import PhysicalBatch, UnitIndex
+from conclave.data.sources import GROUP, Records
+from conclave.model.network import Batch
+from conclave.privacy.gradients.physical_batch import Room
+from conclave.privacy.gradients.unit_index import PhysicalBatch, UnitIndex
+from conclave.protocol.plan import Plan
 
 log = logging.getLogger("conclave.node")
 

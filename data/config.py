@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from model.config import Frozen
+from conclave.base.frozen import Frozen
 
 
 class DataConfig(Frozen):

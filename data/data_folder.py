@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
 
 DATA_VARIABLE = "CONCLAVE_DATA"
 

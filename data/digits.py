@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
 
 _SPLIT_SEED = 0  # the public test records are the same in every run
 

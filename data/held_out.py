@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from data.sources import GROUP, Records
+from conclave.data.sources import GROUP, Records
 
 
 def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: float) -> tuple[Records, Records]:
@@ -39,7 +39,7 @@ def by_content(records: Records) -> Iterator[bytes]:
     """Yield as the identity of each record what it holds, as simulations know theirs.
 
     Not for a node's records: another version could read the same file otherwise. Theirs is
-    :mod:`data.formats.identity`.
+    :mod:`conclave.data.values.identity`.
     """
     fields = [name for name in sorted(records) if name != GROUP]
     arrays = [records[name].numpy() for name in fields]

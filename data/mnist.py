@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from data.config import DataConfig
-from data.data_folder import find_data
-from data.idx import read_idx
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
+from conclave.data.data_folder import find_data
+from conclave.data.formats.idx import read_idx
 
 SIDE = 28
 CLASSES = 10
@@ -23,14 +23,14 @@ def load_mnist(config: DataConfig) -> tuple[Mapping[str, Tensor], Mapping[str, T
     Training records are those of ``train-…``; test records the first ``config.test_records`` of ``t10k-…``.
 
     Raises:
-        BadInputError: a file is missing, damaged or of another shape; see :mod:`data.idx`.
+        BadInputError: a file is missing, damaged or of another shape; see :mod:`conclave.data.formats.idx`.
     """
     test = {name: tensor[: config.test_records] for name, tensor in _records("t10k").items()}
     return _records("train"), test
 
 
 def mnist_records_if_absent() -> int | None:
-    """Return the published number of training records where the files are not here; see :mod:`data.sources`."""
+    """Return the published number of training records where the files are not here."""
     try:
         find_data("mnist", _file("train", "images"))
     except BadInputError:

@@ -7,22 +7,17 @@ from collections.abc import Mapping
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
+from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner, PathologicalPartitioner
 from torch import Tensor
 
-from data.config import (
+from conclave.base.errors import BadInputError
+from conclave.data.config import (
     DirichletPartition,
     GroupsPartition,
     IidPartition,
     PartitionConfig,
     PathologicalPartition,
 )
-from model.errors import BadInputError
 
 _ByLabel = IidPartition | DirichletPartition | PathologicalPartition
 

@@ -18,22 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.formats.config import FormatConfig
-from data.formats.csv_files import read_csv
-from data.formats.hugging_face import read_hugging_face
-from data.formats.identity import SCHEME, SIZE
-from data.formats.idx_files import read_idx_pair
-from data.formats.image_folder import read_image_folder
-from data.formats.names import NAMING
-from data.formats.npz_file import read_npz
-from data.formats.parquet_files import read_parquet
-from data.formats.rows import BadRow, Reading, Row
-from data.formats.text_folder import read_text_folder
-from data.formats.values import group_number
-from data.formats.wav_folder import read_wav_folder
-from data.schema import ImageSchema, Schema, TableSchema
-from data.sources import GROUP, Records
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.config import FormatConfig
+from conclave.data.formats.csv_files import read_csv
+from conclave.data.formats.hugging_face import read_hugging_face
+from conclave.data.formats.idx_files import read_idx_pair
+from conclave.data.formats.image_folder import read_image_folder
+from conclave.data.formats.npz_file import read_npz
+from conclave.data.formats.parquet_files import read_parquet
+from conclave.data.formats.text_folder import read_text_folder
+from conclave.data.formats.wav_folder import read_wav_folder
+from conclave.data.sources import GROUP, Records
+from conclave.data.values.identity import SCHEME, SIZE
+from conclave.data.values.kinds import group_number
+from conclave.data.values.names import NAMING
+from conclave.data.values.rows import BadRow, Reading, Row
+from conclave.data.values.schema import ImageSchema, Schema, TableSchema
 
 log = logging.getLogger("conclave.node")
 
@@ -59,8 +59,8 @@ class PrivateData:
     records: ``image`` float32 [N, C, H, W] in [0, 1], ``table`` float32 [N, features] or ``text`` uint8 [N, window];
         ``label`` int64 [N] but for text; ``group`` int64 [N] where records are grouped.
     bad: for the owner's eyes only.
-    identity_N: uint8 [N, 32], what each record is known by, however it is read; see :mod:`data.formats.identity`. It
-        must not leave the node, and is neither logged nor stored.
+    identity_N: uint8 [N, 32], what each record is known by, however it is read; see
+        :mod:`conclave.data.values.identity`. It must not leave the node, and is neither logged nor stored.
     stored_as: what identities of units, records or groups, depend on beside what is stored of each. Public.
     """
 

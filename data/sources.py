@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data.config import DataConfig
-from data.digits import load_digits
-from data.mnist import CLASSES, SIDE, load_mnist, mnist_records_if_absent
-from data.schema import ImageSchema, Schema, TextSchema
-from data.stdlib_text import load_stdlib_text
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
+from conclave.data.digits import load_digits
+from conclave.data.mnist import CLASSES, SIDE, load_mnist, mnist_records_if_absent
+from conclave.data.stdlib_text import load_stdlib_text
+from conclave.data.values.schema import ImageSchema, Schema, TextSchema
 
 Records = Mapping[str, Tensor]
 GROUP = "group"

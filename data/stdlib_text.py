@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 _HELD_OUT_OF_256 = 26  # a tenth of the files

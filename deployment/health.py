@@ -8,11 +8,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from clients.node_config import read_node_config
-from clients.operations_config import MonitoringConfig
-from deployment.monitoring import HOST
-from deployment.server_config import read_server_config
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_config import read_node_config
+from conclave.clients.folder.operations_config import MonitoringConfig
+from conclave.deployment.host.monitoring import HOST
+from conclave.deployment.server.config import read_server_config
 
 _PATIENCE_S = 5.0
 _MOST_BYTES = 1 << 16

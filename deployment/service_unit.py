@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clients.node_directory import NodeDirectory
-from deployment.server_directory import ServerDirectory
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_directory import NodeDirectory
+from conclave.deployment.server.directory import ServerDirectory
 
 ENVIRONMENT_FILE = "/etc/conclave/environment"
 """Where an administrator may put HTTPS_PROXY and the like; need not exist."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from model.config import HeldExperts, ModelConfig
-from model.initialisation import initialise
-from model.network import Network
-from model.own import OwnNetwork
+from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.model.initialisation import initialise
+from conclave.model.network import Network
+from conclave.model.own import OwnNetwork
 
 
 def empty(config: ModelConfig, held: HeldExperts) -> Network:

@@ -10,9 +10,9 @@ import torch
 from torch import Size
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from model import parameters
-from model.building import build
-from model.config import ModelConfig
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.model.config import ModelConfig
 
 _EXAMPLES = 8
 

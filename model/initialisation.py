@@ -8,24 +8,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.after_next import AfterNext
-from model.attention import MultiHeadAttention
-from model.encoders import ByteEncoder, FeatureEncoder, ImageConvEncoder, ImagePatchEncoder, PositionTable, RowEncoder
-from model.experts import RoutedExperts, SharedExpert
-from model.heads import ClassificationHead, NextByteHead
-from model.latent_attention import LatentAttention
-from model.oriented_filters import oriented_filters
-from model.routers import Router
+from conclave.model.attention.latent import LatentAttention
+from conclave.model.attention.multi_head import MultiHeadAttention
+from conclave.model.encoders.oriented_filters import oriented_filters
+from conclave.model.encoders.tokens import (
+    ByteEncoder,
+    FeatureEncoder,
+    ImageConvEncoder,
+    ImagePatchEncoder,
+    PositionTable,
+    RowEncoder,
+)
+from conclave.model.experts.stacked import RoutedExperts, SharedExpert
+from conclave.model.heads.after_next import AfterNext
+from conclave.model.heads.scores import ClassificationHead, NextByteHead
+from conclave.model.routers.routing import Router
 
 if TYPE_CHECKING:
-    from model.network import Network
+    from conclave.model.network import Network
 
 _POSITION_STD = 0.02  # small, so that content dominates at first
 
 
 @torch.no_grad()
 def initialise(network: Network, generator: torch.Generator) -> None:
-    """Draw all weights of a network in place; see :class:`model.config.InitConfig` for the scales."""
+    """Draw all weights of a network in place; see :class:`conclave.model.config.InitConfig` for the scales."""
     init = network.config.init
     copies = init.experts == "copies"
     for module in network.modules():

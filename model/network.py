@@ -9,25 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.after_next import AfterNext
-from model.attention_kinds import make_attention
-from model.config import (
-    BytesConfig,
-    ClassificationConfig,
-    HeldExperts,
-    ImageConvConfig,
-    ModelConfig,
-    NextByteConfig,
-    TableConfig,
-)
-from model.encoders import ByteEncoder, FeatureEncoder, ImageConvEncoder, ImagePatchEncoder, RowEncoder
-from model.errors import BadInputError
-from model.heads import ClassificationHead, NextByteHead, byte_loss
-from model.moe import MoELayer
-from model.norms import make_norm
-from model.padding import present_tokens
-from model.router_config import AttentionRouterConfig, PolicyRouterConfig
-from model.routers import Routing, reinforced
+from conclave.base.errors import BadInputError
+from conclave.model.attention.kinds import make_attention
+from conclave.model.config import ModelConfig
+from conclave.model.encoders.config import BytesConfig, ImageConvConfig, TableConfig
+from conclave.model.encoders.tokens import ByteEncoder, FeatureEncoder, ImageConvEncoder, ImagePatchEncoder, RowEncoder
+from conclave.model.experts.config import HeldExperts
+from conclave.model.experts.moe import MoELayer
+from conclave.model.heads.after_next import AfterNext
+from conclave.model.heads.config import ClassificationConfig, NextByteConfig
+from conclave.model.heads.scores import ClassificationHead, NextByteHead, byte_loss
+from conclave.model.layers.norms import make_norm
+from conclave.model.layers.padding import present_tokens
+from conclave.model.routers.config import AttentionRouterConfig, PolicyRouterConfig
+from conclave.model.routers.policy import reinforced
+from conclave.model.routers.routing import Routing
 
 Batch = Mapping[str, Tensor]
 """Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``.
@@ -116,7 +112,9 @@ class Network(nn.Module):
         self.head = make_head(config)
         self.after_next = None
         if isinstance(config.head, NextByteConfig) and config.head.after_next and config.attention is not None:
-            self.after_next = AfterNext(config, config.attention, config.head.after_next)
+            self.after_next = AfterNext(
+                config.width, config.attention, config.experts, norm=config.norm, weight=config.head.after_next
+            )
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
         """Run the model on a batch.

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parameter import is_lazy
 
-from model.config import ClassificationConfig, HeldExperts, ModelConfig
-from model.errors import BadInputError
-from model.heads import byte_loss
-from model.network import Batch, Network, Output
+from conclave.base.errors import BadInputError
+from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.model.heads.config import ClassificationConfig
+from conclave.model.heads.scores import byte_loss
+from conclave.model.network import Batch, Network, Output
 
 PREFIX = "own."
 BYTES = 256

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.building import empty
-from model.config import HeldExperts, ModelConfig
-from model.own import EXPERT
+from conclave.model.building import empty
+from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.model.own import EXPERT
 
 _STACKED = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.(?P<part>experts|router)\.(?!common\.)(?P<name>.+)")
 _NUMBER = re.compile(r"0|[1-9][0-9]*")  # one spelling only: no leading zeros, no other scripts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,36 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Size, Tensor
 
-from model import parameters
-from model.building import from_state
-from model.config import ModelConfig
-from model.errors import BadInputError
-from model.network import Network
-from model.text_file import read_text
-from model.whole_file import naming, replaced_file, sync_folder
-
-
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
-    """Write a file so that a reader, or a crash, sees the old or the new content and never a mixture.
-
-    mode: who may read it, before the umask.
-    """
-    with replaced_file(path, mode=mode) as stream:
-        stream.write(content)
-
-
-def append_durably(path: Path, content: bytes) -> None:
-    """Add to a file, which is created if need be, so that it survives a power cut once this returns."""
-    is_new = not path.exists()
-    try:
-        with path.open("ab") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise naming(error, path) from error
-    if is_new:
-        sync_folder(path.parent)
+from conclave.base.errors import BadInputError
+from conclave.base.text_file import read_text
+from conclave.base.whole_file import write_atomically
+from conclave.model import parameters
+from conclave.model.building import from_state
+from conclave.model.config import ModelConfig
+from conclave.model.network import Network
 
 
 def save_model(folder: Path, config: ModelConfig, wire: Mapping[str, Tensor]) -> None:

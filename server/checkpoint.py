@@ -12,19 +12,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model.errors import BadInputError
-from model.json_text import parse_json
-from model.store import write_atomically
-from server.noise_likeness import History
-from server.optimizer import OptimizerState
+from conclave.base.errors import BadInputError
+from conclave.base.json_text import parse_json
+from conclave.base.whole_file import write_atomically
+from conclave.server.aggregate.optimizer import OptimizerState
+from conclave.server.replies.noise_likeness import History
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to.
 
-    history: node → wire name → the sum of what it sent, where replies are tested against it.
-    average, averaged: the average over rounds, and how many rounds are in it; see :mod:`server.averaging`.
+    history: node → wire name → the sum of what it sent, where replies are tested against it. average, averaged: the
+    average over rounds, and how many rounds are in it; see :mod:`conclave.server.aggregate.averaging`.
     """
 
     round: int

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from model.config import HeldExperts
-from server.assignment import assign
-from server.cohort import choose_cohort
-from server.config import FederationConfig
+from conclave.model.experts.config import HeldExperts
+from conclave.server.assign.assignment import assign
+from conclave.server.assign.cohort import choose_cohort, expected_share
+from conclave.server.config import FederationConfig
 
 _MOST_ROUNDS_TRIED = 100
 _MOST_NODES_TRIED = 20_000  # over all rounds
@@ -42,6 +42,17 @@ def shortage(federation: FederationConfig, experts: int, capacities: Sequence[in
     )
 
 
+def expected_holders(federation: FederationConfig, experts: int, capacities: Collection[int]) -> float:
+    """Return how many nodes train an expert in a round on average, when all that are asked answer.
+
+    Args:
+        experts: routed experts of a layer.
+        capacities: experts per layer that each node of the federation can hold.
+    """
+    places = sum(_held(federation, experts, capacity) for capacity in capacities)
+    return expected_share(federation.cohort, len(capacities)) * places / experts
+
+
 @dataclass(frozen=True)
 class Outlook:
     """What to expect of a round.
@@ -64,16 +75,10 @@ def outlook(
         capacities: node → experts per layer it can hold. By the nodes' fingerprints, the shortfall is the run's own;
             by other names, that of a run like it.
     """
-    cohort, share = federation.cohort, 1.0
-    if cohort.kind == "fixed":
-        share = min(cohort.size, len(capacities)) / len(capacities)
-    elif cohort.kind == "poisson":
-        share = cohort.rate
-    places = share * sum(_held(federation, experts, capacity) for capacity in capacities.values())
     coverage = Coverage(layers, experts, federation.min_holders)
     tried = min(federation.rounds, _MOST_ROUNDS_TRIED, max(1, _MOST_NODES_TRIED // len(capacities)))
     for round_number in range(1, tried + 1):
-        taking_part = choose_cohort(list(capacities), cohort, seed, round_number)
+        taking_part = choose_cohort(list(capacities), federation.cohort, seed, round_number)
         assigned = assign(
             federation.assignment,
             capacities={node: capacities[node] for node in taking_part},
@@ -86,7 +91,10 @@ def outlook(
             min_holders=federation.min_holders,
         )
         coverage.add(assigned.values())
-    return Outlook(places / experts, coverage.short / (coverage.rounds * layers * experts))
+    return Outlook(
+        expected_holders(federation, experts, capacities.values()),
+        coverage.short / (coverage.rounds * layers * experts),
+    )
 
 
 class Coverage:

@@ -95,7 +95,9 @@ def lacking(metrics: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def dropped_by(metrics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Return reason → dropped replies, the commonest first; reasons are :data:`server.validation.Reason`.
+    """Return reason → dropped replies, the commonest first.
+
+    Reasons are those of :data:`conclave.server.replies.validation.Reason`.
 
     Runs from before reasons were told apart have theirs under ``other``.
     """

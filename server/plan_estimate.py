@@ -7,18 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
-from clients.protocol import Plan, TrainReply, TrainRequest, encode, encodings_of, wire_form
-from model import HeldExperts, build, from_state, parameters
-from privacy.accountants import epsilon_by_accountant
-from privacy.accounting import charge_units, epsilon_of, fixed_order
-from privacy.dpsgd import DpSgd, train_privately
-from privacy.mechanisms import Mechanism, SampledGaussian
-from privacy.randomness import derive
-from server.coverage import outlook
-from server.receipts import EMPTY_RECEIPT
-from server.scenario import Scenario
-from server.traffic import wire_bytes
-from server.trainable import check_trainable
+from conclave.model import parameters
+from conclave.model.building import build, from_state
+from conclave.model.experts.config import HeldExperts
+from conclave.privacy.accounting.accountants import epsilon_by_accountant
+from conclave.privacy.accounting.filter import charge_units, epsilon_of, fixed_order
+from conclave.privacy.accounting.mechanisms import Mechanism, SampledGaussian
+from conclave.privacy.randomness import derive
+from conclave.privacy.training.dpsgd import train_privately
+from conclave.privacy.training.dpsgd_mechanism import DpSgd
+from conclave.protocol.codec import encode
+from conclave.protocol.encodings import encodings_of, wire_form
+from conclave.protocol.messages import TrainReply, TrainRequest
+from conclave.protocol.plan import Plan
+from conclave.server.coverage import outlook
+from conclave.server.replies.receipts import EMPTY_RECEIPT
+from conclave.server.scenario import Scenario
+from conclave.server.traffic import wire_bytes
+from conclave.server.trainable import check_trainable
 
 _MOST_TIMED_RECORDS = 4096
 
@@ -34,7 +40,7 @@ class PlanEstimate:
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
     parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
     holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
-        :func:`server.coverage.outlook`.
+        :func:`conclave.server.coverage.outlook`.
     evaluations: on held-out units, and evaluation_noise, σ of each; a budget of their own pays for them.
     choices: how often nodes choose experts. choice_share: of the budget's RDP, what that takes.
     node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.

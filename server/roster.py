@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from clients.protocol import (
+from conclave.base.errors import BadInputError
+from conclave.protocol.codec import decode, encode
+from conclave.protocol.messages import (
     QUERY_ADMIT,
     QUERY_CLOSE,
     QUERY_DESCRIBE,
@@ -24,13 +26,10 @@ from clients.protocol import (
     CloseRequest,
     DescribeRequest,
     Description,
-    Plan,
     ProtocolError,
-    decode,
-    encode,
 )
-from model import BadInputError
-from server.scenario import Scenario
+from conclave.protocol.plan import Plan
+from conclave.server.scenario import Scenario
 
 log = logging.getLogger("conclave.server")
 

@@ -13,14 +13,16 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from model import BadInputError, ModelConfig, save_model
-from model.json_text import parse_json
-from model.store import append_durably, write_atomically
-from model.text_file import read_text
-from privacy.code_identity import code_hash
-from privacy.ledger.entry import Mode
-from server.metrics import lacking, why_no_metrics
-from server.scenario import Scenario, read_scenario
+from conclave.base.errors import BadInputError
+from conclave.base.json_text import parse_json
+from conclave.base.text_file import read_text
+from conclave.base.whole_file import append_durably, write_atomically
+from conclave.model.config import ModelConfig
+from conclave.model.store import save_model
+from conclave.privacy.code_identity import code_hash
+from conclave.privacy.ledger.entry import Mode
+from conclave.server.metrics import lacking, why_no_metrics
+from conclave.server.scenario import Scenario, read_scenario
 
 _TESTED_PACKAGES = ("conclave-moe", "torch", "flwr", "flwr-datasets", "opacus", "dp-accounting", "numpy")
 
@@ -92,7 +94,7 @@ class RunDirectory:
 
     @property
     def codes(self) -> frozenset[str]:
-        """Hashes of the code that ran here; see :mod:`privacy.code_identity`. Empty where the run does not say."""
+        """Hashes of the code that ran here (``privacy.code_identity``); empty where the run does not say."""
         try:
             return frozenset(map(str, self.environment.get("code", ())))
         except (BadInputError, TypeError):  # missing or damaged: it says nothing

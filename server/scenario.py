@@ -11,22 +11,26 @@ from typing import Any, ClassVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from clients.protocol import Plan, TrafficConfig, TrainingConfig
-from data.config import DataConfig, PartitionConfig, taking_part
-from data.sources import schema_of
-from model.config import Frozen, ModelConfig
-from model.errors import BadInputError
-from model.explain import explain, keys_of
-from model.text_file import read_text
-from model.toml_file import load_toml, parse_toml, refuse_extremes
-from privacy.affinity_config import AffinityPlan
-from privacy.calibration import calibrate_noise
-from privacy.config import PrivacyConfig
-from privacy.evaluation_config import EvaluationConfig, EvaluationPlan
-from privacy.mechanisms import SampledGaussian
-from server.balancing import BalancingConfig
-from server.config import AffinityConfig, FederationConfig, NodePrivacyConfig, PoissonCohort
-from server.coverage import shortage
+from conclave.base.errors import BadInputError
+from conclave.base.explain import explain, keys_of
+from conclave.base.frozen import Frozen
+from conclave.base.text_file import read_text
+from conclave.base.toml_file import load_toml, parse_toml, refuse_extremes
+from conclave.data.config import DataConfig, PartitionConfig, taking_part
+from conclave.data.sources import schema_of
+from conclave.model.config import ModelConfig
+from conclave.privacy.accounting.calibration import calibrate_noise
+from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.releases.affinity_config import AffinityPlan
+from conclave.privacy.releases.evaluation_config import EvaluationConfig, EvaluationPlan
+from conclave.privacy.training.config import PrivacyConfig
+from conclave.protocol.encodings import TrafficConfig
+from conclave.protocol.plan import Plan, TrainingConfig
+from conclave.server.aggregate.balancing import BalancingConfig
+from conclave.server.assign.config import AffinityConfig, PoissonCohort
+from conclave.server.config import FederationConfig
+from conclave.server.coverage import shortage
+from conclave.server.node_level.config import NodePrivacyConfig
 
 Overrides = Mapping[str, Any]
 
@@ -265,7 +269,7 @@ class Scenario(Frozen):
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
 
     def toml_for_hash(self) -> str:
-        """Return the same without younger keys that are at their defaults; see :class:`model.config.Frozen`."""
+        """Return the same without younger keys that are at their defaults; see :class:`conclave.base.frozen.Frozen`."""
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude=self.nothing_new()))
 
 

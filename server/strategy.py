@@ -15,40 +15,39 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from clients.protocol import (
+from conclave.base.canonical import sha256
+from conclave.model.experts.config import HeldExperts
+from conclave.privacy.ledger import SignedHead
+from conclave.protocol.codec import encode, encode_tensors
+from conclave.protocol.encodings import encodings_of, wire_form
+from conclave.protocol.messages import (
     EVALUATE,
     QUERY_CHOOSE,
     TRAIN,
     ChooseRequest,
     Description,
     EvaluateRequest,
-    Plan,
     ProtocolError,
     TrainReply,
     TrainRequest,
-    encode,
-    encode_tensors,
-    encodings_of,
-    wire_form,
 )
-from model import HeldExperts
-from privacy.canonical import sha256
-from privacy.ledger import SignedHead
-from server.aggregation import Contribution
-from server.assignment import assign
-from server.balancing import BIAS, Balancer, BalancingConfig
-from server.cohort import choose_cohort
-from server.config import FederationConfig
-from server.node_rounds import NodeLevel
-from server.noise_likeness import NoiseTest
-from server.optimizer import ServerOptimizer
-from server.private_evaluation import PrivateEvaluation, collect
-from server.receipts import EMPTY_RECEIPT, ReceiptBook
-from server.robust import make_aggregator
-from server.step_scale import step_scales
-from server.traffic import exchange_bytes
-from server.validation import Asked, DroppedError, Reason, ReplyChecker
-from server.wishes import Wishes
+from conclave.protocol.plan import Plan
+from conclave.server.aggregate.aggregation import Contribution
+from conclave.server.aggregate.balancing import BIAS, Balancer, BalancingConfig
+from conclave.server.aggregate.optimizer import ServerOptimizer
+from conclave.server.aggregate.robust import make_aggregator
+from conclave.server.aggregate.step_scale import step_scales
+from conclave.server.assign.assignment import assign
+from conclave.server.assign.cohort import choose_cohort
+from conclave.server.assign.wishes import Wishes
+from conclave.server.config import FederationConfig
+from conclave.server.coverage import expected_holders
+from conclave.server.evaluate.private import PrivateEvaluation, collect
+from conclave.server.node_level.rounds import NodeLevel
+from conclave.server.replies.noise_likeness import NoiseTest
+from conclave.server.replies.receipts import EMPTY_RECEIPT, ReceiptBook
+from conclave.server.replies.validation import Asked, DroppedError, Reason, ReplyChecker
+from conclave.server.traffic import exchange_bytes
 
 log = logging.getLogger("conclave.server")
 
@@ -210,7 +209,8 @@ class ExpertStrategy(Strategy):
         scales = {}
         if self.config.step_scale == "contributions":
             capacities = [description.expert_capacity for _, description in self.nodes.values()]
-            scales = step_scales(self.config, self.plan.model.experts.routed, capacities, aggregator.holders)
+            expected = expected_holders(self.config, self.plan.model.experts.routed, capacities)
+            scales = step_scales(expected, aggregator.holders)
         self.optimizer.step(aggregated, self.config.optimizer.rate(server_round, self.plan.rounds), scales)
         if self._balancer is not None:
             self.tally.loads = self._balancer.relative_loads()
@@ -259,7 +259,7 @@ class ExpertStrategy(Strategy):
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Check and pool what nodes measured; see :mod:`server.private_evaluation`."""
+        """Check and pool what nodes measured; see :mod:`conclave.server.evaluate.private`."""
         if not self._evaluated:
             return None
         self.tally.evaluation = collect(self.plan, self._evaluated, replies, self.receipts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from clients.protocol import lengths
+from conclave.protocol.codec import lengths
 
 _known: dict[tuple[int, ...], int] = {}
 
@@ -19,7 +19,7 @@ def wire_bytes(carrier: Message | RecordDict) -> int:
 
 
 def exchange_bytes(content: RecordDict) -> int:
-    """Return :func:`wire_bytes` of a content built by :func:`clients.protocol.encode`.
+    """Return :func:`wire_bytes` of a content built by :func:`conclave.protocol.codec.encode`.
 
     Deflating copies and hashes every byte, several times the cost of encoding. The result depends only on the
     lengths of what the content holds, so each combination is measured once.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from model import HeldExperts
-from privacy.physical_batch import MEMORY_BYTES
-from privacy.rehearsal import rehearse, tried_mechanism
-from server.scenario import Scenario
+from conclave.model.experts.config import HeldExperts
+from conclave.privacy.gradients.physical_batch import MEMORY_BYTES
+from conclave.privacy.training.rehearsal import rehearse, tried_mechanism
+from conclave.server.scenario import Scenario
 
 
 def check_trainable(scenario: Scenario) -> None:

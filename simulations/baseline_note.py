@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from model.config import Frozen
-from model.errors import BadInputError
-from model.store import write_atomically
-from model.text_file import read_text
+from conclave.base.errors import BadInputError
+from conclave.base.frozen import Frozen
+from conclave.base.text_file import read_text
+from conclave.base.whole_file import write_atomically
 
 
 class BaselineNote(Frozen):

@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from model.errors import BadInputError
-from server.run_directory import RunDirectory, fresh_directory
-from server.scenario import Scenario
-from simulations.baseline_note import BaselineNote
-from simulations.baselines import Kind, baseline, size_match
-from simulations.report import write_report
-from simulations.simulate import Summary, simulate
+from conclave.base.errors import BadInputError
+from conclave.server.run_directory import RunDirectory, fresh_directory
+from conclave.server.scenario import Scenario
+from conclave.simulations.baseline_note import BaselineNote
+from conclave.simulations.baselines import Kind, baseline, size_match
+from conclave.simulations.simulate import Summary, simulate
 
 
 def run_baseline(
@@ -27,8 +26,14 @@ def run_baseline(
     engine: Literal["inline", "ray"] = "inline",
     workers: int = 1,
     threads: int = 1,
+    on_run: Callable[[RunDirectory], object] = lambda _: None,
 ) -> Summary:
-    """Run a baseline of a scenario, reports included; see :func:`simulations.simulate.simulate` for other arguments.
+    """Run a baseline of a scenario.
+
+    Args:
+        on_run: called with every run directory, once its run is over.
+
+    Other arguments: as of :func:`conclave.simulations.simulate.simulate`.
 
     The run directory is that of any run, with a note. For ``alone`` it holds one for each node, ``node-0000`` and so
     on; quality is then the mean over nodes, ε the largest, and ``on_round`` counts the rounds of all nodes.
@@ -43,14 +48,14 @@ def run_baseline(
     made = baseline(scenario, kind)
     note = BaselineNote(kind=kind, of=scenario.name)
     if kind == "alone":
-        return _alone(made, note, fresh_directory(made[0].name, out), on_round, workers, threads)
+        return _alone(made, note, fresh_directory(made[0].name, out), on_round, workers, threads, on_run)
     if kind != "central":
         wanted, got = size_match(scenario.model, made[0].model, kind)
         note = note.model_copy(update={"parameters": got, "parameters_wanted": wanted})
     run = RunDirectory.create(made[0], out)
     note.write(run.path)
     summary = simulate(made[0], run, on_round, engine=engine, workers=workers, threads=threads)
-    write_report(run)
+    on_run(run)
     return summary
 
 
@@ -61,6 +66,7 @@ def _alone(
     on_round: Callable[[int], None],
     workers: int,
     threads: int,
+    on_run: Callable[[RunDirectory], object],
 ) -> Summary:
     note.write(folder)
     summaries = []
@@ -69,7 +75,7 @@ def _alone(
         note.write(run.path)
         before = place * scenario.federation.rounds
         summaries.append(simulate(scenario, run, partial(_later, on_round, before), workers=workers, threads=threads))
-        write_report(run)
+        on_run(run)
     accuracy, bits = ([getattr(s, name) for s in summaries] for name in ("accuracy", "bits_per_byte"))
     done = note.model_copy(update={"quality_of_nodes": tuple(bits if None in accuracy else accuracy)})
     done.write(folder)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from data.config import taking_part
-from model import ModelConfig, parameters
-from model.config import ExpertsConfig
-from model.costs import costs_of
-from model.errors import BadInputError
-from server.scenario import Scenario, parse_scenario
+from conclave.base.errors import BadInputError
+from conclave.data.config import taking_part
+from conclave.model import parameters
+from conclave.model.config import ModelConfig
+from conclave.model.costs import costs_of
+from conclave.model.experts.config import ExpertsConfig
+from conclave.server.scenario import Scenario, parse_scenario
 
 Kind = Literal["central", "alone", "dense-total", "dense-active"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from clients.simulated import deal
-from data.sources import GROUP, records_if_absent
-from privacy.sensible_budget import doubts
-from server.plan_estimate import PlanEstimate, estimate
-from server.scenario import Scenario
+from conclave.data.sources import GROUP, records_if_absent
+from conclave.privacy.accounting.sensible_budget import doubts
+from conclave.server.plan_estimate import PlanEstimate, estimate
+from conclave.server.scenario import Scenario
+from conclave.simulations.simulated_nodes import deal
 
 _ASSUMED = 1000
 """Units of a node whose records are its own."""

@@ -12,21 +12,20 @@ from typing import Any, Literal
 import torch
 from flwr.app import Message
 
-import clients.app
-import server.app
-from clients.simulated import deal, open_simulated
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.spending import budget_of
-from server.checkpoint import read_checkpoint
-from server.metrics import dropped_by, unchanged
-from server.node_account import NodeAccount
-from server.run_directory import RunDirectory
-from server.scenario import Scenario
-from server.trainable import check_trainable
-from simulations.baseline_note import BaselineNote, read_note
-from simulations.inline_engine import run_inline
-from simulations.ray_engine import run_on_ray
-from simulations.worker_pool import WorkerPool
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.spending import budget_of
+from conclave.server.checkpoint import read_checkpoint
+from conclave.server.metrics import dropped_by, unchanged
+from conclave.server.node_level.account import NodeAccount
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import Scenario
+from conclave.server.trainable import check_trainable
+from conclave.simulations import client_app, server_app
+from conclave.simulations.baseline_note import BaselineNote, read_note
+from conclave.simulations.engines.inline import run_inline
+from conclave.simulations.engines.ray import run_on_ray
+from conclave.simulations.engines.worker_pool import WorkerPool
+from conclave.simulations.simulated_nodes import deal, open_simulated
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ def simulate(
         with contextlib.ExitStack() as stack:
             if engine == "ray":
                 run_on_ray(
-                    server.app.app,
-                    clients.app.app,
+                    server_app.app,
+                    client_app.app,
                     nodes=nodes,
                     run_id=run_id,
                     run_config=run_config | {"run-dir": str(run.path.resolve())},
@@ -119,11 +118,13 @@ def simulate(
                 return summarize(run)
             pool = None
             if workers > 1:
-                pool = WorkerPool(workers, "clients.app:app", run_id=run_id, nodes=nodes, run_config=run_config)
+                pool = WorkerPool(
+                    workers, "conclave.simulations.client_app:app", run_id=run_id, nodes=nodes, run_config=run_config
+                )
                 stack.enter_context(pool)
             run_inline(
-                server.app.app,
-                clients.app.app,
+                server_app.app,
+                client_app.app,
                 nodes=nodes,
                 run_id=run_id,
                 run_config=run_config,

@@ -12,9 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from clients.protocol import TrainReply
-from model import Batch, ModelConfig
-from server.receipts import EMPTY_RECEIPT
+from conclave.model.config import ModelConfig
+from conclave.model.network import Batch
+from conclave.protocol.messages import TrainReply
+from conclave.server.replies.receipts import EMPTY_RECEIPT
 
 gc.disable()  # until all tests are collected
 

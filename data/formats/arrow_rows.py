@@ -10,17 +10,17 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data.formats.config import ColumnsConfig
-from data.formats.config_parts import PictureColumnConfig, TextColumnConfig
-from data.formats.features import Features
-from data.formats.identity import BYTES_OF_TEXT, cells_of, of_cells
-from data.formats.names import column_name
-from data.formats.picture import picture_from
-from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
-from data.formats.text import windows
-from data.formats.values import class_of, group_of
-from data.schema import ImageSchema, Schema, TableSchema, TextSchema
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.config import ColumnsConfig
+from conclave.data.values.config import PictureColumnConfig, TextColumnConfig
+from conclave.data.values.features import Features
+from conclave.data.values.identity import BYTES_OF_TEXT, cells_of, of_cells
+from conclave.data.values.kinds import class_of, group_of
+from conclave.data.values.names import column_name
+from conclave.data.values.picture import picture_from
+from conclave.data.values.rows import BadRow, BadValueError, Reading, Row, attempt
+from conclave.data.values.schema import ImageSchema, Schema, TableSchema, TextSchema
+from conclave.data.values.text import windows
 
 Values = Mapping[str, object]
 _UNREADABLE = object()

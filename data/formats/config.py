@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from data.formats.config_parts import (
+from conclave.base.frozen import Frozen
+from conclave.data.values.config import (
     MISSING,
     Classes,
     Column,
@@ -27,8 +28,7 @@ from data.formats.config_parts import (
     Window,
     first_given,
 )
-from data.formats.log_mel import LogMelConfig
-from model.config import Frozen
+from conclave.data.values.log_mel import LogMelConfig
 
 _LABELS = ("label", "labels", "classes")
 
@@ -221,7 +221,7 @@ class WavFolderConfig(FolderConfig, LabelledConfig, LogMelConfig):
     """A folder of ``.wav`` files in sub-folders that are named like their labels.
 
     PCM of 8, 16, 24 or 32 bits, or floats of 32 or 64. Each becomes a picture, [1, mels, frames]; see
-    :class:`data.formats.log_mel.LogMelConfig`.
+    :class:`conclave.data.values.log_mel.LogMelConfig`.
 
     resample: other rates are resampled linearly, rather than being bad rows.
     """

@@ -14,14 +14,14 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import csv
 
-from data.formats.arrow_rows import Numbered, Stored, read_columns
-from data.formats.config import CsvConfig
-from data.formats.files import files_in
-from data.formats.identity import of_cells
-from data.formats.layout import is_index, same_columns
-from data.formats.names import column_name
-from data.formats.rows import BadRow, Reading
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.arrow_rows import Numbered, Stored, read_columns
+from conclave.data.formats.config import CsvConfig
+from conclave.data.formats.files import files_in
+from conclave.data.formats.layout import is_index, same_columns
+from conclave.data.values.identity import of_cells
+from conclave.data.values.names import column_name
+from conclave.data.values.rows import BadRow, Reading
 
 _BLOCK_BYTES = 1 << 24
 """What is parsed at once, and so the longest row."""

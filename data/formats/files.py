@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
 
 
 def files_in(path: Path, suffixes: Sequence[str]) -> list[Path]:

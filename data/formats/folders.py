@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.formats.config import FolderConfig
-from data.formats.files import files_in, folder_at
-from data.formats.identity import of_content
-from data.formats.rows import BadRow, BadValueError, Row, attempt
-from data.formats.values import class_of, group_of
+from conclave.data.formats.config import FolderConfig
+from conclave.data.formats.files import files_in, folder_at
+from conclave.data.values.identity import of_content
+from conclave.data.values.kinds import class_of, group_of
+from conclave.data.values.rows import BadRow, BadValueError, Row, attempt
 
 MOST_BYTES = 1 << 32
 """What a file may have: it is read into memory as a whole, since its identity is that of all its bytes."""

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data.formats.arrow_rows import Numbered, Stored, read_columns, rows_of
-from data.formats.config import HuggingFaceConfig
-from data.formats.files import folder_at
-from data.formats.layout import layout_of
-from data.formats.names import column_name
-from data.formats.rows import Reading
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.arrow_rows import Numbered, Stored, read_columns, rows_of
+from conclave.data.formats.config import HuggingFaceConfig
+from conclave.data.formats.files import folder_at
+from conclave.data.formats.layout import layout_of
+from conclave.data.values.names import column_name
+from conclave.data.values.rows import Reading
 
 _UNIMPORTANT = ("_fingerprint", "_format_kwargs", "_format_type", "_output_all_columns", "_split")
 """What a folder says that changes no row: which split it was, how ``datasets`` would hand rows over."""
@@ -191,7 +191,7 @@ def _types(file: Path) -> pa.Schema:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[pa.RecordBatchStreamReader]:
-    """Open a file by pyarrow's own means and without threads; see :mod:`data.formats.parquet_files`."""
+    """Open a file by pyarrow's own means and without threads; see :mod:`conclave.data.formats.parquet_files`."""
     alone = pa.ipc.IpcReadOptions(use_threads=False)
     try:
         with pa.OSFile(os.fsencode(file)) as content, pa.ipc.open_stream(content, options=alone) as stream:

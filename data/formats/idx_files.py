@@ -7,21 +7,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.config import IdxConfig
-from data.formats.files import folder_at
-from data.formats.identity import of_content
-from data.formats.rows import BadRow, Reading, Row, attempt
-from data.formats.values import class_of
-from data.idx import read_idx
-from data.schema import ImageSchema
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.config import IdxConfig
+from conclave.data.formats.files import folder_at
+from conclave.data.formats.idx import read_idx
+from conclave.data.values.identity import of_content
+from conclave.data.values.kinds import class_of
+from conclave.data.values.rows import BadRow, Reading, Row, attempt
+from conclave.data.values.schema import ImageSchema
 
 
 def read_idx_pair(path: Path, config: IdxConfig) -> Reading:
     """Return the images of a folder. An image is known by its bytes, whatever its label in the other file.
 
     Raises:
-        BadInputError: a file is missing, damaged or of another shape; see :mod:`data.idx`.
+        BadInputError: a file is missing, damaged or of another shape; see :mod:`conclave.data.formats.idx`.
     """
     images = read_idx(_file(path, config.image_file), (config.height, config.width))
     labels = read_idx(_file(path, config.label_file), ())

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.config import ImageFolderConfig
-from data.formats.folders import folder_rows
-from data.formats.picture import picture_from
-from data.formats.rows import Reading
-from data.schema import ImageSchema
+from conclave.data.formats.config import ImageFolderConfig
+from conclave.data.formats.folders import folder_rows
+from conclave.data.values.picture import picture_from
+from conclave.data.values.rows import Reading
+from conclave.data.values.schema import ImageSchema
 
 
 def read_image_folder(path: Path, config: ImageFolderConfig) -> Reading:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data.formats.identity import BYTES_OF_TEXT
-from data.formats.names import column_name
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.values.identity import BYTES_OF_TEXT
+from conclave.data.values.names import column_name
 
 _INDEX = re.compile(r"(__index_level_[0-9]+__|Unnamed: [0-9]+)?")
 """What pandas calls an index that has no name in Parquet, and in CSV once and again."""
@@ -30,7 +30,7 @@ _MOMENTS = (pa.types.is_date, pa.types.is_timestamp)
 class Layout:
     """The columns of a data set.
 
-    names: as they are called; see :func:`data.formats.names.column_name`.
+    names: as they are called; see :func:`conclave.data.values.names.column_name`.
     stored: as they are stored.
     numbers: those that are features unless the owner says otherwise: of numbers, or true and false, in every file that
         has values of them, and no index that pandas added.

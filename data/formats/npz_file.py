@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.config import NpzConfig
-from data.formats.identity import of_content
-from data.formats.picture import picture_of_array
-from data.formats.rows import BadRow, BadValueError, Reading, Row, attempt
-from data.formats.values import class_of, group_of, missing_numbers
-from data.schema import ImageSchema, Schema, TableSchema, TextSchema
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.config import NpzConfig
+from conclave.data.values.identity import of_content
+from conclave.data.values.kinds import class_of, group_of, missing_numbers
+from conclave.data.values.picture import picture_of_array
+from conclave.data.values.rows import BadRow, BadValueError, Reading, Row, attempt
+from conclave.data.values.schema import ImageSchema, Schema, TableSchema, TextSchema
 
 MOST_BYTES = 1 << 34
 """What a file may unpack to. A file of some kilobytes could claim any size."""

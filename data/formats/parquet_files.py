@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from data.formats.arrow_rows import Numbered, read_columns, rows_of
-from data.formats.config import ParquetConfig
-from data.formats.files import files_in
-from data.formats.layout import layout_of
-from data.formats.rows import Reading
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.arrow_rows import Numbered, read_columns, rows_of
+from conclave.data.formats.config import ParquetConfig
+from conclave.data.formats.files import files_in
+from conclave.data.formats.layout import layout_of
+from conclave.data.values.rows import Reading
 
 _ROWS_AT_ONCE = 4096
 _TABLE_FORMATS = {"_delta_log": "Delta", "metadata/*.metadata.json": "Iceberg", ".hoodie": "Hudi"}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.config import TextFolderConfig
-from data.formats.folders import folder_rows
-from data.formats.rows import BadValueError, Reading
-from data.formats.text import windows
-from data.schema import TextSchema
+from conclave.data.formats.config import TextFolderConfig
+from conclave.data.formats.folders import folder_rows
+from conclave.data.values.rows import BadValueError, Reading
+from conclave.data.values.schema import TextSchema
+from conclave.data.values.text import windows
 
 
 def read_text_folder(path: Path, config: TextFolderConfig) -> Reading:

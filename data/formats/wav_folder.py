@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.formats.config import WavFolderConfig
-from data.formats.folders import folder_rows
-from data.formats.log_mel import log_mel
-from data.formats.rows import BadValueError, Reading
-from data.formats.wav import wav_of
-from data.schema import ImageSchema
+from conclave.data.formats.config import WavFolderConfig
+from conclave.data.formats.folders import folder_rows
+from conclave.data.values.log_mel import log_mel
+from conclave.data.values.rows import BadValueError, Reading
+from conclave.data.values.schema import ImageSchema
+from conclave.data.values.wav import wav_of
 
 
 def read_wav_folder(path: Path, config: WavFolderConfig) -> Reading:
-    """Return the sounds of a folder and its sub-folders as pictures; see :mod:`data.formats.log_mel`.
+    """Return the sounds of a folder and its sub-folders as pictures; see :mod:`conclave.data.values.log_mel`.
 
     Raises:
         BadInputError: there is no such folder, or no sound in it.

@@ -1,6 +1,7 @@
 """Attention as a router: what a token asks for depends on its context.
 
-Dimension suffixes: H heads, Q values of all queries, X tokens × heads, and those of :mod:`model.routers.routing`.
+Dimension suffixes: H heads, Q values of all queries, X tokens × heads, and those of
+:mod:`conclave.model.routers.routing`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from model.router_config import AttentionRouterConfig
-from model.routers.routing import Router, Scores
+from conclave.model.routers.config import AttentionRouterConfig
+from conclave.model.routers.routing import Router, Scores
 
 
 class AttentionRouter(Router):

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.router_config import HierarchicalRouterConfig
-from model.routers.groups import groups_of, in_best_groups, sizes_of
-from model.routers.routing import Scores
-from model.routers.sigmoid import SigmoidRouter
+from conclave.model.routers.config import HierarchicalRouterConfig
+from conclave.model.routers.groups import groups_of, in_best_groups, sizes_of
+from conclave.model.routers.routing import Scores
+from conclave.model.routers.sigmoid import SigmoidRouter
 
 
 class GroupLimitedRouter(SigmoidRouter):
     """DeepSeek-V3's node-limited routing (arXiv:2412.19437 §2.1.2): sigmoid affinities, few groups for each token.
 
     A group counts as much as its best two experts by affinity plus bias, or its only allowed one. The best ``top_k``
-    are taken from the ``top_groups`` best groups; see :mod:`model.routers.groups` for groups that are absent or small.
+    are taken from the ``top_groups`` best groups; see :mod:`conclave.model.routers.groups` for groups that are absent
+    or small.
     """
 
     def __init__(

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.router_config import HierarchicalRouterConfig
-from model.routers.groups import groups_of, in_best_groups, present_groups, sizes_of
-from model.routers.routing import Router, Scores
+from conclave.model.routers.config import HierarchicalRouterConfig
+from conclave.model.routers.groups import groups_of, in_best_groups, present_groups, sizes_of
+from conclave.model.routers.routing import Router, Scores
 
 
 class HierarchicalRouter(Router):
     """``p(e) = softmax over groups × softmax within the group``; the best ``top_k`` in the ``top_groups`` best groups.
 
     Both softmaxes run over what is allowed. The scores of groups belong to no single expert and are shared. See
-    :mod:`model.routers.groups` for groups that are absent or too small.
+    :mod:`conclave.model.routers.groups` for groups that are absent or too small.
     """
 
     def __init__(

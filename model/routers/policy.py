@@ -1,6 +1,6 @@
 """Routing as a policy that is learned by REINFORCE: experts are sampled, and good samples become likelier.
 
-Dimension suffixes: R rollouts, and those of :mod:`model.routers.routing`.
+Dimension suffixes: R rollouts, and those of :mod:`conclave.model.routers.routing`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.routers.softmax import SoftmaxRouter
+from conclave.model.routers.softmax import SoftmaxRouter
 
 
 class PolicyRouter(SoftmaxRouter):

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.errors import BadInputError
-from model.router_config import RouterOptions
-from model.routers.penalties import entropy, example_balance_loss, uniform_balance_loss, z_loss
-from model.unit_random import unit_uniform
+from conclave.base.errors import BadInputError
+from conclave.model.layers.unit_random import unit_uniform
+from conclave.model.routers.config import RouterOptions
+from conclave.model.routers.penalties import entropy, example_balance_loss, uniform_balance_loss, z_loss
 
 
 class Routing(NamedTuple):
@@ -69,10 +69,10 @@ class Router(nn.Module, ABC):
 
     A ``selection_bias`` [E, 1], where there is one, changes which experts are chosen and never their weights. It has a
     row per expert and travels with it. It is no parameter: training never changes it, so what a node returns of it is a
-    difference of exactly 0. Whoever balances moves it with :func:`model.routers.moved_bias`.
+    difference of exactly 0. Whoever balances moves it with :func:`conclave.model.routers.sigmoid.moved_bias`.
 
     A module named ``common`` holds what belongs to no single expert and travels with the shared weights
-    (:mod:`model.parameters`); every other tensor has a row per expert.
+    (:mod:`conclave.model.parameters`); every other tensor has a row per expert.
     """
 
     selection_bias: Tensor | None

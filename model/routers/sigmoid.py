@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.router_config import HierarchicalRouterConfig, SigmoidRouterConfig
-from model.routers.routing import Router, Scores
+from conclave.model.routers.config import HierarchicalRouterConfig, SigmoidRouterConfig
+from conclave.model.routers.routing import Router, Scores
 
 
 class SigmoidRouter(Router):

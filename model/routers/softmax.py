@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.router_config import PolicyRouterConfig, SoftmaxRouterConfig, TopPRouterConfig
-from model.routers.routing import Router, Scores
+from conclave.model.routers.config import PolicyRouterConfig, SoftmaxRouterConfig, TopPRouterConfig
+from conclave.model.routers.routing import Router, Scores
 
 
 class SoftmaxRouter(Router):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.router_config import TopPRouterConfig
-from model.routers.softmax import SoftmaxRouter
+from conclave.model.routers.config import TopPRouterConfig
+from conclave.model.routers.softmax import SoftmaxRouter
 
 
 class TopPRouter(SoftmaxRouter):

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from privacy.audit.arithmetic import tolerance_of
-from privacy.audit.observed import coarsest_type, kept
-from privacy.audit.subject import Finding, Subject, all_but
-from privacy.gradient_modes import Records
-from privacy.unit_index import UnitIndex
+from conclave.privacy.audit.arithmetic import tolerance_of
+from conclave.privacy.audit.observed import coarsest_type, kept
+from conclave.privacy.audit.subject import Finding, Subject, all_but
+from conclave.privacy.gradients.modes import Records
+from conclave.privacy.gradients.unit_index import UnitIndex
 
 
 def check_faults(subject: Subject) -> Finding:

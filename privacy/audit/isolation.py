@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.errors import BadInputError
-from privacy.audit.arithmetic import RoundedOnce, tolerance_of
-from privacy.audit.company import Company, companies
-from privacy.audit.memory import Memory, same_bits
-from privacy.audit.observed import (
+from conclave.base.errors import BadInputError
+from conclave.privacy.audit.arithmetic import RoundedOnce, tolerance_of
+from conclave.privacy.audit.company import Company, companies
+from conclave.privacy.audit.memory import Memory, same_bits
+from conclave.privacy.audit.observed import (
     Losses,
     coarsest_type,
     gradient,
@@ -24,9 +24,9 @@ from privacy.audit.observed import (
     most_at_once,
     same_randomness,
 )
-from privacy.audit.subject import Finding, Subject, length, said
-from privacy.clipping import LARGEST_NORM, SMALLEST_CLIP
-from privacy.gradient_modes import Records
+from conclave.privacy.audit.subject import Finding, Subject, length, said
+from conclave.privacy.gradients.clipping import LARGEST_NORM, SMALLEST_CLIP
+from conclave.privacy.gradients.modes import Records
 
 _SMALL_SHARE = 1e-3
 """An error is measured against a unit's own size, or this share of the largest unit's: what cancels to nearly nothing
@@ -225,7 +225,7 @@ def check_state(subject: Subject) -> Finding:
     elif drawn > tolerance:
         wrong.append(
             f"its losses differ by {drawn:.2g} with what a stream draws that all records share; "
-            "draw with model.unit_random"
+            "draw with conclave.model.layers.unit_random"
         )
     looked_at = f"{len(before)} saved tensors, what Python shows of memory, {_CALLS} calls, {_CALLS} seeds"
     if not wrong:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from model.moe import MoELayer
-from privacy.audit.residuals import noise_flaws
-from privacy.audit.subject import Finding, Subject, all_but
-from privacy.load_histogram import LOADS
-from privacy.unit_index import UnitIndex
+from conclave.model.experts.moe import MoELayer
+from conclave.privacy.audit.residuals import noise_flaws
+from conclave.privacy.audit.subject import Finding, Subject, all_but
+from conclave.privacy.gradients.unit_index import UnitIndex
+from conclave.privacy.releases.load_histogram import LOADS
 
 _CHARGES = 400
 

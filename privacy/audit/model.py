@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from model.errors import BadInputError
-from privacy.audit.faults import check_faults
-from privacy.audit.isolation import check_gradients, check_isolation, check_state
-from privacy.audit.loads import check_load_noise, check_load_sensitivity
-from privacy.audit.memory import Memory
-from privacy.audit.observed import callers_randomness_untouched, kept
-from privacy.audit.sampling_and_noise import check_noise, check_participation
-from privacy.audit.sensitivity import check_numerics, check_sensitivity
-from privacy.audit.subject import Finding, Subject, said
-from privacy.audit.usable import refuse_unusable
+from conclave.base.errors import BadInputError
+from conclave.privacy.audit.faults import check_faults
+from conclave.privacy.audit.isolation import check_gradients, check_isolation, check_state
+from conclave.privacy.audit.loads import check_load_noise, check_load_sensitivity
+from conclave.privacy.audit.memory import Memory
+from conclave.privacy.audit.observed import callers_randomness_untouched, kept
+from conclave.privacy.audit.sampling_and_noise import check_noise, check_participation
+from conclave.privacy.audit.sensitivity import check_numerics, check_sensitivity
+from conclave.privacy.audit.subject import Finding, Subject, said
+from conclave.privacy.audit.usable import refuse_unusable
 
 CHECKS: dict[str, Callable[[Subject], Finding]] = {
     "gradients": check_gradients,
@@ -46,7 +46,8 @@ def audit_model(subject: Subject) -> list[Finding]:
     Every check reports. One that cannot be run, whatever the reason, is incomplete and says why; the others still run.
 
     Raises:
-        BadInputError: model, loss and records are nothing that could be trained; see :mod:`privacy.audit.usable`.
+        BadInputError: model, loss and records are nothing that could be trained; see
+            :mod:`conclave.privacy.audit.usable`.
     """
     mode = subject.module.training
     try:

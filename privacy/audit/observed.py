@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.errors import BadInputError
-from model.unit_random import drawing_from
-from privacy.audit.arithmetic import RoundedOnce
-from privacy.audit.memory import Memory
-from privacy.audit.subject import Subject
-from privacy.gradient_modes import Records
-from privacy.physical_batch import MOST
-from privacy.randomness import derive, per_unit_uniform
+from conclave.base.errors import BadInputError
+from conclave.model.layers.unit_random import drawing_from
+from conclave.privacy.audit.arithmetic import RoundedOnce
+from conclave.privacy.audit.memory import Memory
+from conclave.privacy.audit.subject import Subject
+from conclave.privacy.gradients.modes import Records
+from conclave.privacy.gradients.physical_batch import MOST
+from conclave.privacy.randomness import derive, per_unit_uniform
 
 Losses = Callable[[Records, Tensor], Tensor]
 """(batch, number of each example) → losses [B] or [B, tasks], each example with the random draws of its number."""

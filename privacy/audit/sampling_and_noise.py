@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from scipy import stats
 
-from privacy.audit.residuals import FALSE_ALARM, correlated, size_and_law
-from privacy.audit.subject import Finding, Subject
-from privacy.unit_index import UnitIndex
+from conclave.privacy.audit.residuals import FALSE_ALARM, correlated, size_and_law
+from conclave.privacy.audit.subject import Finding, Subject
+from conclave.privacy.gradients.unit_index import UnitIndex
 
 NOISE_VALUES = 60_000
 """So many show σ wrong by 2 % at seven standard errors."""

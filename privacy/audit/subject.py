@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from privacy.dpsgd import DpSgd, PrivateTraining
-from privacy.gradient_modes import ExampleLoss, Records
-from privacy.randomness import derive
-from privacy.unit_index import UnitIndex
+from conclave.privacy.gradients.modes import ExampleLoss, Records
+from conclave.privacy.gradients.unit_index import UnitIndex
+from conclave.privacy.randomness import derive
+from conclave.privacy.training.dpsgd_mechanism import DpSgd
+from conclave.privacy.training.private_training import PrivateTraining
 
 Start = Callable[[nn.Module, torch.optim.Optimizer, ExampleLoss, DpSgd, bytes], PrivateTraining]
 Verdict = Literal["VIOLATED", "INCOMPLETE", "NOT_REFUTED"]

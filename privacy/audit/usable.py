@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from model.errors import BadInputError
-from privacy.audit.observed import losses_of
-from privacy.audit.subject import Subject, said
+from conclave.base.errors import BadInputError
+from conclave.privacy.audit.observed import losses_of
+from conclave.privacy.audit.subject import Subject, said
 
 
 def refuse_unusable(subject: Subject) -> None:

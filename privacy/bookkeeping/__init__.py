@@ -7,7 +7,7 @@ layer gives the clipped sum (Bu et al. 2022, arXiv:2210.00038; Goodfellow 2015, 
 
 from __future__ import annotations
 
-from privacy.bookkeeping.recorder import Bookkeeper, UnitGradients
-from privacy.bookkeeping.units import Units
+from conclave.privacy.bookkeeping.recorder import Bookkeeper, UnitGradients
+from conclave.privacy.bookkeeping.units import Units
 
 __all__ = ["Bookkeeper", "UnitGradients", "Units"]

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Size, Tensor
 
-from privacy.bookkeeping.certificate import Gram, Materialised, Measured, SingleRow, row_norms
-from privacy.bookkeeping.factor import Factor, joined
-from privacy.bookkeeping.ragged import Segments
-from privacy.bookkeeping.weights import Weights
+from conclave.privacy.bookkeeping.certificate import Gram, Materialised, Measured, SingleRow, row_norms
+from conclave.privacy.bookkeeping.factor import Factor, joined
+from conclave.privacy.bookkeeping.ragged import Segments
+from conclave.privacy.bookkeeping.weights import Weights
 
 DIRECT_ADVANTAGE = 40
 """A value of a materialised gradient costs about as much as 40 multiply-adds of a Gram matrix: it is memory traffic."""

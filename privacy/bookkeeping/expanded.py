@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from model.errors import BadInputError
-from privacy.bookkeeping.kept import widened
+from conclave.base.errors import BadInputError
+from conclave.privacy.bookkeeping.kept import widened
 
 
 class _WithoutHooks(nn.Module):

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from privacy.bookkeeping.certificate import row_norms
+from conclave.privacy.bookkeeping.certificate import row_norms
 
 
 class Factor:

@@ -7,8 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from privacy.bookkeeping.factor import Factor
-from privacy.bookkeeping.units import Units
+from conclave.privacy.bookkeeping.factor import Factor
+from conclave.privacy.bookkeeping.units import Units
 
 
 def widened(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What each kind of layer contributes: from its input and output gradient to per-unit gradients of its parameters.
 
 Register a rule for a layer of your own with :func:`register`. A layer without a rule is run with parameters of each
-example's own (:mod:`privacy.bookkeeping.expanded`), which materialises every unit's gradient.
+example's own (:mod:`conclave.privacy.bookkeeping.expanded`), which materialises every unit's gradient.
 
 Dimension suffixes: B examples, T tokens, C channels, D and O widths.
 """
@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
-from model.elementwise import Scale
-from model.encoders import PositionTable
-from model.errors import BadInputError
-from model.experts import GroupedLinear
-from privacy.bookkeeping.contributions import Contribution, Experts, Lookup, Matrix, PerUnit
-from privacy.bookkeeping.factor import Factor
-from privacy.bookkeeping.kept import Kept
-from privacy.bookkeeping.ragged import Segments
-from privacy.bookkeeping.units import Units
+from conclave.base.errors import BadInputError
+from conclave.model.encoders.tokens import PositionTable
+from conclave.model.experts.stacked import GroupedLinear
+from conclave.model.layers.elementwise import Scale
+from conclave.privacy.bookkeeping.contributions import Contribution, Experts, Lookup, Matrix, PerUnit
+from conclave.privacy.bookkeeping.factor import Factor
+from conclave.privacy.bookkeeping.kept import Kept
+from conclave.privacy.bookkeeping.ragged import Segments
+from conclave.privacy.bookkeeping.units import Units
 
 
 class Pass(Protocol):

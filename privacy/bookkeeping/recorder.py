@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from model.errors import BadInputError
-from privacy.bookkeeping import refusals
-from privacy.bookkeeping.certificate import Measured, squared_bounds
-from privacy.bookkeeping.contributions import Contribution, merge
-from privacy.bookkeeping.expanded import run_expanded
-from privacy.bookkeeping.kept import Kept, widened
-from privacy.bookkeeping.layers import Rule, own_parameters, rule_for, rules_by_row
-from privacy.bookkeeping.ragged import Scratch, Segments
-from privacy.bookkeeping.units import Units
-from privacy.bookkeeping.uses import Expanded, Ruled, Use
-from privacy.bookkeeping.weights import Weights
+from conclave.base.errors import BadInputError
+from conclave.privacy.bookkeeping import refusals
+from conclave.privacy.bookkeeping.certificate import Measured, squared_bounds
+from conclave.privacy.bookkeeping.contributions import Contribution, merge
+from conclave.privacy.bookkeeping.expanded import run_expanded
+from conclave.privacy.bookkeeping.kept import Kept, widened
+from conclave.privacy.bookkeeping.layers import Rule, own_parameters, rule_for, rules_by_row
+from conclave.privacy.bookkeeping.ragged import Scratch, Segments
+from conclave.privacy.bookkeeping.units import Units
+from conclave.privacy.bookkeeping.uses import Expanded, Ruled, Use
+from conclave.privacy.bookkeeping.weights import Weights
 
 
 class UnitGradients:
@@ -144,7 +144,8 @@ class Bookkeeper:
     ``fallbacks`` names the layers that have no rule and get parameters of each example's own: right, but slow.
 
     While a layer runs, its parameters take no part in the graph: its rule, or the expanded copies, stand for them. All
-    other uses of a parameter do enter the graph, where :mod:`privacy.accounted` finds and refuses them.
+    other uses of a parameter do enter the graph, where :mod:`conclave.privacy.training.accounted` finds and refuses
+    them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -303,7 +304,8 @@ class Bookkeeper:
                 raise
             raise BadInputError(
                 f"{named} cannot be run example by example ({type(error).__name__}), must keep examples apart without "
-                "random numbers or branches on values; register a rule for it (privacy.bookkeeping.layers.register)"
+                "random numbers or branches on values; register a rule for it "
+                "(conclave.privacy.bookkeeping.layers.register)"
             ) from error
         if state is not None:
             state.uses.append(Expanded(list(call.own.values()), copies))

@@ -21,8 +21,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from model.errors import BadInputError
-from privacy.bookkeeping.layers import own_parameters, wanted
+from conclave.base.errors import BadInputError
+from conclave.privacy.bookkeeping.layers import own_parameters, wanted
 
 Refusal = tuple[Callable[[nn.Module], bool], str]
 
@@ -46,7 +46,8 @@ _REFUSED: list[Refusal] = [
     ),
     (
         lambda m: isinstance(m, _DropoutNd | nn.RReLU) and getattr(m, "p", 1.0) > 0.0,
-        "draws from one stream for all examples, so that one more changes the rest; use model.unit_random.UnitDropout",
+        "draws from one stream for all examples, so that one more changes the rest; use "
+        "conclave.model.layers.unit_random.UnitDropout",
     ),
     (
         lambda m: isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.scale_grad_by_freq,
@@ -70,7 +71,8 @@ _REFUSED: list[Refusal] = [
     ),
     (
         lambda m: isinstance(m, nn.MultiheadAttention),
-        "holds weights of its own beside layers; use model.attention.MultiHeadAttention or four nn.Linear",
+        "holds weights of its own beside layers; use "
+        "conclave.model.attention.multi_head.MultiHeadAttention or four nn.Linear",
     ),
     (
         lambda m: isinstance(m, nn.ParameterList | nn.ParameterDict) and _is_trained(m),
@@ -128,12 +130,12 @@ _NOT_BY_OPACUS: list[Refusal] = [
 def check(module: nn.Module, gradients: str = "bookkeeping") -> None:
     """Refuse a module that holds a layer whose examples are not independent, or that cannot be told by unit.
 
-    What a module computes in its own ``forward`` cannot be seen here: :mod:`privacy.accounted` looks whether every
-    gradient is accounted for, ``conclave audit model`` whether examples are independent.
+    What a module computes in its own ``forward`` cannot be seen here: :mod:`conclave.privacy.training.accounted` looks
+    whether every gradient is accounted for, ``conclave audit model`` whether examples are independent.
 
     Args:
-        gradients: the mode, see :mod:`privacy.gradient_modes`; Opacus's samplers, of ``hooks`` and ``ghost``, know
-            fewer layers.
+        gradients: the mode, see :mod:`conclave.privacy.gradients.modes`; Opacus's samplers, of ``hooks`` and ``ghost``,
+            know fewer layers.
 
     Raises:
         BadInputError: names the layer and what to use instead.
@@ -147,7 +149,8 @@ def check(module: nn.Module, gradients: str = "bookkeeping") -> None:
         if own and any(wanted(p) for child in layer.children() for p in child.parameters()):
             raise BadInputError(
                 f"parameter {'.'.join(filter(None, (name, next(iter(own)))))} belongs to a module that holds layers "
-                "too; give it a layer of its own, as model.elementwise.Scale or model.encoders.PositionTable"
+                "too; give it a layer of its own, as conclave.model.layers.elementwise.Scale or "
+                "conclave.model.encoders.tokens.PositionTable"
             )
         if own and gradients in ("hooks", "ghost"):
             for is_refused, reason in _NOT_BY_OPACUS:

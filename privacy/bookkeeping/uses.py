@@ -9,10 +9,10 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from model.errors import BadInputError
-from privacy.bookkeeping.contributions import Contribution, PerUnit
-from privacy.bookkeeping.kept import Kept, widened
-from privacy.bookkeeping.layers import Pass, Rule
+from conclave.base.errors import BadInputError
+from conclave.privacy.bookkeeping.contributions import Contribution, PerUnit
+from conclave.privacy.bookkeeping.kept import Kept, widened
+from conclave.privacy.bookkeeping.layers import Pass, Rule
 
 
 class Use(Protocol):

@@ -1,8 +1,8 @@
 """The owner's ledger: charge before release, release once, and anyone can check it."""
 
-from privacy.ledger.entry import ChargeRequest, Entry, Genesis
-from privacy.ledger.heads import KeyRotation, SignedHead
-from privacy.ledger.ledger import (
+from conclave.privacy.ledger.entry import ChargeRequest, Entry, Genesis
+from conclave.privacy.ledger.heads import KeyRotation, SignedHead
+from conclave.privacy.ledger.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
@@ -14,8 +14,8 @@ from privacy.ledger.ledger import (
     StoredReply,
     state_of,
 )
-from privacy.ledger.store import LedgerMismatchError
-from privacy.ledger.witness import WitnessUnavailableError
+from conclave.privacy.ledger.store import LedgerMismatchError
+from conclave.privacy.ledger.witness import WitnessUnavailableError
 
 __all__ = [
     "AlreadyChargedError", "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest",

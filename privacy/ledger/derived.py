@@ -6,9 +6,9 @@ import json
 import sqlite3
 from dataclasses import dataclass, field
 
-from privacy.canonical import canonical_json
-from privacy.ledger.entry import INFINITE
-from privacy.ledger.heads import KeyRotation
+from conclave.base.canonical import canonical_json
+from conclave.privacy.ledger.entry import INFINITE
+from conclave.privacy.ledger.heads import KeyRotation
 
 _RESERVED = '"state":"RESERVED"'
 _NOTHING_DERIVES_FROM = ('"state":"COMMITTED"', '"state":"ABANDONED"', '"state":"MIGRATED"')

@@ -8,9 +8,9 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from privacy.canonical import canonical_json
-from privacy.ledger.entry import ChargeRequest, charge_id_of
-from privacy.ledger.plan_text import most_charges, parse_plan
+from conclave.base.canonical import canonical_json
+from conclave.privacy.ledger.entry import ChargeRequest, charge_id_of
+from conclave.privacy.ledger.plan_text import most_charges, parse_plan
 
 
 class _Charge(NamedTuple):

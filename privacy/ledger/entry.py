@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from model.errors import BadInputError
-from privacy.accounting import budget_units, fixed_order
-from privacy.canonical import canonical_json, decimal, sha256
-from privacy.ledger.mechanism_text import check_named, spell
-from privacy.mechanisms import Mechanism
+from conclave.base.canonical import canonical_json, decimal, sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import budget_units, fixed_order
+from conclave.privacy.accounting.mechanisms import Mechanism
+from conclave.privacy.ledger.mechanism_text import check_named, spell
 
 FORMAT_VERSION = 2
 INFINITE = "inf"
@@ -45,7 +45,7 @@ class Genesis(Hashed):
     """What never changes in a ledger. Numbers are exact decimal strings.
 
     mode: ``simulation`` ledgers accept seeded randomness and ``mechanism = none``; ``deployment`` ones never.
-    order, rdp_budget: the filter that enforces (epsilon, delta); see :mod:`privacy.accounting`.
+    order, rdp_budget: the filter that enforces (epsilon, delta); see :mod:`conclave.privacy.accounting.filter`.
     held_out: the share of units that is kept out of training, for evaluation alone; ``split_key`` decides which.
     side: which of the two this ledger is for. Each side has its own ledger and budget, and no unit is on both.
     public_key: the first signing key; its hash is the ledger's identity, also after rotations.

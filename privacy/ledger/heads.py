@@ -12,8 +12,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field
 
-from model.config import Frozen
-from privacy.canonical import canonical_json
+from conclave.base.canonical import canonical_json
+from conclave.base.frozen import Frozen
 
 HEX_KEY = r"^[0-9a-f]{64}$"
 HEX_SIGNATURE = r"^[0-9a-f]{128}$"

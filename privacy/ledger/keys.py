@@ -9,8 +9,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from model.errors import BadInputError
-from model.whole_file import new_file
+from conclave.base.errors import BadInputError
+from conclave.base.whole_file import new_file
 
 
 class DamagedKeyError(BadInputError):

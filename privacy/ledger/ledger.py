@@ -17,16 +17,16 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ValidationError
 
-from model.errors import BadInputError
-from privacy.accounting import charge_units, epsilon_of
-from privacy.canonical import sha256
-from privacy.ledger.drawn import Drawn
-from privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
-from privacy.ledger.heads import SignedHead
-from privacy.ledger.plan_text import plan_id_of, spell_plan
-from privacy.ledger.schema import bound_to
-from privacy.ledger.store import Store
-from privacy.ledger.witness import Witness
+from conclave.base.canonical import sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import charge_units, epsilon_of
+from conclave.privacy.ledger.drawn import Drawn
+from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
+from conclave.privacy.ledger.heads import SignedHead
+from conclave.privacy.ledger.plan_text import plan_id_of, spell_plan
+from conclave.privacy.ledger.schema import bound_to
+from conclave.privacy.ledger.store import Store
+from conclave.privacy.ledger.witness import Witness
 
 _MOST_ATTEMPTS = 2
 _FOLLOWED_RUNS = 8

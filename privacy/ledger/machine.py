@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from model.errors import BadInputError
-from privacy.canonical import sha256
+from conclave.base.canonical import sha256
+from conclave.base.errors import BadInputError
 
 _FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 
-from model.errors import BadInputError
-from privacy.canonical import canonical_json, decimal
-from privacy.mechanisms import ExponentialChoice, Mechanism, SampledGaussian, accountable, joint_noise
+from conclave.base.canonical import canonical_json, decimal
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.mechanisms import (
+    ExponentialChoice,
+    Mechanism,
+    SampledGaussian,
+    accountable,
+    joint_noise,
+)
 
 NUMERIC_LEVELS = ("strict", "fast", "uncertified")
 

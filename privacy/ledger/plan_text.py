@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from privacy.canonical import canonical_json, sha256
+from conclave.base.canonical import canonical_json, sha256
 
 PlannedMechanism = tuple[str, int]
 """The spelling of a mechanism, and how many charges of it."""

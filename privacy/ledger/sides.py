@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from model.errors import BadInputError
-from privacy.ledger.entry import Genesis
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.entry import Genesis
 
 
 def check_pair(training: Genesis, held_out: Genesis) -> None:

@@ -1,6 +1,6 @@
 """The ledger file: a signed hash chain in SQLite, one transaction per change, mirrored to the witness.
 
-What every change has in common. What may be charged, and when, is in :mod:`privacy.ledger.ledger`.
+What every change has in common. What may be charged, and when, is in :mod:`conclave.privacy.ledger.ledger`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Self
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from model.errors import BadInputError
-from privacy.canonical import canonical_json, sha256
-from privacy.ledger.derived import Derived
-from privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
-from privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
-from privacy.ledger.schema import TABLES, format_version, has_plain_tables, is_ours, migrate, run_script
-from privacy.ledger.witness import Witness
+from conclave.base.canonical import canonical_json, sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.derived import Derived
+from conclave.privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
+from conclave.privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
+from conclave.privacy.ledger.schema import TABLES, format_version, has_plain_tables, is_ours, migrate, run_script
+from conclave.privacy.ledger.witness import Witness
 
 UNREADABLE = (sqlite3.Error, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError)
 """What reading a damaged file raises."""

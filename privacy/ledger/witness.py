@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from model.errors import BadInputError
-from model.store import write_atomically
-from model.text_file import without_mark
-from privacy.ledger.heads import SignedHead
+from conclave.base.errors import BadInputError
+from conclave.base.text_file import without_mark
+from conclave.base.whole_file import write_atomically
+from conclave.privacy.ledger.heads import SignedHead
 
 
 class WitnessUnavailableError(BadInputError):

@@ -9,22 +9,15 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
-import clients.app
-from clients.protocol import (
-    QUERY_DESCRIBE,
-    TRAIN,
-    DescribeRequest,
-    Description,
-    ProtocolError,
-    TrainRequest,
-    decode,
-    encode,
-)
-from clients.simulated import ledger_path, open_simulated
-from data.shipped_scenarios import find
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerFile
-from server.scenario import read_scenario
+from conclave.base.errors import BadInputError
+from conclave.clients.app import make_client_app
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.protocol.codec import decode, encode
+from conclave.protocol.messages import QUERY_DESCRIBE, TRAIN, DescribeRequest, Description, ProtocolError, TrainRequest
+from conclave.server.scenario import read_scenario
+from conclave.simulations import client_app
+from conclave.simulations.shipped import find
+from conclave.simulations.simulated_nodes import ledger_path, open_simulated
 
 
 @pytest.fixture
@@ -41,9 +34,9 @@ def context(tmp_path):
     open_simulated.cache_clear()
 
 
-def ask(context, message_type, content=None) -> RecordDict:
+def ask(context, message_type, content=None, app=client_app.app) -> RecordDict:
     message = Message(content or RecordDict(), dst_node_id=2, message_type=message_type, group_id="1")
-    return clients.app.app(message, context).content
+    return app(message, context).content
 
 
 def refusal(content: RecordDict) -> str:
@@ -83,15 +76,14 @@ def test_a_node_that_was_not_set_up_says_so(context):
     assert refusal(ask(context, QUERY_DESCRIBE)) == "not-enrolled"
 
 
-def test_exception_text_stays_on_the_node(context, monkeypatch, caplog):
+def test_exception_text_stays_on_the_node(context, caplog):
     secret = "patient 4711 has a NaN in column 3"
 
     def fail(*args):
         raise KeyError(secret)
 
-    monkeypatch.setattr(clients.app, "open_node", fail)
     with caplog.at_level(logging.ERROR, logger="conclave.node"):
-        content = ask(context, QUERY_DESCRIBE)
+        content = ask(context, QUERY_DESCRIBE, app=make_client_app(fail))
     assert refusal(content) == "internal-error"
     assert secret not in str(content)
     assert secret in caplog.text
@@ -122,24 +114,23 @@ def test_another_number_of_nodes_than_the_scenario_deals_to_is_refused(context):
     assert refusal(ask(context, QUERY_DESCRIBE)) == "schema-mismatch"
 
 
-def test_what_keeps_a_node_from_answering_is_said_where_only_errors_are(context, caplog, monkeypatch):
+def test_what_keeps_a_node_from_answering_is_said_where_only_errors_are(context, caplog):
     """A simulation shows no more of its nodes than that, and the server is told a code."""
     for code, said in (("internal-error", ["refused with internal-error: look at its disk"]), ("paused", [])):
 
         def refuse(context, code=code):
             raise ProtocolError(code, "look at its disk")
 
-        monkeypatch.setattr("clients.app.open_node", refuse)
         caplog.clear()
-        ask(context, QUERY_DESCRIBE, encode(DescribeRequest()))
+        ask(context, QUERY_DESCRIBE, encode(DescribeRequest()), app=make_client_app(refuse))
         assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == said
 
 
-def test_what_only_the_owner_can_mend_is_one_line_of_the_log(context, caplog, monkeypatch):
+def test_what_only_the_owner_can_mend_is_one_line_of_the_log(context, caplog):
     def refuse(context):
         raise BadInputError("ledger.db: was signed with another key")
 
-    monkeypatch.setattr("clients.app.open_node", refuse)
-    assert refusal(ask(context, QUERY_DESCRIBE, encode(DescribeRequest()))) == "internal-error"
+    content = ask(context, QUERY_DESCRIBE, encode(DescribeRequest()), app=make_client_app(refuse))
+    assert refusal(content) == "internal-error"
     (record,) = caplog.records
     assert (record.getMessage().count("was signed with another key"), record.exc_info) == (1, None)

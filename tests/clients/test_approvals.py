@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from test_node import HELD, body, make_node
-from test_protocol import plan, request
+from node_samples import HELD, body, make_node
+from plan_samples import plan, request
 
-import clients.approvals
-from clients.approvals import Approvals
-from clients.protocol import AdmitRequest, ProtocolError, encode
-from model.errors import BadInputError
+import conclave.clients.approvals
+from conclave.base.errors import BadInputError
+from conclave.clients.approvals import Approvals
+from conclave.protocol.codec import encode
+from conclave.protocol.messages import AdmitRequest, ProtocolError
 
 PLAN, OTHER = plan(), plan(rounds=11)
 
@@ -48,7 +49,7 @@ def test_asking_again_changes_nothing(approvals):
 
 
 def test_what_waits_is_for_the_owner_alone_and_bounded(approvals, tmp_path, monkeypatch):
-    monkeypatch.setattr(clients.approvals, "_MOST_WAITING", 2)
+    monkeypatch.setattr(conclave.clients.approvals, "_MOST_WAITING", 2)
     for rounds in range(1, 6):
         assert code(approvals.check, plan(rounds=rounds), "s", needed=True) == "awaiting-approval"
     files = list((tmp_path / "plans").glob("*.waiting"))

@@ -6,10 +6,10 @@ import pytest
 from conftest import make_config, make_text_config
 from router_samples import ROUTERS, router_config
 
-from clients.capacity import experts_that_fit
-from clients.policy import Policy
-from model import parameters
-from model.config import ModelConfig
+from conclave.clients.capacity import experts_that_fit
+from conclave.clients.policy import Policy
+from conclave.model import parameters
+from conclave.model.config import ModelConfig
 
 MIB = 2**20
 

@@ -7,11 +7,13 @@ import itertools
 import pytest
 import torch
 from conftest import make_batch, make_config, make_text, make_text_config
-from test_protocol import plan
+from plan_samples import plan
 
-from clients.chooser import choice, choice_shapes, worths
-from model import Network, build, parameters
-from privacy.physical_batch import Room
+from conclave.clients.chooser import choice, choice_shapes, worths
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.model.network import Network
+from conclave.privacy.gradients.physical_batch import Room
 
 AFFINITY = {"epsilon": 0.5, "every": 2, "experts": 3}
 
@@ -125,7 +127,7 @@ def rooms_of(monkeypatch, examples):
         return whole(self, batch)
 
     monkeypatch.setattr(Network, "forward", watched)
-    monkeypatch.setattr("clients.chooser.room_for", lambda *_: Room(examples))
+    monkeypatch.setattr("conclave.clients.chooser.room_for", lambda *_: Room(examples))
     return seen
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from datetime import time
 
 import pytest
-from test_protocol import plan
+from plan_samples import plan
 
-from clients.approvals import Approvals
-from clients.hours import within
-from clients.node_config import parse_node_config
-from clients.protocol import ProtocolError
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.approvals import Approvals
+from conclave.clients.folder.node_config import parse_node_config
+from conclave.clients.hours import within
+from conclave.protocol.messages import ProtocolError
 
 
 @pytest.mark.parametrize(

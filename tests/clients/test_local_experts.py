@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from node_samples import HELD, body, make_node, train
+from plan_samples import plan, request
 from safetensors.torch import load
-from test_node import HELD, body, make_node, train
-from test_protocol import plan, request
 
-import clients.node
-from clients import trainer
-from clients.local_experts import local_experts, packed, state_name
-from clients.protocol import CloseRequest, ProtocolError, pack
-from model import build, parameters
+import conclave.clients.node
+from conclave.clients import trainer
+from conclave.clients.local_experts import local_experts, packed, state_name
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.protocol.messages import CloseRequest, ProtocolError
+from conclave.protocol.tensor_array import pack
 
 MIXED = plan(local_experts=3)  # of experts 0 to 5 these stay: 3, 4, 5
 LOCAL = plan(local_experts=6)
@@ -59,13 +61,13 @@ def test_an_expert_that_stays_is_not_accepted_from_outside(tmp_path):
 def test_two_rounds_are_what_training_by_hand_gives(tmp_path, monkeypatch):
     secrets = []
     node = make_node(tmp_path)
-    original = clients.node.train
+    original = conclave.clients.node.train
 
     def spy(*args, **options):
         secrets.append(args[5])
         return original(*args, **options)
 
-    monkeypatch.setattr(clients.node, "train", spy)
+    monkeypatch.setattr(conclave.clients.node, "train", spy)
     answers = [load(ask(node, MIXED, number)[1]) for number in (1, 2)]
     network = build(MIXED.model, int(MIXED.hash[:15], 16))
     whole = parameters.split(network.state_dict(), network.held)
@@ -105,7 +107,7 @@ def crash_at(step, node, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, step, crash)
+        patch.setattr(conclave.clients.node, step, crash)
         with pytest.raises(MemoryError):
             ask(node, MIXED, 2)
 

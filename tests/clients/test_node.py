@@ -11,38 +11,31 @@ import pytest
 import torch
 from conftest import make_batch, make_config
 from ledger_samples import KEY, new_ledger
+from node_samples import HELD, body, code_of, make_node, train
+from plan_samples import plan, request
 from safetensors.torch import load
-from test_protocol import plan, request
 
-import clients.capacity
-import clients.node
-from clients import trainer
-from clients.capacity import ProcessMemory
-from clients.charges import charged_mechanism
-from clients.encodings import WireForm
-from clients.node import Node
-from clients.policy import Policy
-from clients.protocol import (
-    AdmitRequest,
-    CloseRequest,
-    ProtocolError,
-    TrainReply,
-    body_of,
-    decode,
-    encode,
-    pack,
-    unpack,
-)
-from data.schema import ImageSchema
-from model import Network, build, parameters
-from model.store import write_atomically
-from privacy.accounting import charge_units
-from privacy.canonical import sha256
-from privacy.ledger import Ledger, SignedHead
-from privacy.ledger.witness import Witness
-from privacy.randomness import derive
+import conclave.clients.capacity
+import conclave.clients.node
+from conclave.base.canonical import sha256
+from conclave.base.whole_file import write_atomically
+from conclave.clients import trainer
+from conclave.clients.capacity import ProcessMemory
+from conclave.clients.node import Node
+from conclave.clients.policy import Policy
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.model.network import Network
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.ledger import Ledger, SignedHead
+from conclave.privacy.ledger.witness import Witness
+from conclave.privacy.randomness import derive
+from conclave.protocol.charges import charged_mechanism
+from conclave.protocol.codec import body_of, encode, unpack
+from conclave.protocol.encodings import WireForm
+from conclave.protocol.messages import AdmitRequest, CloseRequest, ProtocolError
+from conclave.protocol.tensor_array import pack
 
-HELD = {0: (1, 3, 4)}
 SMALL = {"kind": "image-patch", "height": 4, "width": 4, "patch": 4}
 PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5}
 
@@ -50,37 +43,6 @@ PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5}
 @pytest.fixture
 def node(tmp_path):
     return make_node(tmp_path)
-
-
-def make_node(folder, epsilon=8.0, witness=None, **policy) -> Node:
-    policy = {"simulation": True} | policy
-    return Node(
-        records=make_batch(40),
-        schema=ImageSchema(image=(1, 8, 8), classes=5),
-        declared_size=40,
-        policy=Policy(**policy),
-        ledger=new_ledger(folder, epsilon=epsilon, witness=witness),
-        new_secret=lambda charge_id: derive(bytes(32), charge_id),
-    )
-
-
-def body(held=HELD, config=None) -> bytes:
-    network = build(config or make_config(), seed=1)
-    wire = parameters.split(network.state_dict(), network.held)
-    return pack({name: wire[name] for name in parameters.select(wire, held)})
-
-
-def train(node: Node, asked, sent: bytes) -> tuple[TrainReply, bytes]:
-    content = node.train(asked, encode(asked, sent))
-    return decode(content, TrainReply), body_of(content)
-
-
-def code_of(node: Node, asked, sent: bytes) -> str:
-    before = len(node.ledger.entries())
-    with pytest.raises(ProtocolError) as caught:
-        train(node, asked, sent)
-    assert len(node.ledger.entries()) == before, "a refusal must cost nothing"
-    return caught.value.code
 
 
 def test_a_round_is_charged_and_answers_exactly_what_was_sent(node):
@@ -119,7 +81,7 @@ def test_the_charge_is_durable_before_training_and_a_crash_replays_the_same_byte
         raise MemoryError("in the middle of a batch")
 
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "train", crash)
+        patch.setattr(conclave.clients.node, "train", crash)
         with pytest.raises(MemoryError):
             train(node, request(held=HELD), body())
     assert node.ledger.epsilon_spent > 0
@@ -417,7 +379,7 @@ def test_a_witness_on_a_full_or_lost_disk_is_no_decision_of_the_owner_and_nothin
             raise OSError(errno.ENOSPC, "No space left on device")
         return whole(*args, **options)
 
-    where = ("pathlib.Path.read_bytes", "privacy.ledger.witness.write_atomically")[failing == "write"]
+    where = ("pathlib.Path.read_bytes", "conclave.privacy.ledger.witness.write_atomically")[failing == "write"]
     whole = Path.read_bytes if failing == "read" else write_atomically
     with monkeypatch.context() as patch:
         patch.setattr(where, broken)
@@ -475,7 +437,7 @@ def test_an_adaptive_clip_goes_on_where_the_last_round_left_it(tmp_path):
         return trainer.train(*args, clip=clip, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clients.node, "train", spy)
+        patch.setattr(conclave.clients.node, "train", spy)
         for number in (1, 2, 3):
             train(node, request(held=HELD, plan=adaptive, round=number), body())
         train(node, request(held=HELD, plan=adaptive, round=3), body())  # a stored reply moves nothing
@@ -499,7 +461,7 @@ def test_what_leaves_is_the_noised_delta_rounded_by_the_charges_own_secret(tmp_p
         trained.append((trainer.train(*args, **options).delta, args[5]))
         return trainer.train(*args, **options)
 
-    monkeypatch.setattr(clients.node, "train", spy)
+    monkeypatch.setattr(conclave.clients.node, "train", spy)
     node = make_node(tmp_path)
     torch.manual_seed(1)
     _, sent = train(node, request(held=HELD, plan=plan(traffic={"delta": encoding})), body())
@@ -527,7 +489,7 @@ def test_a_rounded_reply_is_redelivered_and_replayed_with_the_same_bytes(tmp_pat
         raise MemoryError("after training, before the release")
 
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "release", crash)
+        patch.setattr(conclave.clients.node, "release", crash)
         with pytest.raises(MemoryError):
             train(node, asked, body())
     first = train(node, asked, body())
@@ -560,7 +522,7 @@ def own_plan(source, **changes):
 
 @pytest.mark.parametrize("source", ["dropout", "loop", "seven", "lazy", "no_file"])
 def test_a_model_that_cannot_be_trained_is_refused_when_admitted_and_nothing_is_charged(tmp_path, monkeypatch, source):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "simulations"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "samples"))
     node = make_node(tmp_path)
     held = make_config().all_experts
     for ask in (
@@ -574,7 +536,7 @@ def test_a_model_that_cannot_be_trained_is_refused_when_admitted_and_nothing_is_
 
 
 def test_a_model_of_ones_own_is_too_large_when_admitted_not_when_it_comes(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "simulations"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "samples"))
     node = make_node(tmp_path, max_parameters=100)
     with pytest.raises(ProtocolError, match="parameters with as few experts as a token needs, must be at most 100"):
         admit(node, plan=own_plan("plain"))
@@ -600,7 +562,7 @@ def test_with_little_memory_whatever_was_drawn_is_answered_and_never_more_proces
     node = grouped_node(tmp_path, sizes)
     asked = request(held=HELD, plan=plan(privacy=GROUPED, noise_multiplier=20.0))
     memory = ProcessMemory(limit_bytes=1 << 20, program_bytes=0)  # a physical batch gets 128 KiB
-    monkeypatch.setattr(clients.capacity, "process_memory", lambda: memory)
+    monkeypatch.setattr(conclave.clients.capacity, "process_memory", lambda: memory)
     seen, whole = [], Network.loss
     monkeypatch.setattr(Network, "loss", lambda self, batch: seen.append(len(batch["label"])) or whole(self, batch))
     _, sent = train(node, asked, body())
@@ -610,7 +572,7 @@ def test_with_little_memory_whatever_was_drawn_is_answered_and_never_more_proces
 
 def test_where_not_even_one_example_fits_the_plan_is_refused_and_nothing_charged(tmp_path, monkeypatch):
     node = make_node(tmp_path)
-    monkeypatch.setattr(clients.capacity, "process_memory", lambda: ProcessMemory(1 << 10, 0))
+    monkeypatch.setattr(conclave.clients.capacity, "process_memory", lambda: ProcessMemory(1 << 10, 0))
     monkeypatch.setattr(Policy, "capacity", lambda *_: 6)
     with pytest.raises(ProtocolError, match=r"one example of this model takes .* MiB in training") as caught:
         admit(node)

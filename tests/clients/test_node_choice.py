@@ -7,15 +7,18 @@ import json
 import pytest
 import torch
 from conftest import make_config
+from node_samples import make_node
+from plan_samples import plan
 from safetensors.torch import load
-from test_node import make_node
-from test_protocol import plan
 
-import clients.node
-from clients.protocol import AdmitRequest, ChooseReply, ChooseRequest, ProtocolError, body_of, decode, encode, pack
-from model import build, parameters
-from privacy.accounting import charge_units, fixed_order
-from privacy.mechanisms import ExponentialChoice
+import conclave.clients.node
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.mechanisms import ExponentialChoice
+from conclave.protocol.codec import body_of, decode, encode
+from conclave.protocol.messages import AdmitRequest, ChooseReply, ChooseRequest, ProtocolError
+from conclave.protocol.tensor_array import pack
 
 AFFINITY = {"epsilon": 0.2, "every": 2, "experts": 3}
 PLAN = plan(affinity=AFFINITY)
@@ -116,7 +119,7 @@ def test_the_charge_is_durable_before_a_record_is_looked_at_and_a_crash_chooses_
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "choice", crash)
+        patch.setattr(conclave.clients.node, "choice", crash)
         with pytest.raises(MemoryError):
             ask(node)
     assert ask(node)[1] == ask(make_node(tmp_path / "b", releases=RELEASES))[1]

@@ -8,50 +8,36 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_batch, make_config
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from evaluation_samples import ASIDE_KEY, PLAN, ask, held_out_batch, model_of
 from ledger_samples import KEY, genesis
+from node_samples import HELD
+from plan_samples import plan
 from safetensors.torch import load
-from test_protocol import plan
 
-import clients.node
-from clients.held_out import HeldOut
-from clients.node import Node
-from clients.policy import Policy
-from clients.protocol import (
-    AdmitRequest,
-    CloseRequest,
-    EvaluateReply,
-    EvaluateRequest,
-    ProtocolError,
-    TrainRequest,
-    body_of,
-    decode,
-    encode,
-    pack,
-)
-from data.schema import ImageSchema
-from model import BadInputError, Network, build, from_state, parameters
-from privacy.accounting import charge_units
-from privacy.ledger import Ledger, SignedHead
-from privacy.ledger.heads import public_hex
-from privacy.mechanisms import SampledGaussian
-from privacy.physical_batch import Room
-from privacy.randomness import derive
+import conclave.clients.node
+from conclave.base.errors import BadInputError
+from conclave.clients.held_out import HeldOut
+from conclave.clients.node import Node
+from conclave.clients.policy import Policy
+from conclave.data.values.schema import ImageSchema
+from conclave.model import parameters
+from conclave.model.building import from_state
+from conclave.model.network import Network
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.gradients.physical_batch import Room
+from conclave.privacy.ledger import Ledger, SignedHead
+from conclave.privacy.ledger.heads import public_hex
+from conclave.privacy.randomness import derive
+from conclave.protocol.codec import body_of, encode
+from conclave.protocol.messages import AdmitRequest, CloseRequest, EvaluateRequest, ProtocolError, TrainRequest
+from conclave.protocol.tensor_array import pack
 
-ASIDE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
-HELD = {0: (1, 3, 4)}
-PLAN = plan(evaluation={"every": 4, "noise_multiplier": 2.0})
 OPEN = plan(
     privacy={"mechanism": "none", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
     noise_multiplier=None,
     evaluation={"every": 4, "noise_multiplier": None},
 )
-
-
-def held_out_batch(count=30):
-    """Other records than those that train."""
-    batch = make_batch(40 + count)
-    return {name: tensor[40:] for name, tensor in batch.items()}
 
 
 def make_node(folder, aside_epsilon=8.0, **policy) -> Node:
@@ -66,19 +52,6 @@ def make_node(folder, aside_epsilon=8.0, **policy) -> Node:
         new_secret=lambda charge_id: derive(bytes(32), charge_id),
         held_out=HeldOut(held_out_batch(), Ledger.create(folder / "held-out.db", aside, ASIDE_KEY)),
     )
-
-
-def model_of(asked, held=HELD, seed=1):
-    network = build(asked.model, seed)
-    wire = parameters.split(network.state_dict(), network.held)
-    return {name: wire[name] for name in parameters.select(wire, held)}
-
-
-def ask(node, asked=PLAN, round_number=4, seed=1, held=HELD, receipt=None):
-    sent = {name: tensor for name, tensor in model_of(asked, held, seed).items() if name in asked.travelling(held)}
-    request = EvaluateRequest(run_id="1", scenario="test", round=round_number, plan=asked, held=held, receipt=receipt)
-    content = node.evaluate(request, encode(request, pack(sent)))
-    return decode(content, EvaluateReply), body_of(content)
 
 
 def refusal(node, *args, **options):
@@ -202,7 +175,7 @@ def test_the_charge_is_durable_before_a_record_is_looked_at_and_a_crash_draws_th
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "evaluate", crash)
+        patch.setattr(conclave.clients.node, "evaluate", crash)
         with pytest.raises(MemoryError):
             ask(node)
     assert ask(node)[1] == ask(make_node(tmp_path / "b"))[1]
@@ -213,7 +186,7 @@ def test_experts_trained_in_between_make_a_crash_unrepeatable(tmp_path, monkeypa
     local = OPEN.model_copy(update={"local_experts": OPEN.model.experts.routed})
     node = make_node(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(clients.node, "evaluate", lambda *args: 1 / 0)
+        patch.setattr(conclave.clients.node, "evaluate", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ask(node, local)
     request = TrainRequest(run_id="1", scenario="test", round=3, plan=local, held=HELD)
@@ -282,7 +255,7 @@ def test_strict_measures_each_unit_alone_to_the_same_sums(tmp_path):
 
 
 def test_what_is_processed_at_once_changes_no_sum(tmp_path, monkeypatch):
-    monkeypatch.setattr("clients.evaluator.room_for", lambda *_: Room(7))
+    monkeypatch.setattr("conclave.clients.evaluator.room_for", lambda *_: Room(7))
     assert load(ask(make_node(tmp_path), OPEN)[1])["metric/accuracy"].tolist() == truth(OPEN)
 
 
@@ -322,9 +295,9 @@ def test_config_of_the_model_is_checked_like_for_training(tmp_path):
 def test_the_time_of_the_first_evaluation_stands_nowhere(tmp_path, monkeypatch):
     """It comes after rounds of training, whose length follows how many records were drawn."""
     node = make_node(tmp_path)
-    monkeypatch.setattr("privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:00+00:00")
+    monkeypatch.setattr("conclave.privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:00+00:00")
     node.admit(AdmitRequest(run_id="1", scenario="test", plan=PLAN))
-    monkeypatch.setattr("privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:13+00:00")
+    monkeypatch.setattr("conclave.privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:13+00:00")
     ask(node)
     node.close(CloseRequest(run_id="1"))
     entries = [*node.ledger.entries(), *node.held_out.ledger.entries()]

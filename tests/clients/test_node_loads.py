@@ -6,15 +6,15 @@ import json
 
 import pytest
 from conftest import make_config
-from test_node import HELD, body, code_of, make_node, train
-from test_protocol import plan, request
+from node_samples import HELD, body, code_of, make_node, train
+from plan_samples import plan, request
 
-from clients.policy import Policy
-from clients.protocol import unpack
-from privacy.accounting import charge_units, fixed_order
-from privacy.ledger.reading import open_history
-from privacy.ledger.verification import audit_history
-from privacy.mechanisms import SampledGaussian, joint_noise
+from conclave.clients.policy import Policy
+from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.mechanisms import SampledGaussian, joint_noise
+from conclave.privacy.ledger.reading.history import open_history
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.protocol.codec import unpack
 
 CONFIG = make_config(router={"kind": "sigmoid"})
 ALLOWED = {"releases": {"delta": 1.0, "loads": 0.05}}
@@ -64,7 +64,7 @@ def test_training_leaves_the_node_only_as_was_asked(tmp_path):
 def test_loads_of_a_replay_are_the_same_bits(tmp_path, monkeypatch):
     node = make_node(tmp_path, **ALLOWED)
     with monkeypatch.context() as patch:
-        patch.setattr("clients.node.release", lambda *args: (_ for _ in ()).throw(MemoryError("late")))
+        patch.setattr("conclave.clients.node.release", lambda *args: (_ for _ in ()).throw(MemoryError("late")))
         with pytest.raises(MemoryError):
             train(node, asked(), body(config=CONFIG))
     after_crash = train(node, asked(), body(config=CONFIG))[1]

@@ -7,9 +7,10 @@ import torch
 from conftest import make_batch
 from router_samples import ROUTERS, router_config
 
-from clients.protocol import Plan
-from clients.trainer import train
-from model import build, parameters
+from conclave.clients.trainer import train
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.protocol.plan import Plan
 
 BATCH = make_batch(12)
 

@@ -8,7 +8,7 @@ import hmac
 import pytest
 import torch
 
-from data.held_out import by_content, by_group, split
+from conclave.data.held_out import by_content, by_group, split
 
 KEY = bytes(range(32))
 

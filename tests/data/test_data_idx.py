@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from idx_samples import idx_bytes
 
-from data import idx
-from data.idx import read_idx
-from model import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats import idx
+from conclave.data.formats.idx import read_idx
 
 VALUES = np.random.default_rng(1).integers(0, 256, (5, 4, 3))
 GOOD = idx_bytes(VALUES)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from idx_samples import idx_bytes, write_mnist
 
-from data.config import DataConfig, DirichletPartition, IidPartition
-from data.data_folder import DATA_VARIABLE
-from data.partition import partition
-from data.schema import ImageSchema
-from data.sources import load, records_if_absent, schema_of
-from model import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig, DirichletPartition, IidPartition
+from conclave.data.data_folder import DATA_VARIABLE
+from conclave.data.partition import partition
+from conclave.data.sources import load, records_if_absent, schema_of
+from conclave.data.values.schema import ImageSchema
 
 MNIST = DataConfig(source="mnist", test_records=10_000)
 needs_files = pytest.mark.skipif(not os.environ.get(DATA_VARIABLE), reason=f"{DATA_VARIABLE} is not set")

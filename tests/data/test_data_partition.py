@@ -10,9 +10,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from data.config import PartitionConfig
-from data.partition import partition
-from model import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import PartitionConfig
+from conclave.data.partition import partition
 
 LABELS = np.random.default_rng(0).integers(10, size=1437)
 SCHEMES = [

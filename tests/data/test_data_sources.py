@@ -10,10 +10,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from data.config import DataConfig
-from data.schema import ImageSchema
-from data.sources import declared_size, load
-from model import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
+from conclave.data.sources import declared_size, load
+from conclave.data.values.schema import ImageSchema
 
 DIGITS = DataConfig(source="digits")
 

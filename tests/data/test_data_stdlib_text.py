@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.config import DataConfig
-from data.schema import TextSchema
-from data.sources import load
-from data.stdlib_text import order0_entropy
-from model import BadInputError, ModelConfig
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
+from conclave.data.sources import load
+from conclave.data.stdlib_text import order0_entropy
+from conclave.data.values.schema import TextSchema
+from conclave.model.config import ModelConfig
 
 CONFIG = DataConfig(source="stdlib-text", test_records=500, window=64)
 ROOT = Path(sysconfig.get_path("stdlib"))

@@ -13,12 +13,13 @@ import torch
 from conftest import make_config, make_text_config
 from format_samples import PATIENTS, SAMPLES, TABLE, csv_text, parse, png, read
 
-from data import private_data
-from data.formats.values import group_number
-from data.private_data import read_private
-from data.schema import ImageSchema, TextSchema
-from model import ModelConfig, build
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data import private_data
+from conclave.data.private_data import read_private
+from conclave.data.values.kinds import group_number
+from conclave.data.values.schema import ImageSchema, TextSchema
+from conclave.model.building import build
+from conclave.model.config import ModelConfig
 
 DATA = os.environ.get("CONCLAVE_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="CONCLAVE_DATA is not set: the files are not here")

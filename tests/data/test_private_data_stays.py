@@ -13,7 +13,7 @@ import pytest
 from format_samples import SAMPLES, parse
 from pyarrow import csv, parquet
 
-from data.private_data import read_private
+from conclave.data.private_data import read_private
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
@@ -37,8 +37,8 @@ def hook(event, arguments):
         found.append(f"{{event}} {{arguments!r}}"[:200])
 
 from pydantic import TypeAdapter
-from data.formats.config import FormatConfig
-from data.private_data import read_private
+from conclave.data.formats.config import FormatConfig
+from conclave.data.private_data import read_private
 
 if {limited!r}:  # from here on no byte can be written to a file, not by libraries in C either
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -82,7 +82,11 @@ def run(tmp_path: Path, names: list[str], sabotage: str = "", *, limited: bool =
     environment |= {"HOME": str(own["home"]), "TMPDIR": str(own["temporary"]), "XDG_CACHE_HOME": str(own["cache"])}
     environment |= {"PYTHONDONTWRITEBYTECODE": "1"}
     code = CHILD.format(
-        root=str(ROOT), tests=str(ROOT / "tests"), jobs=str(tmp_path / "jobs.json"), sabotage=sabotage, limited=limited
+        root=str(ROOT / "src"),
+        tests=str(ROOT / "tests" / "samples"),
+        jobs=str(tmp_path / "jobs.json"),
+        sabotage=sabotage,
+        limited=limited,
     )
     before = everything_under(source, *own.values())
     process = subprocess.run(

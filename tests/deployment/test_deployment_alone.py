@@ -13,16 +13,17 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from clients.node_key import check_node_key, create_node_key
-from deployment.alone import alone, check_ports
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_key import check_node_key, create_node_key
+from conclave.deployment.host.alone import alone, check_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_folder_is_held_by_one_process_and_free_after_it(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\nfrom deployment.alone import alone\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); from pathlib import Path\n"
+        "from conclave.deployment.host.alone import alone\n"
         f"with alone(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -35,7 +36,7 @@ def test_a_folder_is_held_by_one_process_and_free_after_it(tmp_path):
 
 
 def test_a_port_in_use_is_named(monkeypatch):
-    monkeypatch.setattr("deployment.alone.PATIENCE_S", 0.0)
+    monkeypatch.setattr("conclave.deployment.host.alone.PATIENCE_S", 0.0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ports = {"monitoring.metrics_port": ("127.0.0.1", None), "server.internal_port": ("127.0.0.1", port)}

@@ -13,14 +13,14 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from clients.node_key import create_node_key
-from deployment.certificates import Authority, days_left
-from deployment.loopback import LOOPBACK, make_certificate
-from deployment.operator import find_operator
-from deployment.proxy import check_proxy, nginx_config, nginx_program
-from deployment.server_config import read_server_config
-from deployment.server_directory import ServerDirectory
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_key import create_node_key
+from conclave.deployment.host.certificates import Authority, days_left
+from conclave.deployment.operator.profile import find_operator
+from conclave.deployment.server.config import read_server_config
+from conclave.deployment.server.directory import ServerDirectory
+from conclave.deployment.server.loopback import LOOPBACK, make_certificate
+from conclave.deployment.server.proxy import check_proxy, nginx_config, nginx_program
 
 
 @pytest.fixture
@@ -153,15 +153,15 @@ def test_a_host_that_is_none_is_refused(tmp_path, host):
 
 
 STEPS = (
-    "certificates.Authority.revoke", "certificates.Authority.issue_server", "certificates.Authority.issue_operator",
-    "server_directory.operator_text", "server_directory.default_text",
+    "host.certificates.Authority.revoke", "host.certificates.Authority.issue_server", "host.certificates.Authority.issue_operator",
+    "server.directory.operator_text", "server.directory.default_text",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_server_whose_making_was_interrupted_is_completed_by_the_same_again(tmp_path, monkeypatch, step):
     with monkeypatch.context() as patch:
-        patch.setattr(f"deployment.{step}", lambda *a, **k: 1 / 0)
+        patch.setattr(f"conclave.deployment.{step}", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ServerDirectory.create(tmp_path / "fed", ["fed.example.org"], port=9443, days=30)
     with pytest.raises(BadInputError, match=r"server\.toml: cannot be read"):

@@ -11,8 +11,8 @@ from alembic import command
 from flwr.supercore.state.alembic import utils
 from sqlalchemy import create_engine
 
-from deployment.flower_database import bring_up_to_date
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.deployment.flower.database import bring_up_to_date
 
 
 def tables(path: Path) -> set[str]:

@@ -21,9 +21,10 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from deployment import flower_runtime
-from deployment.flower_grid import QuickGrid
-from deployment.flower_runtime import PATIENCE_S, RuntimeApi, answer_message
+from conclave.deployment.flower import runtime as flower_runtime
+from conclave.deployment.flower.grid import QuickGrid
+from conclave.deployment.flower.runtime import RuntimeApi, answer_message
+from conclave.deployment.flower.supernode import PATIENCE_S
 
 RUN = 5
 
@@ -112,7 +113,7 @@ def test_whole_replies_come_as_they_were_sent(grid, link):
 def test_who_announces_a_reply_and_keeps_a_part_back_holds_up_nobody(grid, link, monkeypatch, caplog):
     """Flower's own grid waits for it, for up to two hours, and takes no other reply meanwhile."""
     now = [100.0]
-    monkeypatch.setattr("deployment.flower_grid.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("conclave.deployment.flower.grid.time.monotonic", lambda: now[0])
     slow, parts = reply_of(7), {}
     for key, item in get_all_nested_objects(slow).items():
         parts[key] = item.deflate()

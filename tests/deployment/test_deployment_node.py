@@ -14,25 +14,30 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
+from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
 
-from clients.approvals import Approvals
-from clients.deployed import deployed, standing_for
-from clients.node_directory import NodeDirectory, create_node
-from clients.node_key import create_node_key
-from clients.protocol import ProtocolError
-from deployment import flower_runtime, node_check, node_loading
-from deployment.certificates import Authority
-from deployment.flower_control import Control, bundle
-from deployment.flower_grid import QuickGrid
-from deployment.flower_runtime import RuntimeApi, check_flower, heartbeat_of
-from deployment.node_check import check_node
-from deployment.node_loading import open_node
-from deployment.node_process import _refusal
-from model.errors import BadInputError
-from server.scenario import parse_scenario
-from simulations.plan import plan as work_out
-from simulations.simulate import simulate
+from conclave.base.errors import BadInputError
+from conclave.clients.app import make_client_app
+from conclave.clients.approvals import Approvals
+from conclave.clients.folder.node_directory import NodeDirectory, create_node
+from conclave.clients.folder.node_key import create_node_key
+from conclave.deployment.flower import runtime as flower_runtime
+from conclave.deployment.flower.grid import QuickGrid
+from conclave.deployment.flower.runtime import RuntimeApi, check_flower, heartbeat_of
+from conclave.deployment.host.certificates import Authority
+from conclave.deployment.node import check as node_check
+from conclave.deployment.node import loading as node_loading
+from conclave.deployment.node.check import check_node
+from conclave.deployment.node.loading import open_node
+from conclave.deployment.node.process import _refusal
+from conclave.deployment.operator.flower_control import Control, bundle
+from conclave.protocol.codec import decode
+from conclave.protocol.messages import QUERY_DESCRIBE, Description, ProtocolError
+from conclave.server.scenario import parse_scenario
+from conclave.simulations.plan import plan as work_out
+from conclave.simulations.simulate import simulate
 
 SCENARIO = """name = "rows"
 [model]
@@ -220,7 +225,7 @@ def test_a_full_disk_is_named(folder, monkeypatch):
 
 
 def test_a_server_that_is_not_there_and_a_key_that_others_can_read_are_named(folder, tmp_path):
-    from deployment.certificates import Authority
+    from conclave.deployment.host.certificates import Authority
 
     Authority.create(tmp_path, days=3)
     text = (folder / "node.toml").read_text()
@@ -244,15 +249,13 @@ def test_an_opened_node_trains_on_one_side_and_measures_on_the_other(folder):
 
 
 def test_a_process_stands_for_one_node(folder):
-    from clients.app import open_node as found
-
+    """Whatever a message's context says: its partition, its run and its scenario lead nowhere else."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, SUPERLINK_NODE_ID, 0
     node = open_node(NodeDirectory(folder))
-    with standing_for(node):
-        # Whatever a message's context says: its partition, its run and its scenario lead nowhere else.
-        assert found(SimpleNamespace(node_config={"partition-id": 3, "num-partitions": 9}, run_config={})) is node
-        with pytest.raises(RuntimeError), standing_for(node):
-            pass
-    assert deployed() is None
+    context = Context(1, 2, {"partition-id": 3, "num-partitions": 9}, RecordDict(), {"scenario": "", "run-dir": "."})
+    request = Message(RecordDict(), dst_node_id=2, message_type=QUERY_DESCRIBE, group_id="1")
+    answer = make_client_app(lambda _: node)(request, context)
+    assert decode(answer.content, Description) == node.describe()
 
 
 def test_another_flower_is_refused(monkeypatch):
@@ -312,7 +315,7 @@ def test_only_this_release_is_answered():
 def test_a_scenario_for_real_nodes_is_planned_but_not_simulated(tmp_path):
     asked = scenario()
     assert work_out(asked).rounds == 5
-    from server.run_directory import RunDirectory
+    from conclave.server.run_directory import RunDirectory
 
     with pytest.raises(BadInputError, match="conclave train runs such a scenario"):
         simulate(asked, RunDirectory.create(asked, tmp_path / "run"))
@@ -321,7 +324,7 @@ def test_a_scenario_for_real_nodes_is_planned_but_not_simulated(tmp_path):
 def test_a_node_loads_nothing_that_it_does_not_need():
     """What is not imported opens no connection and writes no cache; these do, or once did."""
     names = {"datasets", "flwr_datasets", "matplotlib", "sklearn", "huggingface_hub", "ray"}
-    code = f"import sys, deployment.node_process; print(sorted({names} & set(sys.modules)))"
+    code = f"import sys, conclave.deployment.node.process; print(sorted({names} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=True

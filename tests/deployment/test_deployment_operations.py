@@ -21,17 +21,20 @@ from flwr.supercore.task_identity import TaskIdentity
 from prometheus_client.parser import text_string_to_metric_families
 from test_deployment_node import edit, folder  # noqa: F401  (a fixture)
 
-from clients.node_directory import NodeDirectory
-from clients.protocol import Closed, Refusal, encode
-from data.shipped_scenarios import find
-from deployment import environment, server_process, service_unit
-from deployment.health import ask_health
-from deployment.logs import JsonLines, RotatingLog
-from deployment.monitoring import HOST, monitoring
-from deployment.node_loading import open_node
-from deployment.node_metrics import NodeMetrics
-from deployment.server_directory import ServerDirectory
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_directory import NodeDirectory
+from conclave.deployment import service_unit
+from conclave.deployment.health import ask_health
+from conclave.deployment.host import environment
+from conclave.deployment.host.logs import JsonLines, RotatingLog
+from conclave.deployment.host.monitoring import HOST, monitoring
+from conclave.deployment.node.loading import open_node
+from conclave.deployment.node.metrics import NodeMetrics
+from conclave.deployment.server import process as server_process
+from conclave.deployment.server.directory import ServerDirectory
+from conclave.protocol.codec import encode
+from conclave.protocol.messages import Closed, Refusal
+from conclave.simulations.shipped import find
 
 
 def free_port() -> int:
@@ -63,7 +66,7 @@ def test_a_line_of_json_says_when_where_and_what():
 
 
 def test_logs_are_bounded_and_for_their_owner_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("deployment.logs._FILE_BYTES", 1000)
+    monkeypatch.setattr("conclave.deployment.host.logs._FILE_BYTES", 1000)
     path = tmp_path / "supernode.log"
     log = RotatingLog(path)
     for number in range(500):
@@ -86,7 +89,8 @@ def test_a_full_disk_loses_lines_of_the_log_and_nothing_else(tmp_path, capsys):
 def test_memory_beyond_the_limit_is_refused_to_the_process():
     """In a process of its own: a limit cannot be taken back."""
     code = (
-        "import torch\nfrom clients.operations_config import LimitsConfig\nfrom deployment.limits import keep_to\n"
+        "import torch\nfrom conclave.clients.folder.operations_config import LimitsConfig\n"
+        "from conclave.deployment.node.limits import keep_to\n"
         "keep_to(LimitsConfig(threads=3, memory_mb=1024))\nprint(torch.get_num_threads())\n"
         "torch.ones(50 * 2**20 // 4)\n"
         "try:\n    torch.ones(1100 * 2**20 // 4)\nexcept RuntimeError as error:\n    print('memory' in str(error))\n"
@@ -98,8 +102,8 @@ def test_memory_beyond_the_limit_is_refused_to_the_process():
 def test_a_limit_beyond_what_the_process_may_have_is_one_sentence():
     """As nobody: root may raise any limit. Everything is loaded before, for nobody may read less."""
     code = (
-        "import os, resource\nfrom clients.operations_config import LimitsConfig\n"
-        "from deployment.limits import keep_to\nfrom model.errors import BadInputError\n"
+        "import os, resource\nfrom conclave.clients.folder.operations_config import LimitsConfig\n"
+        "from conclave.deployment.node.limits import keep_to\nfrom conclave.base.errors import BadInputError\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))\n"
         "if os.getuid() == 0: os.setuid(65534)\n"
         "try:\n    keep_to(LimitsConfig(memory_mb=4096))\nexcept BadInputError as error:\n    print(error)\n"

@@ -9,15 +9,15 @@ import httpx
 import pytest
 from test_deployment_node import edit, folder, problems  # noqa: F401  (a fixture)
 
-from clients.node_directory import NodeDirectory
-from deployment.certificates import Authority
-from deployment.flower_control import Control
-from deployment.node_process import start_node
-from deployment.operator import find_operator
-from deployment.outward_proxy import check_outward_proxy
-from deployment.server_directory import ServerDirectory
-from deployment.server_process import start_server
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_directory import NodeDirectory
+from conclave.deployment.host.certificates import Authority
+from conclave.deployment.host.outward_proxy import check_outward_proxy
+from conclave.deployment.node.process import start_node
+from conclave.deployment.operator.flower_control import Control
+from conclave.deployment.operator.profile import find_operator
+from conclave.deployment.server.directory import ServerDirectory
+from conclave.deployment.server.process import start_server
 
 SOCKS = "socks5://127.0.0.1:1"
 

@@ -14,15 +14,19 @@ import pytest
 from format_samples import png
 from test_deployment_node import edit, problems, scenario
 
-from clients.backup import back_up
-from clients.charges import training_charge
-from clients.node_directory import NodeDirectory, create_node
-from clients.protocol import EvaluateRequest, TrainRequest, encode, pack
-from data.formats import features, image_folder
-from deployment import node_loading
-from deployment.node_loading import open_node, read_data
-from model import build, parameters
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.backup import back_up
+from conclave.clients.folder.node_directory import NodeDirectory, create_node
+from conclave.data.formats import image_folder
+from conclave.data.values import features
+from conclave.deployment.node import loading as node_loading
+from conclave.deployment.node.loading import open_node, read_data
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.protocol.charges import training_charge
+from conclave.protocol.codec import encode
+from conclave.protocol.messages import EvaluateRequest, TrainRequest
+from conclave.protocol.tensor_array import pack
 
 COUNT = 60
 
@@ -31,7 +35,7 @@ COUNT = 60
 def make(tmp_path, monkeypatch):
     """Make a node of these data; its split is fixed, for at random all of 20 groups may train (3 times in 1,000)."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("clients.node_directory.secrets.token_hex", lambda size: "07" * size)
+    monkeypatch.setattr("conclave.clients.folder.node_directory.secrets.token_hex", lambda size: "07" * size)
 
     def made(data, text, **dataset):
         create_node(
@@ -158,7 +162,7 @@ def test_a_backup_goes_on_with_the_same_sides(table, tmp_path):
 
 def test_a_version_that_hashes_otherwise_refuses_a_node_that_has_run(table, monkeypatch):
     work(table)
-    monkeypatch.setattr("data.private_data.SCHEME", "2")
+    monkeypatch.setattr("conclave.data.private_data.SCHEME", "2")
     with pytest.raises(BadInputError, match="records would change between training and held-out"):
         open_node(NodeDirectory(table))
 

@@ -14,13 +14,14 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUn
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode import start_client_internal
 
-from deployment import flower_runtime, supernode
+from conclave.deployment.flower import runtime as flower_runtime
+from conclave.deployment.flower import supernode
 
-ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path(__file__).resolve().parents[2] / "src"
 
 
 def test_flowers_loop_sleeps_by_the_module_that_is_replaced():
-    """The two sleeps that :class:`deployment.supernode.Pace` tells apart, as they stand in Flower's source."""
+    """The two sleeps that ``Pace`` tells apart, as they stand in Flower's source."""
     assert start_client_internal.time is time
     sleeps = [
         line.strip() for line in Path(start_client_internal.__file__).read_text().splitlines() if "sleep(" in line
@@ -30,8 +31,8 @@ def test_flowers_loop_sleeps_by_the_module_that_is_replaced():
 
 def test_it_looks_often_while_there_are_messages_and_seldom_otherwise(monkeypatch):
     now, slept = [100.0], []
-    monkeypatch.setattr("deployment.supernode.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("deployment.supernode.time.sleep", slept.append)
+    monkeypatch.setattr("conclave.deployment.flower.supernode.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("conclave.deployment.flower.supernode.time.sleep", slept.append)
     pace = supernode.Pace()
     pace.sleep(3)
     pace.sleep(0.5)  # an answer is waited for
@@ -52,7 +53,7 @@ def test_it_ends_where_flower_gives_up_but_leaves_a_thread_that_keeps_the_proces
     code = """
 import sys, threading
 from types import SimpleNamespace
-from deployment import flower_runtime, supernode
+from conclave.deployment.flower import runtime, supernode
 
 def gives_up():
     print(sys.argv)
@@ -62,7 +63,7 @@ supernode.entry_points = lambda group, name: [SimpleNamespace(load=lambda: gives
 supernode.main()
 """
     done = subprocess.run(
-        [sys.executable, "-u", "-c", code, "--port", "1"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-u", "-c", code, "--port", "1"], env=os.environ | {"PYTHONPATH": str(SOURCES)},
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -72,9 +73,9 @@ supernode.main()
 
 def test_it_brings_no_torch_along():
     """It runs beside the node's own process, which has all that."""
-    code = "import sys, deployment.supernode; print('torch' in sys.modules)"
+    code = "import sys, conclave.deployment.flower.supernode; print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SOURCES)}, capture_output=True, text=True,
         timeout=60, check=True,
     )  # fmt: skip
     assert done.stdout == "False\n"
@@ -109,14 +110,14 @@ def test_the_process_uses_the_bound_and_the_pace():
     code = """
 from flwr.supernode import start_client_internal as loop
 from types import SimpleNamespace
-from deployment import supernode
+from conclave.deployment.flower import supernode
 
 supernode.entry_points = lambda group, name: [SimpleNamespace(load=lambda: lambda: print(
     loop.pull_objects is supernode.pull_whole, type(loop.time).__name__))]
 supernode.main()
 """
     done = subprocess.run(
-        [sys.executable, "-u", "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=60, check=False,
+        [sys.executable, "-u", "-c", code], env=os.environ | {"PYTHONPATH": str(SOURCES)}, capture_output=True,
+        text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.stdout == "True Pace\n", done.stderr

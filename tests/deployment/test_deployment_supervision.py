@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from deployment import supervision
-from deployment.supervision import Family, Program
+from conclave.deployment.host import supervision
+from conclave.deployment.host.supervision import Family, Program
 
 SLEEPER = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"]
 
@@ -106,8 +106,8 @@ def test_nobody_outlives_a_parent_that_is_killed(tmp_path):
     log = tmp_path / "log"
     root = Path(__file__).resolve().parents[2]
     work = (
-        f"import sys; sys.path.insert(0, {str(root)!r}); from pathlib import Path\n"
-        "from deployment.supervision import Family, Program\n"
+        f"import sys; sys.path.insert(0, {str(root / 'src')!r}); from pathlib import Path\n"
+        "from conclave.deployment.host.supervision import Family, Program\n"
         f"with Family([Program('sleeper', {SLEEPER!r}, Path({str(log)!r}), {{}})]) as family: family.stopped.wait()"
     )
     parent = subprocess.Popen([sys.executable, "-c", work])

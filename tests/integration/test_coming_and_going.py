@@ -8,18 +8,19 @@ from flwr.app import Context, Message, RecordDict
 from ledger_samples import entries_of
 from safetensors.torch import load
 
-import clients.app
-from clients.protocol import QUERY_ADMIT, TRAIN, Refusal, encode
-from data.shipped_scenarios import find
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
-from server.app import run_scenario
-from server.run_audit import audit_run
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.inline_engine import InlineGrid
-from simulations.simulate import run_number
+import conclave.simulations.client_app
+from conclave.audit.run import audit_run
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.protocol.codec import encode
+from conclave.protocol.messages import QUERY_ADMIT, TRAIN, Refusal
+from conclave.server.run import run_scenario
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.engines.inline import InlineGrid
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import run_number
 
 CHANGES = {"federation.rounds": 4, "partition.nodes": 4, "federation.optimizer": {"kind": "adam", "decay": 0.5}}
 
@@ -40,7 +41,7 @@ class Changing(InlineGrid):
         return list(here)
 
 
-def run(folder, here=None, client=clients.app.app, **changes):
+def run(folder, here=None, client=conclave.simulations.client_app.app, **changes):
     scenario = read_scenario(find("digits"), CHANGES | changes)
     directory = RunDirectory.create(scenario, folder)
     number = run_number(scenario)
@@ -59,7 +60,7 @@ ALL = {0: 0, 1: 1, 2: 2, 3: 3}
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr("server.roster._NODES_APPEAR_WITHIN_S", 0.0)
+    monkeypatch.setattr("conclave.server.roster._NODES_APPEAR_WITHIN_S", 0.0)
 
 
 def model_of(directory):
@@ -98,7 +99,7 @@ def test_too_few_holders_names_the_nodes_that_do_not_take_part(tmp_path):
     def client(message, context):
         if message.metadata.message_type == QUERY_ADMIT and context.node_config["partition-id"] > 0:
             return Message(encode(Refusal(code="awaiting-approval")), reply_to=message)
-        return clients.app.app(message, context)
+        return conclave.simulations.client_app.app(message, context)
 
     told = r"1 node × 4 experts hold 4 places, .* need 16; nodes that do not take part: 3 × awaiting-approval$"
     with pytest.raises(BadInputError, match=told):
@@ -107,7 +108,7 @@ def test_too_few_holders_names_the_nodes_that_do_not_take_part(tmp_path):
 
 def test_rounds_with_too_few_replies_change_nothing_and_are_paid_for(tmp_path):
     def client(message, context):
-        reply = clients.app.app(message, context)
+        reply = conclave.simulations.client_app.app(message, context)
         round_two = (message.metadata.message_type, message.metadata.group_id) == (TRAIN, "2")
         if round_two and context.node_config["partition-id"] > 0:
             reply.content = encode(Refusal(code="internal-error"))

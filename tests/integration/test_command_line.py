@@ -18,16 +18,16 @@ from unittest import mock
 import jsonschema
 import pytest
 
-import conclave
-from data.shipped_scenarios import find
-from deployment.alone import alone
+import conclave.cli.main
+from conclave.deployment.host.alone import alone
+from conclave.simulations.shipped import find
 
 
 def status_of(*arguments) -> int:
     """Run the command line in this process; return its exit status."""
     with mock.patch.object(sys, "argv", ["conclave", *map(str, arguments)]):
         try:
-            conclave.main()
+            conclave.cli.main.main()
         except SystemExit as stop:
             return stop.code or 0
     return 0
@@ -266,11 +266,11 @@ def test_a_non_empty_out_is_refused_and_left_alone(capsys, tmp_path):
 def loaded_by(*commands: tuple[str, ...]) -> list[set[str]]:
     """Run commands one after the other in one new process; return all that each and those before it have loaded."""
     code = f"""
-import json, sys, conclave
+import json, sys, conclave.cli.main
 for command in {commands!r}:
     sys.argv = ["conclave", *command]
     try:
-        conclave.main()
+        conclave.cli.main.main()
     except SystemExit:
         pass
     print(json.dumps([name for name in sys.modules if "." not in name]), file=sys.__stderr__)
@@ -322,7 +322,7 @@ def test_audit_of_an_export_against_witness_and_receipts(run, capsys, tmp_path):
 
 def test_a_model_of_ones_own_is_found_where_the_caller_is(tmp_path):
     """In a process of its own: what the test's process can import proves nothing."""
-    source = Path(__file__).parents[1] / "simulations" / "sample_models.py"
+    source = Path(__file__).parents[1] / "samples" / "sample_models.py"
     shutil.copy(source, tmp_path / "my_models.py")
     own = ("--set", "model.preset=own", "--set", "model.source=my_models:mixture")
     done = subprocess.run(
@@ -334,7 +334,7 @@ def test_a_model_of_ones_own_is_found_where_the_caller_is(tmp_path):
 
 
 def test_a_run_of_a_model_of_ones_own_is_resumed_where_the_caller_is(capsys, tmp_path, monkeypatch):
-    source = Path(__file__).parents[1] / "simulations" / "sample_models.py"
+    source = Path(__file__).parents[1] / "samples" / "sample_models.py"
     (tmp_path / "here").mkdir()
     shutil.copy(source, tmp_path / "here" / "resumed_models.py")
     own = ("--set", "model.preset=own", "--set", "model.source=resumed_models:mixture")
@@ -586,7 +586,7 @@ def test_json_documents_match_their_published_schemas(run, capsys, tmp_path):
     names = call(capsys, "schema")[1].split()
     assert set(names) == documents.keys()
     for name, text in documents.items():
-        published = json.loads((Path(conclave.__file__).parent / "docs" / "schemas" / f"{name}.json").read_text())
+        published = json.loads((Path(__file__).parents[2] / "docs" / "schemas" / f"{name}.json").read_text())
         assert json.loads(call(capsys, "schema", name)[1]) == published, "run: conclave schema NAME > docs/schemas/…"
         jsonschema.Draft202012Validator(published).validate(json.loads(text))
         broken = json.loads(text)
@@ -597,14 +597,14 @@ def test_json_documents_match_their_published_schemas(run, capsys, tmp_path):
 
 def test_whatever_a_number_is_it_has_a_spelling_in_json(capsys):
     odd = {"a": [math.nan, (-math.inf, 1.5)], "b": {"c": math.inf, "d": None}}
-    conclave._print_json(odd)
+    conclave.cli.main._print_json(odd)
     assert json.loads(capsys.readouterr().out) == {"a": ["nan", ["-inf", 1.5]], "b": {"c": "inf", "d": None}}
 
 
 def test_infinity_has_a_spelling_in_json(capsys, tmp_path):
     status, out, _ = call(capsys, "simulate", "digits-open", *FAST, "--out", tmp_path / "open", "--json")
     assert (status, json.loads(out.splitlines()[-1])["epsilon"]) == (0, "inf")
-    schemas = Path(conclave.__file__).parent / "docs" / "schemas"
+    schemas = Path(__file__).parents[2] / "docs" / "schemas"
     document = json.loads(call(capsys, "audit", "run", tmp_path / "open", "--json")[1].splitlines()[-1])
     assert document["epsilon"] == "inf"
     jsonschema.Draft202012Validator(json.loads((schemas / "audit-run.json").read_text())).validate(document)
@@ -652,9 +652,9 @@ def test_what_the_system_refuses_is_one_sentence(node, capsys, monkeypatch, erro
     def refuse(*arguments):
         raise error
 
-    monkeypatch.setattr("clients.approvals.Approvals.pause", refuse)
+    monkeypatch.setattr("conclave.clients.approvals.Approvals.pause", refuse)
     assert call(capsys, "node", "pause", node) == (2, "", f"conclave: {said}\n")
-    monkeypatch.setattr("deployment.node_process.start_node", refuse)
+    monkeypatch.setattr("conclave.deployment.node.process.start_node", refuse)
     assert call(capsys, "node", "start", node) == (1, "", f"conclave: {said}\n")  # systemd starts it again
 
 

@@ -24,15 +24,15 @@ import pytest
 from federation import FAR, NODES, Federation, free_port
 from tunnel import Tunnel
 
-from clients.node_directory import NodeDirectory
-from deployment import flower_control
-from deployment.certificates import Authority
-from deployment.flower_control import Control
-from deployment.operator import find_operator
-from deployment.server_directory import ServerDirectory
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
+from conclave.base.errors import BadInputError
+from conclave.clients.folder.node_directory import NodeDirectory
+from conclave.deployment.host.certificates import Authority
+from conclave.deployment.operator import flower_control
+from conclave.deployment.operator.flower_control import Control
+from conclave.deployment.operator.profile import find_operator
+from conclave.deployment.server.directory import ServerDirectory
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,12 @@ def test_changed_code_is_never_opened(federation, monkeypatch, version, told):
         code = f"open({str(mark)!r}, 'w').close()\n".encode()
         project = files["pyproject.toml"].replace(b'version = "', b'version = "' + version, 1)
         return real(
-            {"pyproject.toml": project, "clients/app.py": code, "clients/__init__.py": code, "server/app.py": code}
+            {
+                "pyproject.toml": project,
+                "installed.py": code,
+                "conclave/__init__.py": code,
+                "conclave/clients/app.py": code,
+            }
         )
 
     monkeypatch.setattr(flower_control, "build_fab_from_files", poisoned)
@@ -223,7 +228,7 @@ def test_the_fleet_needs_an_enrolled_key(federation):
     stranger = federation.folder / "stranger"
     shutil.copytree(federation.folder / "second", stranger)
     (stranger / "state" / "node.key").unlink()
-    from clients.node_key import create_node_key
+    from conclave.clients.folder.node_key import create_node_key
 
     create_node_key(stranger / "state" / "node.key")
     directory = NodeDirectory(stranger)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from data.shipped_scenarios import find
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.simulate import simulate
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 
 def test_digits_learns_within_its_budget_and_its_experts_do_the_work(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 import typer
 from format_samples import FORMAT, SAMPLES
 
-import conclave
-from data.shipped_scenarios import find
-from model import ModelConfig
-from model.costs import costs_of
-from server.scenario import read_scenario
+import conclave.cli.main
+from conclave.model.config import ModelConfig
+from conclave.model.costs import costs_of
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -35,7 +35,7 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_the_commands_that_are_shown_can_be_parsed(line):
     """Parsed by the very command line, not run: names, arguments and options exist."""
-    command, arguments = typer.main.get_command(conclave.app), shlex.split(line)[1:]
+    command, arguments = typer.main.get_command(conclave.cli.main.app), shlex.split(line)[1:]
     assert arguments
     with command.make_context("conclave", arguments) as context:
         while isinstance(command, click.Group):

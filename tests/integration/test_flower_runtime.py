@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_simulate import events
+from run_samples import events
 
-from data.shipped_scenarios import find
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.simulate import simulate
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 CHANGES = {"federation.rounds": 3, "partition.nodes": 4}

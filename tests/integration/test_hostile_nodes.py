@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-import clients.app
-from clients.protocol import TRAIN, Refusal, TrainReply, TrainRequest, body_of, decode, encode
-from data.shipped_scenarios import find
-from server.app import run_scenario
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.inline_engine import InlineGrid
-from simulations.simulate import run_number
+import conclave.simulations.client_app
+from conclave.protocol.codec import body_of, decode, encode
+from conclave.protocol.messages import TRAIN, Refusal, TrainReply, TrainRequest
+from conclave.server.run import run_scenario
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.engines.inline import InlineGrid
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import run_number
 
 ROUNDS = 3
 
@@ -41,7 +42,7 @@ class Hostile:
         self.first = {}
 
     def __call__(self, message, context):
-        reply = clients.app.app(message, context)
+        reply = conclave.simulations.client_app.app(message, context)
         number = context.node_config["partition-id"]
         if message.metadata.message_type != TRAIN or number >= len(self.KINDS):
             return reply
@@ -137,7 +138,10 @@ def test_hostile_nodes_do_exactly_what_refusing_ones_do(tmp_path):
 
 
 def test_replies_that_come_twice_count_once(tmp_path):
-    once, twice = run(tmp_path / "once", clients.app.app), run(tmp_path / "twice", clients.app.app, Doubling)
+    once, twice = (
+        run(tmp_path / "once", conclave.simulations.client_app.app),
+        run(tmp_path / "twice", conclave.simulations.client_app.app, Doubling),
+    )
     assert all(torch.equal(tensor, model_of(twice)[name]) for name, tensor in model_of(once).items())
     assert [line["dropped_by"] for line in twice.metrics()] == [{"duplicate": 10}] * ROUNDS
     assert [line["accepted"] for line in twice.metrics()] == [10] * ROUNDS
@@ -154,7 +158,7 @@ class SameNoise:
         self.sent = {}
 
     def __call__(self, message, context):
-        reply = clients.app.app(message, context)
+        reply = conclave.simulations.client_app.app(message, context)
         if message.metadata.message_type == TRAIN and context.node_config["partition-id"] == 3:
             if decode(message.content, TrainRequest).round == self.unplugged:
                 self.unplugged = None

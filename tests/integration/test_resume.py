@@ -17,13 +17,13 @@ import pytest
 from conftest import in_the_soak_unless
 from ledger_samples import entries_of
 
-from data.shipped_scenarios import find
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.simulate import simulate
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 CHANGES = {
     "federation.rounds": 4,

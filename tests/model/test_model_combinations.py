@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import make_batch, make_config, make_text, make_text_config
 
-from model import BadInputError, build
-from model.config import ModelConfig
-from model.costs import costs_of
+from conclave.base.errors import BadInputError
+from conclave.model.building import build
+from conclave.model.config import ModelConfig
+from conclave.model.costs import costs_of
 
 ROUTERS = {
     "softmax": {"kind": "softmax", "z_loss": 0.01},

@@ -9,7 +9,7 @@ from conftest import make_config, make_text_config
 from family_samples import FAMILY
 from pydantic import ValidationError
 
-from model import ModelConfig
+from conclave.model.config import ModelConfig
 
 GOOD = make_config().model_dump()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import make_config, make_text_config
 
-from model import build
-from model.costs import costs_of
+from conclave.model.building import build
+from conclave.model.costs import costs_of
 
 
 def test_a_moe_without_attention_is_two_operations_for_each_active_parameter():

@@ -8,8 +8,9 @@ from conftest import make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import build, from_state, parameters
-from model.network import Network
+from conclave.model import parameters
+from conclave.model.building import build, from_state
+from conclave.model.network import Network
 
 SETTINGS = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 ids = st.sets(st.integers(0, 40), min_size=1, max_size=6).map(lambda s: tuple(sorted(s)))

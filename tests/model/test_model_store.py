@@ -9,8 +9,11 @@ import pytest
 import torch
 from conftest import make_batch, make_config
 
-from model import BadInputError, build, load, parameters, save_model
-from model.store import append_durably, write_atomically
+from conclave.base.errors import BadInputError
+from conclave.base.whole_file import append_durably, write_atomically
+from conclave.model import parameters
+from conclave.model.building import build
+from conclave.model.store import load, save_model
 
 
 @pytest.fixture

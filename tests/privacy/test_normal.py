@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from privacy.randomness import PAIRS, _box_muller, derive, standard_normal, uniform_words
+from conclave.privacy.randomness import PAIRS, _box_muller, derive, standard_normal, uniform_words
 
 SECRET = derive(bytes(32), "normal")
 BLOCK = 2 * PAIRS

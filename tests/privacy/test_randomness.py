@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from privacy.randomness import derive, fresh_secret, uniform_words
+from conclave.privacy.randomness import derive, fresh_secret, uniform_words
 
 
 def test_keystream_matches_the_published_chacha20_vector():

@@ -9,7 +9,11 @@ import torch
 from flwr.app import Error, RecordDict
 from server_samples import be_the_server, charge_id_of, describe, key_of, reply_with
 
-from clients.protocol import (
+from conclave.base.errors import BadInputError, RunFailedError
+from conclave.model import parameters
+from conclave.privacy.ledger import SignedHead
+from conclave.protocol.codec import decode, encode
+from conclave.protocol.messages import (
     QUERY_ADMIT,
     QUERY_CLOSE,
     QUERY_DESCRIBE,
@@ -20,17 +24,12 @@ from clients.protocol import (
     Refusal,
     TrainReply,
     TrainRequest,
-    decode,
-    encode,
-    pack,
 )
-from data.shipped_scenarios import find
-from model import BadInputError, parameters
-from model.errors import RunFailedError
-from privacy.ledger import SignedHead
-from server.app import run_scenario
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
+from conclave.protocol.tensor_array import pack
+from conclave.server.run import run_scenario
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 CHANGES = {"federation.rounds": 2, "partition.nodes": 3, "model.width": 8}
 
@@ -171,7 +170,7 @@ def test_a_run_in_which_nothing_changed_the_model_does_not_end_well(tmp_path):
 
 
 def test_a_model_that_cannot_be_trained_asks_nobody(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "simulations"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "samples"))
     nodes = Nodes({})
     for source, sentence in (("dropout", "draws from one stream"), ("only_all", "made-up records fails")):
         own = {"model.preset": "own", "model.source": f"sample_models:{source}"}

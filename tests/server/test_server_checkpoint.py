@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from model import BadInputError
-from server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
-from server.optimizer import ServerOptimizer
-from server.optimizer_config import ServerSgd
+from conclave.base.errors import BadInputError
+from conclave.server.aggregate.optimizer import ServerOptimizer
+from conclave.server.aggregate.optimizer_config import ServerSgd
+from conclave.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 
 def sample(round_number=3) -> Checkpoint:

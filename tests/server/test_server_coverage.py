@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 from server_samples import ask, delta_for, make_strategy, train_reply
 
-from model import BadInputError
-from server.config import FederationConfig, NodePrivacyConfig
-from server.coverage import Coverage, outlook, shortage
+from conclave.base.errors import BadInputError
+from conclave.server.config import FederationConfig
+from conclave.server.coverage import Coverage, outlook, shortage
+from conclave.server.node_level.config import NodePrivacyConfig
 
 
 def federation(**changes) -> FederationConfig:
@@ -125,8 +126,8 @@ def _asked(strategy, round_number):
 
 
 def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
-    from server.app import _check_coverage
-    from server.scenario import Scenario
+    from conclave.server.run import _check_coverage
+    from conclave.server.scenario import Scenario
 
     strategy = make_strategy(nodes=4, min_holders=2)  # 4 × 3 places for 6 × 2
     scenario = Scenario.model_construct(model=strategy.plan.model, federation=strategy.config)

@@ -6,11 +6,12 @@ import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
 from server_samples import be_the_server, describe, reply_with
 
-from clients.protocol import QUERY_DESCRIBE, Refusal, encode
-from data.shipped_scenarios import find
-from model import BadInputError
-from server.roster import Roster
-from server.scenario import read_scenario
+from conclave.base.errors import BadInputError
+from conclave.protocol.codec import encode
+from conclave.protocol.messages import QUERY_DESCRIBE, Refusal
+from conclave.server.roster import Roster
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 
 class Answers:
@@ -80,7 +81,7 @@ def test_a_key_that_was_left_out_for_its_size_does_not_block_another():
 
 @pytest.mark.parametrize("contents", [{}, {1: None}, {1: encode(Refusal(code="not-enrolled"))}])
 def test_nobody_is_bad_input(contents, monkeypatch):
-    monkeypatch.setattr("server.roster._NODES_APPEAR_WITHIN_S", 0.0)
+    monkeypatch.setattr("conclave.server.roster._NODES_APPEAR_WITHIN_S", 0.0)
     with pytest.raises(BadInputError, match=r"no node can take part \(.*\), must be at least one"):
         described(contents)
 
@@ -93,9 +94,9 @@ def test_nodes_that_register_late_are_waited_for(monkeypatch):
             return list(self.contents)[: max(0, len(naps) - 1)]
 
     naps, now = [], [0.0]
-    monkeypatch.setattr("server.roster.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("conclave.server.roster.time.monotonic", lambda: now[0])
     monkeypatch.setattr(
-        "server.roster.time.sleep", lambda seconds: (naps.append(seconds), now.__setitem__(0, now[0] + 1))
+        "conclave.server.roster.time.sleep", lambda seconds: (naps.append(seconds), now.__setitem__(0, now[0] + 1))
     )
     be_the_server()
     answers = {n: describe(n) for n in (1, 2, 3)}

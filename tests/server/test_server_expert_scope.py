@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load
 from server_samples import ask, delta_for, held_of, make_plan, make_strategy, train_reply
 
-from clients.protocol import body_of
-from data.shipped_scenarios import find
-from model import BadInputError
-from server.run_audit import audit_run
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.simulate import simulate
+from conclave.audit.run import audit_run
+from conclave.base.errors import BadInputError
+from conclave.protocol.codec import body_of
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 SMALL = {"federation.rounds": 3, "partition.nodes": 3, "model.width": 8}
 

@@ -6,11 +6,12 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from server_samples import be_the_server, describe, make_plan, reply_with
 
-from clients.protocol import QUERY_ADMIT, QUERY_CLOSE, QUERY_DESCRIBE, Admission, Closed, Refusal, encode
-from data.shipped_scenarios import find
-from model import BadInputError
-from server.roster import Roster, counted
-from server.scenario import read_scenario
+from conclave.base.errors import BadInputError
+from conclave.protocol.codec import encode
+from conclave.protocol.messages import QUERY_ADMIT, QUERY_CLOSE, QUERY_DESCRIBE, Admission, Closed, Refusal
+from conclave.server.roster import Roster, counted
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 PLAN = make_plan()
 SILENT = "silent"
@@ -67,8 +68,8 @@ class Net:
 @pytest.fixture
 def naps(monkeypatch):
     naps, now = [], [0.0]
-    monkeypatch.setattr("server.roster.time.monotonic", lambda: now[0])
-    monkeypatch.setattr("server.roster.time.sleep", lambda s: (naps.append(s), now.__setitem__(0, now[0] + s)))
+    monkeypatch.setattr("conclave.server.roster.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("conclave.server.roster.time.sleep", lambda s: (naps.append(s), now.__setitem__(0, now[0] + s)))
     return naps
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from data.shipped_scenarios import find
-from model import BadInputError
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
+from conclave.base.errors import BadInputError
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import tomli_w
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
 
-from model import BadInputError
-from privacy.accounting import budget_units, charge_units, fixed_order
-from privacy.mechanisms import SampledGaussian
-from server.scenario import Scenario, parse_override, parse_scenario, read_scenario
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import budget_units, charge_units, fixed_order
+from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.server.scenario import Scenario, parse_override, parse_scenario, read_scenario
 
 GOOD = {
     "name": "small",

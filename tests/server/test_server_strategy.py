@@ -23,22 +23,12 @@ from server_samples import (
     train_reply,
 )
 
-import clients.encodings
-from clients.protocol import (
-    CODES,
-    TRAIN,
-    Refusal,
-    TrafficConfig,
-    TrainRequest,
-    decode,
-    encode,
-    encodings_of,
-    pack,
-    tensors_of,
-    unpack,
-    wire_form,
-)
-from model import parameters
+import conclave.protocol.encodings
+from conclave.model import parameters
+from conclave.protocol.codec import decode, encode, tensors_of, unpack
+from conclave.protocol.encodings import TrafficConfig, encodings_of, wire_form
+from conclave.protocol.messages import CODES, TRAIN, Refusal, TrainRequest
+from conclave.protocol.tensor_array import pack
 
 NO_PRIVACY = make_plan(
     noise_multiplier=None,
@@ -313,7 +303,9 @@ def test_an_honest_delta_at_the_norm_bound_passes_however_it_was_rounded(monkeyp
     bound = 3 * 0.5 * 3 * (1.5 + 2.0 * 1.5 * math.sqrt(count) / (0.5 * 100))
     long = math.hypot(*(float(tensor.norm()) for tensor in delta.values()))
     delta = {name: tensor * (share * bound / long) for name, tensor in delta.items()}
-    monkeypatch.setattr(clients.encodings, "uniform_words", lambda secret, n: np.full(n, 2**64 - 1, dtype=np.uint64))
+    monkeypatch.setattr(
+        conclave.protocol.encodings, "uniform_words", lambda secret, n: np.full(n, 2**64 - 1, dtype=np.uint64)
+    )
     sent = encoded(request, delta, strategy)
     shapes = parameters.shapes(strategy.plan.model, held_of(request))
     arrived = unpack(pack(sent), shapes, encodings_of("int8", shapes))

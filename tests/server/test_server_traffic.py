@@ -10,8 +10,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from server_samples import ask, describe, make_strategy
 
-from clients.protocol import encode, pack
-from server.traffic import exchange_bytes, wire_bytes
+from conclave.protocol.codec import encode
+from conclave.protocol.tensor_array import pack
+from conclave.server.traffic import exchange_bytes, wire_bytes
 
 
 def objects(item) -> dict[str, bytes]:

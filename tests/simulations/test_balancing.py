@@ -9,17 +9,17 @@ import pytest
 from ledger_samples import entries_of
 from safetensors.torch import load_file
 
-from data.shipped_scenarios import find
-from model import parameters
-from privacy.mechanisms import joint_noise
-from server.checkpoint import write_checkpoint
-from server.run_audit import audit_run
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.audit_model import audit_scenario
-from simulations.plan import plan
-from simulations.report import write_report
-from simulations.simulate import simulate
+from conclave.audit.model import audit_scenario
+from conclave.audit.run import audit_run
+from conclave.model import parameters
+from conclave.privacy.accounting.mechanisms import joint_noise
+from conclave.report.report import write_report
+from conclave.server.checkpoint import write_checkpoint
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.plan import plan
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 CHANGES = {
     "federation.rounds": 4,
@@ -94,7 +94,7 @@ def test_a_crash_changes_nothing(finished, tmp_path, monkeypatch):
         write_checkpoint(path, checkpoint)
 
     with monkeypatch.context() as patch:
-        patch.setattr("server.app.write_checkpoint", dies_in_round_3)
+        patch.setattr("conclave.server.run.write_checkpoint", dies_in_round_3)
         with pytest.raises(KeyboardInterrupt):
             simulate(scenario(), resumed)
     simulate(scenario(), resumed)

@@ -10,17 +10,20 @@ import torch
 from ledger_samples import entries_of
 from test_own_models import scenario as own_scenario
 
-from clients.simulated import deal, open_simulated
-from data.partition import partition
-from data.shipped_scenarios import find
-from data.sources import load as load_data
-from model import BadInputError, build, load
-from model.costs import costs_of
-from server.run_directory import RunDirectory
-from server.scenario import Scenario, read_scenario
-from simulations.baseline_run import run_baseline
-from simulations.baselines import KINDS, baseline, dense, size_match
-from simulations.simulate import simulate
+from conclave.base.errors import BadInputError
+from conclave.data.partition import partition
+from conclave.data.sources import load as load_data
+from conclave.model.building import build
+from conclave.model.costs import costs_of
+from conclave.model.store import load
+from conclave.report.report import write_report
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import Scenario, read_scenario
+from conclave.simulations.baseline_run import run_baseline
+from conclave.simulations.baselines import KINDS, baseline, dense, size_match
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
+from conclave.simulations.simulated_nodes import deal, open_simulated
 
 FAST = {"federation.rounds": 3, "partition.nodes": 4}
 OPEN = {"privacy.mechanism": "none", "privacy.sampling_rate": 1.0, "training.steps": 2, "training.learning_rate": 0.1}
@@ -191,7 +194,7 @@ def test_nodes_alone_see_their_own_records_and_keep_who_they_are(tmp_path):
 
 def test_alone_leaves_a_run_for_each_node_and_their_mean(tmp_path):
     rounds = []
-    summary = run_baseline(digits(), "alone", tmp_path / "run", rounds.append)
+    summary = run_baseline(digits(), "alone", tmp_path / "run", rounds.append, on_run=write_report)
     runs = [RunDirectory.open(tmp_path / "run" / f"node-{number:04d}") for number in range(4)]
     accuracies = [run.metrics()[-1]["accuracy"] for run in runs]
     assert summary.accuracy == pytest.approx(sum(accuracies) / 4)

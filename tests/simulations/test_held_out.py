@@ -11,19 +11,20 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import entries_of
 
-from clients.simulated import deal, open_simulated
-from data.shipped_scenarios import find
-from model import BadInputError, load
-from privacy.ledger import Genesis, SignedHead
-from privacy.ledger.entry import Entry
-from privacy.ledger.reading import LedgerFile, write_export
-from privacy.randomness import derive
-from server.run_audit import audit_run
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.plan import plan as work_out
-from simulations.report import write_report
-from simulations.simulate import simulate
+from conclave.audit.run import audit_run
+from conclave.base.errors import BadInputError
+from conclave.model.store import load
+from conclave.privacy.ledger import Genesis, SignedHead
+from conclave.privacy.ledger.entry import Entry
+from conclave.privacy.ledger.reading.history import LedgerFile, write_export
+from conclave.privacy.randomness import derive
+from conclave.report.report import write_report
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.plan import plan as work_out
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
+from conclave.simulations.simulated_nodes import deal, open_simulated
 
 NODES, ROUNDS, SEED = 4, 5, 3
 CHANGES = {

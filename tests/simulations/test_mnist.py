@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 from idx_samples import write_mnist
 
-import conclave
-from data.config import DataConfig
-from data.data_folder import DATA_VARIABLE
-from data.shipped_scenarios import find
-from data.sources import load
-from model import BadInputError
-from model.costs import costs_of
-from server.plan_estimate import exchange_bytes_of
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.plan import plan
-from simulations.predict import predict
-from simulations.simulate import simulate
+import conclave.cli.main
+from conclave.base.errors import BadInputError
+from conclave.data.config import DataConfig
+from conclave.data.data_folder import DATA_VARIABLE
+from conclave.data.sources import load
+from conclave.model.costs import costs_of
+from conclave.report.predict import predict
+from conclave.server.plan_estimate import exchange_bytes_of
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.plan import plan
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 SMALL = {
     "federation.rounds": 2,
@@ -57,7 +57,7 @@ def test_without_the_files_it_can_be_planned_and_described_but_not_run(monkeypat
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     for command in (["scenarios"], ["plan", "mnist"], ["model", "mnist"]):
         with pytest.raises(SystemExit) as done:
-            conclave.app([*command, "--json"])
+            conclave.cli.main.app([*command, "--json"])
         assert done.value.code in (0, None)
         assert "mnist" in capsys.readouterr().out or command == ["plan", "mnist"]
     scenario = read_scenario(find("mnist"))
@@ -68,7 +68,7 @@ def test_without_the_files_it_can_be_planned_and_described_but_not_run(monkeypat
 def test_the_estimate_takes_the_published_size_where_the_files_are_not_here(monkeypatch, tmp_path):
     scenario = read_scenario(find("mnist"), {"privacy.sampling_rate": 0.001})
     seen = []
-    monkeypatch.setattr("simulations.plan.estimate", lambda _, *, units_per_node: seen.append(units_per_node))
+    monkeypatch.setattr("conclave.simulations.plan.estimate", lambda _, *, units_per_node: seen.append(units_per_node))
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     plan(scenario)
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))

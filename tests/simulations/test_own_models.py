@@ -11,22 +11,26 @@ from family_samples import FAMILY
 from ledger_samples import entries_of
 from safetensors.torch import load_file
 
-import conclave
-from clients.node import Node
-from clients.policy import Policy
-from clients.protocol import Plan, ProtocolError
-from clients.trainer import _scales, train
-from data.shipped_scenarios import find
-from model import BadInputError, ModelConfig, build, load, parameters
-from model.building import from_state
-from model.costs import costs_of
-from privacy import rehearsal
-from server.run_audit import audit_run
-from server.run_directory import RunDirectory
-from server.scenario import Scenario, read_scenario
-from simulations.audit_model import audit_scenario
-from simulations.report import write_report
-from simulations.simulate import simulate
+import conclave.cli.main
+from conclave.audit.model import audit_scenario
+from conclave.audit.run import audit_run
+from conclave.base.errors import BadInputError
+from conclave.clients.node import Node
+from conclave.clients.policy import Policy
+from conclave.clients.trainer import _scales, train
+from conclave.model import parameters
+from conclave.model.building import build, from_state
+from conclave.model.config import ModelConfig
+from conclave.model.costs import costs_of
+from conclave.model.store import load
+from conclave.privacy.training import rehearsal
+from conclave.protocol.messages import ProtocolError
+from conclave.protocol.plan import Plan
+from conclave.report.report import write_report
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import Scenario, read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 FAST = {"federation.rounds": 4, "partition.nodes": 4, "model.width": 16}
 
@@ -155,7 +159,7 @@ def test_a_model_that_cannot_be_trained_is_one_sentence_before_anything_is_charg
     options += [f"--out={tmp_path / 'run'}"] if command == "simulate" else []
     monkeypatch.setattr("sys.argv", ["conclave", command, "digits", *options])
     with pytest.raises(SystemExit) as caught:
-        conclave.main()
+        conclave.cli.main.main()
     said = capsys.readouterr().err
     assert caught.value.code == 2
     assert said.startswith("conclave: ")
@@ -172,7 +176,7 @@ def test_a_run_that_nobody_takes_part_in_is_exit_status_1(tmp_path, monkeypatch,
     options = [f"--set={key}={value}" for key, value in FAST.items()]
     monkeypatch.setattr("sys.argv", ["conclave", "simulate", "digits", *options, f"--out={tmp_path / 'run'}"])
     with pytest.raises(SystemExit) as caught:
-        conclave.main()
+        conclave.cli.main.main()
     assert caught.value.code == 1
     assert (
         capsys.readouterr()

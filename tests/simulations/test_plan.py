@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from ledger_samples import entries_of
 
-from data.shipped_scenarios import find
-from privacy.ledger.reading import LedgerFile
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.plan import plan
-from simulations.simulate import simulate
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.plan import plan
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 CHANGES = {"federation.rounds": 3, "partition.nodes": 4, "training.steps": 2}
 

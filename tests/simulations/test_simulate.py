@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
 from ledger_samples import entries_of
+from run_samples import events
 from safetensors.torch import load_file
 
-from data.shipped_scenarios import find
-from model import load, parameters
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.spending import budget_of
-from privacy.ledger.verification import audit_history
-from server.checkpoint import read_checkpoint
-from server.plan_estimate import exchange_bytes_of
-from server.run_audit import audit_run
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.simulate import run_number, simulate
+from conclave.audit.run import audit_run
+from conclave.base.errors import BadInputError
+from conclave.model import parameters
+from conclave.model.store import load
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.spending import budget_of
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.server.checkpoint import read_checkpoint
+from conclave.server.plan_estimate import exchange_bytes_of
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import run_number, simulate
 
 MODEL = "model/model.safetensors"
 FAST = {"federation.rounds": 3, "partition.nodes": 4}
@@ -31,16 +32,6 @@ FAST = {"federation.rounds": 3, "partition.nodes": 4}
 def run(folder, **overrides):
     scenario = read_scenario(find("digits"), FAST | overrides)
     return simulate(scenario, RunDirectory.create(scenario, folder)), RunDirectory(folder)
-
-
-def events(directory):
-    """Ledger entries without what depends on the clock."""
-    return [events_of(path) for path in directory.ledgers]
-
-
-def events_of(ledger):
-    clock = {"time", "prev_hash"}
-    return [{k: v for k, v in asdict(entry).items() if k not in clock} for entry in entries_of(ledger)]
 
 
 @pytest.fixture(scope="module")

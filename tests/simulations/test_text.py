@@ -7,14 +7,14 @@ import math
 
 import pytest
 
-from data.shipped_scenarios import find
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerFile
-from server.run_directory import RunDirectory
-from server.scenario import read_scenario
-from simulations.predict import Continuation, predict
-from simulations.report import write_report
-from simulations.simulate import simulate
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.report.predict import Continuation, predict
+from conclave.report.report import write_report
+from conclave.server.run_directory import RunDirectory
+from conclave.server.scenario import read_scenario
+from conclave.simulations.shipped import find
+from conclave.simulations.simulate import simulate
 
 SMALL = {
     "federation.rounds": 2,
@@ -92,7 +92,7 @@ def test_what_cannot_be_continued_is_one_sentence(finished, prompt, options, sen
 
 
 def test_groups_and_labels_never_reach_a_node_that_has_no_use_for_them(finished):
-    from clients.simulated import open_simulated
+    from conclave.simulations.simulated_nodes import open_simulated
 
     _, run = finished
     node = open_simulated(run.scenario.to_toml(), str(run.path), 0, 3)
@@ -110,7 +110,7 @@ def test_groups_can_be_the_unit(tmp_path):
     assert 0 < summary.epsilon <= 8.0
     genesis = [LedgerFile(path).genesis for path in run.ledgers]
     assert {g.unit for g in genesis} == {"group"}
-    from clients.simulated import open_simulated
+    from conclave.simulations.simulated_nodes import open_simulated
 
     node = open_simulated(run.scenario.to_toml(), str(run.path), 0, 3)
     packages = len(node.records["group"].unique())

@@ -12,10 +12,10 @@ import torch
 from format_samples import SAMPLES, read
 from idx_samples import idx_bytes
 
-from data.formats import npz_file
-from data.formats.values import group_number
-from data.schema import ImageSchema, TableSchema, TextSchema
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats import npz_file
+from conclave.data.values.kinds import group_number
+from conclave.data.values.schema import ImageSchema, TableSchema, TextSchema
 
 DRAW = np.random.default_rng(0)
 GREY = DRAW.integers(0, 256, (3, 4, 5)).astype(np.uint8)

@@ -8,9 +8,9 @@ import pytest
 from format_samples import SAMPLES, parse
 from pydantic import ValidationError
 
-from data.formats.config import FormatConfig
-from model.config import Frozen
-from model.explain import explain
+from conclave.base.explain import explain
+from conclave.base.frozen import Frozen
+from conclave.data.formats.config import FormatConfig
 
 CSV = {"kind": "csv", "label": "y", "classes": 2}
 NPZ = {"kind": "npz", "table": "x", "label": "y", "classes": 2}

@@ -7,7 +7,7 @@ import gzip
 import pytest
 from format_samples import read
 
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
 
 
 def write_csv(folder, content, name="a.csv"):

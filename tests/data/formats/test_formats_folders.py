@@ -14,13 +14,13 @@ from format_samples import SAMPLES, png, read, sine, write_wav
 from PIL import Image, ImageOps
 from wav_samples import chunk, extensible_fmt, fmt, riff
 
-from data.formats.config import WavFolderConfig
-from data.formats.config_parts import PictureConfig
-from data.formats.log_mel import log_mel, mel_bands
-from data.formats.picture import picture_from
-from data.formats.values import group_number
-from data.schema import ImageSchema, TextSchema
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.formats.config import WavFolderConfig
+from conclave.data.values.config import PictureConfig
+from conclave.data.values.kinds import group_number
+from conclave.data.values.log_mel import log_mel, mel_bands
+from conclave.data.values.picture import picture_from
+from conclave.data.values.schema import ImageSchema, TextSchema
 
 DRAW = np.random.default_rng(0)
 PICTURE = {"kind": "image-folder", "height": 4, "width": 5, "labels": ["cat", "dog"]}

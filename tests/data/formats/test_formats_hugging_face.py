@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from format_samples import read
 
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
 
 
 def stream(path, table):

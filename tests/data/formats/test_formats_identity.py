@@ -12,8 +12,9 @@ from format_samples import PATIENTS, SAMPLES, TABLE, csv_text, read, write_huggi
 from identity_samples import CSV, MADE, PICTURES, PINNED, TEXTS, X, hashes, joined
 from idx_samples import idx_bytes
 
-from data.formats import arrow_rows, features, idx_files, image_folder, npz_file, text_folder, wav_folder
-from data.formats.identity import SCHEME
+from conclave.data.formats import arrow_rows, idx_files, image_folder, npz_file, text_folder, wav_folder
+from conclave.data.values import features
+from conclave.data.values.identity import SCHEME
 
 
 def known(data) -> list[str]:

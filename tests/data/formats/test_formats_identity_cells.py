@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from format_samples import read, write_hugging_face
 
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
 
 
 def known(data) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from format_samples import read
 
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
 
 
 def stream(path, table):

@@ -15,8 +15,8 @@ from format_samples import csv_text, read, write_hugging_face
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.formats.names import name_of, number_in
-from data.formats.values import group_number
+from conclave.data.values.kinds import group_number
+from conclave.data.values.names import name_of, number_in
 
 BIG = 2**60
 NIGHT = datetime.datetime(2020, 1, 1)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from format_samples import LABELS, PATIENTS, ROWS, SAMPLES, TABLE, csv_text, png, read, write_hugging_face
 
-from data.formats.values import group_number
-from data.schema import ImageSchema, TableSchema, TextSchema
-from model.errors import BadInputError
+from conclave.base.errors import BadInputError
+from conclave.data.values.kinds import group_number
+from conclave.data.values.schema import ImageSchema, TableSchema, TextSchema
 
 TABLES = ["csv", "csv, gz", "parquet", "hugging-face"]
 
@@ -200,7 +200,7 @@ def test_names_may_be_in_any_language_and_follow_a_byte_order_mark(tmp_path):
 
 def test_rows_keep_their_numbers_across_blocks_and_bad_rows(tmp_path):
     """Ten times what pyarrow parses at once would take long; its block is made small instead."""
-    from data.formats import csv_files
+    from conclave.data.formats import csv_files
 
     lines = [f'{n},"\n{n % 2}\n"' if n % 97 else f"{n}" for n in range(1, 4948)]  # the last row is a bad one
     path = write_csv(tmp_path, "a,y\n" + "\n".join(lines) + "\n")

@@ -9,8 +9,9 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from data.formats.rows import BadValueError
-from data.formats.values import class_of, group_number, group_of, name_of, number_of
+from conclave.data.values.kinds import class_of, group_number, group_of, number_of
+from conclave.data.values.names import name_of
+from conclave.data.values.rows import BadValueError
 
 SPELLED = frozenset({"", "?"})
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from wav_samples import GUID, chunk, ds64, extensible_fmt, fmt, riff
 
-from data.formats.rows import BadValueError
-from data.formats.wav import wav_of
+from conclave.data.values.rows import BadValueError
+from conclave.data.values.wav import wav_of
 
 DRAW = np.random.default_rng(0)
 VALUES = DRAW.integers(-(2**15), 2**15, 500)

@@ -7,8 +7,8 @@ from conftest import make_config
 from pydantic import ValidationError
 from router_samples import ROUTERS, router_config
 
-from model import ModelConfig
-from model.explain import explain
+from conclave.base.explain import explain
+from conclave.model.config import ModelConfig
 
 
 @pytest.mark.parametrize("name", ROUTERS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.routers.groups import groups_of, in_best_groups, sizes_of
+from conclave.model.routers.groups import groups_of, in_best_groups, sizes_of
 
 GROUPS = groups_of(range(8), 8, 4)
 

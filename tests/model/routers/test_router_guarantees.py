@@ -6,19 +6,22 @@ import pytest
 import torch
 from router_samples import ROUTERS, batch_for, router_config, router_text_config
 
-from model import BadInputError, Network, build, from_state, parameters
-from model.config import ExpertsConfig
-from model.routers import make_router
-from model.routers.attention import context
-from model.routers.routing import gumbel_like
-from model.unit_random import drawing_from, unit_uniform
+from conclave.base.errors import BadInputError
+from conclave.model import parameters
+from conclave.model.building import build, from_state
+from conclave.model.experts.config import ExpertsConfig
+from conclave.model.layers.unit_random import drawing_from, unit_uniform
+from conclave.model.network import Network
+from conclave.model.routers.attention import context
+from conclave.model.routers.kinds import make_router
+from conclave.model.routers.routing import gumbel_like
 
 KINDS = pytest.mark.parametrize("name", ROUTERS)
 
 
 def make(name, top_k=2, **options):
     config = ExpertsConfig.model_validate({"routed": 6, "hidden": 8, "top_k": top_k, "router": ROUTERS[name] | options})
-    router = make_router(config, range(6), 8, causal=False)
+    router = make_router(config.router, range(6), 8, routed=config.routed, top_k=config.top_k, causal=False)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in router.parameters():

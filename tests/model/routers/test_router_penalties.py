@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from model.routers import entropy, example_balance_loss, uniform_balance_loss, z_loss
+from conclave.model.routers.penalties import entropy, example_balance_loss, uniform_balance_loss, z_loss
 
 EVERYONE = torch.ones(6, dtype=torch.bool)
 SOME = torch.tensor([True, False, True, True, False, True])

@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from model import ModelConfig, build
-from model.router_config import PolicyRouterConfig
-from model.routers import PolicyRouter, plackett_luce, reinforced
+from conclave.model.building import build
+from conclave.model.config import ModelConfig
+from conclave.model.routers.config import PolicyRouterConfig
+from conclave.model.routers.policy import PolicyRouter, plackett_luce, reinforced
 
 PHI = torch.tensor([0.3, -1.0, 1.2, 0.1], dtype=torch.float64)
 

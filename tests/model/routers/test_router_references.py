@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from model.config import ExpertsConfig
-from model.routers import make_router, moved_bias
+from conclave.model.experts.config import ExpertsConfig
+from conclave.model.routers.kinds import make_router
+from conclave.model.routers.sigmoid import moved_bias
 
 WIDTH, ROUTED = 8, 6
 MASKS = ["111111", "011011", "100001"]
@@ -30,7 +31,11 @@ KINDS = {
 
 def make(name, held=tuple(range(ROUTED)), top_k=2):
     config = ExpertsConfig.model_validate({"routed": ROUTED, "hidden": 8, "top_k": top_k, "router": KINDS[name]})
-    router = make_router(config, held, WIDTH, causal="causal" in name).double().eval()
+    router = (
+        make_router(config.router, held, WIDTH, routed=config.routed, top_k=config.top_k, causal="causal" in name)
+        .double()
+        .eval()
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -206,7 +211,7 @@ def test_top_p_takes_the_fewest_experts_that_reach_the_mass(mass, counts):
     config = ExpertsConfig.model_validate(
         {"routed": 4, "hidden": 8, "top_k": 3, "router": {"kind": "top-p", "mass": mass}}
     )
-    router = make_router(config, range(4), 8, causal=False).double()
+    router = make_router(config.router, range(4), 8, routed=config.routed, top_k=config.top_k, causal=False).double()
     prob = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.85, 0.12, 0.02, 0.01]], dtype=torch.float64)
     with torch.no_grad():
         router.score.weight.zero_()

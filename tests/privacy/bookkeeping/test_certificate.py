@@ -9,11 +9,11 @@ import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping
 from torch import nn
 
-from privacy.bookkeeping import Bookkeeper, Units
-from privacy.bookkeeping.certificate import Gram, gamma, squared_bounds
-from privacy.bookkeeping.contributions import Experts, Lookup, Matrix, TiedTable
-from privacy.bookkeeping.factor import Factor
-from privacy.bookkeeping.ragged import Segments
+from conclave.privacy.bookkeeping import Bookkeeper, Units
+from conclave.privacy.bookkeeping.certificate import Gram, gamma, squared_bounds
+from conclave.privacy.bookkeeping.contributions import Experts, Lookup, Matrix, TiedTable
+from conclave.privacy.bookkeeping.factor import Factor
+from conclave.privacy.bookkeeping.ragged import Segments
 
 WIDE = 200  # so wide that a few rows are told from Gram matrices, not materialised
 

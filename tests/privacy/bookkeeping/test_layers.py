@@ -16,13 +16,13 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model import build
-from model.elementwise import Scale
-from model.encoders import PositionTable
-from model.errors import BadInputError
-from privacy.bookkeeping import Bookkeeper, Units
-from privacy.bookkeeping.contributions import PerUnit
-from privacy.bookkeeping.layers import register
+from conclave.base.errors import BadInputError
+from conclave.model.building import build
+from conclave.model.encoders.tokens import PositionTable
+from conclave.model.layers.elementwise import Scale
+from conclave.privacy.bookkeeping import Bookkeeper, Units
+from conclave.privacy.bookkeeping.contributions import PerUnit
+from conclave.privacy.bookkeeping.layers import register
 
 
 class Net(nn.Module):

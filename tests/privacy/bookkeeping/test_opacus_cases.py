@@ -14,7 +14,7 @@ from opacus.tests.grad_samples.linear_test import Linear_test
 from opacus.tests.grad_samples.rms_norm_test import RMSNorm_test
 from torch import nn
 
-from privacy.bookkeeping import Bookkeeper, Units
+from conclave.privacy.bookkeeping import Bookkeeper, Units
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 

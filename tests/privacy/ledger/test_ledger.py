@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ledger_samples import KEY, genesis, new_ledger, open_ledger, request, spend
 
-from model.errors import BadInputError
-from privacy.accounting import charge_units
-from privacy.canonical import canonical_json, decimal, sha256
-from privacy.ledger import (
+from conclave.base.canonical import canonical_json, decimal, sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.ledger import (
     BudgetExhaustedError,
     ChargeAbandonedError,
     Ledger,
@@ -21,10 +22,9 @@ from privacy.ledger import (
     Reservation,
     StoredReply,
 )
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
-from privacy.ledger.witness import Witness
-from privacy.mechanisms import SampledGaussian
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.privacy.ledger.witness import Witness
 
 
 def test_a_charge_is_on_disk_before_its_output_exists(tmp_path):

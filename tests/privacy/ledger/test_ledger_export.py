@@ -15,9 +15,9 @@ import pytest
 from ledger_samples import genesis, new_ledger
 from ledger_tampering import long_life
 
-from model.errors import BadInputError
-from privacy.ledger.reading import LedgerExport, LedgerFile, open_history, write_export
-from privacy.ledger.verification import audit_history
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.reading.history import LedgerExport, LedgerFile, open_history, write_export
+from conclave.privacy.ledger.reading.verification import audit_history
 
 
 @pytest.fixture(scope="module")

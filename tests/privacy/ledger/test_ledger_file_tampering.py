@@ -13,10 +13,10 @@ import pytest
 from ledger_samples import KEY, MACHINE, genesis, new_ledger, open_ledger, request, spend
 from ledger_tampering import STRANGER, Forger, copy_of, edit, ledger_length, long_life
 
-from model.errors import BadInputError
-from privacy.accounting import charge_units
-from privacy.canonical import canonical_json, sha256
-from privacy.ledger import (
+from conclave.base.canonical import canonical_json, sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.ledger import (
     BudgetExhaustedError,
     ChargeAbandonedError,
     Genesis,
@@ -29,10 +29,10 @@ from privacy.ledger import (
     SignedHead,
     StoredReply,
 )
-from privacy.ledger.heads import public_hex
-from privacy.ledger.reading import open_history
-from privacy.ledger.verification import audit_history
-from privacy.ledger.witness import Witness
+from conclave.privacy.ledger.heads import public_hex
+from conclave.privacy.ledger.reading.history import open_history
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.privacy.ledger.witness import Witness
 
 CHEAP = request(sigma=20.0)
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from ledger_samples import Lines, genesis, new_ledger, request
 
-from model.errors import BadInputError
-from privacy.accounting import charge_units
-from privacy.ledger import BudgetExhaustedError
-from privacy.ledger.mechanism_text import parse, spell
-from privacy.ledger.verification import audit_history
-from privacy.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
+from conclave.privacy.ledger import BudgetExhaustedError
+from conclave.privacy.ledger.mechanism_text import parse, spell
+from conclave.privacy.ledger.reading.verification import audit_history
 
 PARTS = {"delta": 1.2, "load": 9.0}
 TOGETHER = SampledGaussian(sampling_rate=0.1, noise_multiplier=joint_noise(PARTS.values()), steps=3)

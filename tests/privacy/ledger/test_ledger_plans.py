@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ledger_samples import new_ledger, open_ledger, request, spend
 
-from model.errors import BadInputError
-from privacy.accounting import charge_units
-from privacy.ledger import (
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
@@ -21,10 +21,10 @@ from privacy.ledger import (
     Reservation,
     StoredReply,
 )
-from privacy.ledger.ledger import KEPT_REPLIES
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
-from privacy.ledger.witness import Witness
+from conclave.privacy.ledger.ledger import KEPT_REPLIES
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.privacy.ledger.witness import Witness
 
 
 def item(round_number=1, **changes):

@@ -9,8 +9,8 @@ import pytest
 from ledger_samples import KEY, MACHINE, genesis, new_ledger, request, spend
 from ledger_tampering import NEW_KEY, STRANGER, edit
 
-from model.errors import BadInputError
-from privacy.ledger import (
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger import (
     BudgetExhaustedError,
     ChargeAbandonedError,
     Ledger,
@@ -19,10 +19,10 @@ from privacy.ledger import (
     SignedHead,
     StoredReply,
 )
-from privacy.ledger.reading import LedgerFile, open_history, write_export
-from privacy.ledger.recovery import recover
-from privacy.ledger.verification import audit_history
-from privacy.ledger.witness import Witness
+from conclave.privacy.ledger.reading.history import LedgerFile, open_history, write_export
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.privacy.ledger.upkeep.recovery import recover
+from conclave.privacy.ledger.witness import Witness
 
 CHEAP = request(sigma=20.0)
 

@@ -9,13 +9,13 @@ import pytest
 from ledger_samples import KEY, MACHINE, new_ledger, open_ledger, request, spend
 from ledger_tampering import Forger
 
-from privacy.accounting import charge_units
-from privacy.ledger import BudgetExhaustedError
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.recovery import recover
-from privacy.ledger.spending import budget_of, forecast
-from privacy.ledger.witness import Witness
-from privacy.mechanisms import ExponentialChoice, SampledGaussian
+from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian
+from conclave.privacy.ledger import BudgetExhaustedError
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.spending import budget_of, forecast
+from conclave.privacy.ledger.upkeep.recovery import recover
+from conclave.privacy.ledger.witness import Witness
 
 ORDER, DELTA = 3.4, 1e-5
 CONVERSION = math.log(1 - 1 / ORDER) - (math.log(DELTA) + math.log(ORDER)) / (ORDER - 1)

@@ -21,27 +21,27 @@ from cryptography.hazmat.primitives.serialization import (
 from ledger_samples import KEY, MACHINE, genesis, new_ledger, open_ledger, request, spend
 from ledger_tampering import NEW_KEY, STRANGER, Forger, edit
 
-from model.errors import BadInputError
-from privacy.canonical import sha256
-from privacy.ledger import (
+from conclave.base.canonical import sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.ledger import (
     ChargeAbandonedError,
     Ledger,
     LedgerMismatchError,
     Reservation,
     SignedHead,
     StoredReply,
-    registry,
     schema,
 )
-from privacy.ledger import machine as this_machine
-from privacy.ledger.entry import ENTRY_FIELDS
-from privacy.ledger.heads import current_key, public_hex
-from privacy.ledger.keys import create_key, load_key
-from privacy.ledger.machine import machine_id
-from privacy.ledger.reading import LedgerFile, open_history
-from privacy.ledger.recovery import recover
-from privacy.ledger.verification import audit_history
-from privacy.ledger.witness import Witness
+from conclave.privacy.ledger import machine as this_machine
+from conclave.privacy.ledger.entry import ENTRY_FIELDS
+from conclave.privacy.ledger.heads import current_key, public_hex
+from conclave.privacy.ledger.keys import create_key, load_key
+from conclave.privacy.ledger.machine import machine_id
+from conclave.privacy.ledger.reading.history import LedgerFile, open_history
+from conclave.privacy.ledger.reading.verification import audit_history
+from conclave.privacy.ledger.upkeep import registry
+from conclave.privacy.ledger.upkeep.recovery import recover
+from conclave.privacy.ledger.witness import Witness
 
 CHEAP = request(sigma=20.0)
 

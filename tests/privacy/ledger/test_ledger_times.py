@@ -7,16 +7,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from ledger_samples import entries_of, new_ledger, open_ledger, request
 
-from privacy.ledger import ChargeAbandonedError, Reservation
-from privacy.ledger.reading import LedgerFile
-from privacy.ledger.verification import audit_history
+from conclave.privacy.ledger import ChargeAbandonedError, Reservation
+from conclave.privacy.ledger.reading.history import LedgerFile
+from conclave.privacy.ledger.reading.verification import audit_history
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Let time pass by hand: each call of ``clock(seconds)`` moves it on."""
     now = [datetime(2030, 1, 1, tzinfo=UTC)]
-    monkeypatch.setattr("privacy.ledger.store.utc_now", lambda: now[0].isoformat(timespec="seconds"))
+    monkeypatch.setattr("conclave.privacy.ledger.store.utc_now", lambda: now[0].isoformat(timespec="seconds"))
 
     def advance(seconds: int) -> None:
         now[0] += timedelta(seconds=seconds)
@@ -49,7 +49,7 @@ def life(folder, clock, work_s: list[int]) -> list[tuple[str, str]]:
 
 def test_how_long_the_work_of_a_plan_took_stands_nowhere(tmp_path, clock, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:00+00:00")
+        patch.setattr("conclave.privacy.ledger.store.utc_now", lambda: "2030-01-01T00:00:00+00:00")
         at_once = life(tmp_path / "at-once", clock, [0, 0, 0])
     assert [state for state, _ in at_once] == [
         "ADMITTED", *["RESERVED", "COMMITTED"] * 3, "RESERVED", "ABANDONED", "CLOSED"

@@ -11,15 +11,15 @@ import pytest
 from ledger_samples import KEY, Lines, genesis, new_ledger, request, spend
 from ledger_tampering import NEW_KEY, STRANGER, Forger, RawLines, long_life, rehash, sealed
 
-from model.errors import BadInputError
-from privacy.accounting import epsilon_of
-from privacy.canonical import canonical_json, sha256
-from privacy.ledger import Entry, Genesis, KeyRotation, SignedHead
-from privacy.ledger.heads import current_key, public_hex
-from privacy.ledger.mechanism_text import parse
-from privacy.ledger.reading import LedgerExport
-from privacy.ledger.spending import budget_of
-from privacy.ledger.verification import audit_history
+from conclave.base.canonical import canonical_json, sha256
+from conclave.base.errors import BadInputError
+from conclave.privacy.accounting.filter import epsilon_of
+from conclave.privacy.ledger import Entry, Genesis, KeyRotation, SignedHead
+from conclave.privacy.ledger.heads import current_key, public_hex
+from conclave.privacy.ledger.mechanism_text import parse
+from conclave.privacy.ledger.reading.history import LedgerExport
+from conclave.privacy.ledger.reading.spending import budget_of
+from conclave.privacy.ledger.reading.verification import audit_history
 
 CHEAP = request(sigma=20.0)
 

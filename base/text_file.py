@@ -1,0 +1,56 @@
+"""Text files that people hand over: UTF-8, with whichever line ends and with or without a byte order mark."""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+from conclave.base.errors import BadInputError
+from conclave.base.file_content import read_content
+
+MOST_BYTES = 1 << 28
+"""What is read of a file: more than anything that people write, and than the longest run's metrics."""
+
+_OTHERS = (  # the longer marks first: that of UTF-32 begins like that of UTF-16
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+
+
+def read_text(path: Path, what: str) -> str:
+    """Read a file as text: a byte order mark is dropped, and every line ends in a line feed alone.
+
+    Args:
+        what: the file must be, for messages.
+
+    Raises:
+        BadInputError: it cannot be read, is too large, or is no text in UTF-8.
+    """
+    refusal = f"{path}: cannot be read, must be {what}"
+    content = read_content(path, refusal, MOST_BYTES)
+    if (encoding := other_encoding(content)) is not None:
+        raise BadInputError(f"{refusal}: it is text in {encoding}, must be saved as UTF-8")
+    try:
+        text = without_mark(content).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadInputError(f"{refusal}: line {line} is no text in UTF-8, must be saved as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def without_mark(content: bytes) -> bytes:
+    """Return a file's bytes without the byte order mark that some editors put before text in UTF-8."""
+    return content.removeprefix(codecs.BOM_UTF8)
+
+
+def other_encoding(content: bytes) -> str | None:
+    """Return which other encoding of Unicode a file's first bytes name, if they name one.
+
+    UTF-16 without a mark is known by its zero bytes: what people write begins with a character of ASCII.
+    """
+    for mark, encoding in _OTHERS:
+        if content.startswith(mark):
+            return encoding
+    return "UTF-16" if b"\0" in content[:2] and content[:2] != b"\0\0" else None

@@ -1,0 +1,1 @@
+"""A node's folder: its settings, keys, ledgers, claims on data, backups."""

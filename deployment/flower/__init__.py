@@ -1,0 +1,1 @@
+"""Flower's own processes, and the parts of it that are not public."""

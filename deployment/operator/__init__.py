@@ -1,0 +1,1 @@
+"""What an operator does from afar: enrol nodes, start and follow runs."""

@@ -1,0 +1,1 @@
+"""Attention: multi-head, and multi-head latent."""

@@ -1,0 +1,1 @@
+"""Encoders: from images, bytes and tables to tokens."""

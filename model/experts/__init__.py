@@ -1,0 +1,1 @@
+"""Experts: stacked networks, and the MoE layer that routes tokens to them."""

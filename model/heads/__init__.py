@@ -1,0 +1,1 @@
+"""Heads: from tokens to scores and losses."""

@@ -1,0 +1,1 @@
+"""Small layers that everything else is built of."""

@@ -1,0 +1,1 @@
+"""What a mechanism costs: filters, accountants, calibration."""

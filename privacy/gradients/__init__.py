@@ -1,0 +1,1 @@
+"""Clipped gradients of units: sampling, batches that memory holds, modes, clipping."""

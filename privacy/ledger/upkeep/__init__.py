@@ -1,0 +1,1 @@
+"""What keeps a ledger alive: copies, recovery, the machine's list of data folders."""

@@ -1,0 +1,1 @@
+"""DP-SGD: the mechanism, the optimizer of a unit's steps, training that is charged."""

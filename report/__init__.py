@@ -1,0 +1,1 @@
+"""What is written for people: tables, charts, reports, model cards, schemas."""

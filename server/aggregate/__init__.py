@@ -1,0 +1,1 @@
+"""From accepted deltas to the next model: averages, robust ones, the server's optimizer, balance."""

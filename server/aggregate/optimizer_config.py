@@ -1,0 +1,107 @@
+"""Configuration of the server's optimizer and of how its learning rate moves over the rounds."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from conclave.base.frozen import Frozen
+
+
+class _Optimizer(Frozen):
+    kind: str
+    learning_rate: float = Field(default=1.0, gt=0.0, le=1e4)
+
+
+class _Momentum(_Optimizer):
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+
+class _Scheduled(_Optimizer):
+    """A learning rate that falls over the rounds.
+
+    decay: the share that is lost, over the whole run (``linear``, ``cosine``) or every ``step_rounds`` (``step``).
+    schedule: its shape; ``constant`` loses nothing.
+    warmup_rounds: the rate first rises for so many rounds, in equal steps; the schedule begins after them.
+    """
+
+    decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    schedule: Literal["constant", "linear", "cosine", "step"] = "linear"
+    step_rounds: int = Field(default=10, ge=1)
+    warmup_rounds: int = Field(default=0, ge=0)
+
+    younger: ClassVar[frozenset[str]] = frozenset({"schedule", "step_rounds", "warmup_rounds"})
+
+    @model_validator(mode="after")
+    def _constant_loses_nothing(self) -> Self:
+        if self.schedule == "constant" and self.decay > 0.0:
+            raise ValueError(f"decay is {self.decay}, must be 0 with schedule 'constant'")
+        return self
+
+    def rate(self, round_number: int, rounds: int) -> float:
+        """Return the learning rate of a round (1 to ``rounds``), a function of its number alone."""
+        if round_number <= self.warmup_rounds:
+            return self.learning_rate * round_number / (self.warmup_rounds + 1)
+        done, last = round_number - 1 - self.warmup_rounds, max(1, rounds - 1 - self.warmup_rounds)
+        if self.schedule == "step":
+            return float(self.learning_rate * (1.0 - self.decay) ** (done // self.step_rounds))
+        if self.schedule == "cosine":
+            return self.learning_rate * (1.0 - self.decay * 0.5 * (1.0 - math.cos(math.pi * done / last)))
+        return self.learning_rate * (1.0 - self.decay * done / last)
+
+
+class ServerSgd(_Scheduled, _Momentum):
+    """Learning rate 1 and momentum 0 is FedAvg; momentum above 0 is FedAvgM (Hsu et al. 2019, arXiv:1909.06335)."""
+
+    # The bases are in this order for the order of the fields, which a run's number is a hash of.
+    kind: Literal["sgd"] = "sgd"
+    nesterov: bool = False
+
+    younger: ClassVar[frozenset[str]] = _Scheduled.younger | {"nesterov"}
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("momentum is 0.0, must be above 0 with nesterov")
+        return self
+
+
+class _Adaptive(_Scheduled):
+    """FedOpt (Reddi et al. 2020, arXiv:2003.00295): ``eps`` is the paper's τ, and as large as there.
+
+    A pseudo-gradient is far smaller than a gradient's usual 1; under a tiny ``eps`` every coordinate, those that hold
+    nothing but noise too, moves by the learning rate. Unlike the paper, torch corrects Adam's moments for their start.
+    """
+
+    learning_rate: float = Field(default=0.01, gt=0.0, le=1e4)
+    eps: float = Field(default=1e-3, gt=0.0, le=1.0)
+
+
+class _Moments(_Adaptive):
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.99, ge=0.0, lt=1.0)
+
+
+class ServerAdam(_Moments):
+    """FedAdam."""
+
+    kind: Literal["adam"]
+
+
+class ServerAdamW(_Moments):
+    """FedAdam with decoupled weight decay. A tensor that nobody contributed to does not decay either."""
+
+    kind: Literal["adamw"]
+    weight_decay: float = Field(default=0.01, ge=0.0, lt=1.0)
+
+
+class ServerAdagrad(_Adaptive):
+    """FedAdagrad, without momentum."""
+
+    kind: Literal["adagrad"]
+
+
+ServerOptimizerConfig = Annotated[ServerSgd | ServerAdam | ServerAdamW | ServerAdagrad, Field(discriminator="kind")]
+"""The aggregate delta is a pseudo-gradient for this optimizer."""

@@ -1,0 +1,135 @@
+"""What nodes chose: asked for before some rounds, checked, kept for the rounds after, and through a restart."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from flwr.app import RecordDict
+from torch import Size
+
+from conclave.base.canonical import sha256
+from conclave.base.errors import BadInputError
+from conclave.base.json_text import parse_json
+from conclave.base.whole_file import write_atomically
+from conclave.model.experts.config import HeldExperts
+from conclave.privacy.ledger.entry import charge_id_of
+from conclave.protocol.codec import body_of, decode, tensors_of
+from conclave.protocol.messages import ChooseReply, Description, ProtocolError
+from conclave.protocol.plan import Plan
+from conclave.server.assign.affinity import fill_gaps
+from conclave.server.replies.receipts import KeptReceipt, ReceiptBook
+
+log = logging.getLogger("conclave.server")
+
+Wish = list[list[int]]
+"""By layer, ids of experts, the most wanted first."""
+
+
+class Wishes:
+    """The latest wishes of every node; they are the output of a private mechanism and hide nothing more."""
+
+    def __init__(self, plan: Plan, path: Path | None = None) -> None:
+        """Read what was kept before.
+
+        Args:
+            path: the file; None keeps wishes in memory only.
+
+        Raises:
+            BadInputError: the file is damaged.
+        """
+        self._plan, self._path = plan, path
+        self.round = 0
+        self._of: dict[str, Wish] = {}
+        if path is not None and path.is_file():
+            try:
+                document = parse_json(path.read_bytes())
+                self.round, self._of = int(document["round"]), {str(k): v for k, v in document["wishes"].items()}
+                if not all(map(self._possible, self._of.values())):
+                    raise ValueError("no choice of experts")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BadInputError(f"{path}: damaged, must hold what nodes chose") from error
+
+    def _possible(self, wish: Wish) -> bool:
+        layers, experts = self._plan.model.layers, set(range(self._plan.model.experts.routed))
+        return len(wish) == layers and all(len(set(ids)) == len(ids) and experts.issuperset(ids) for ids in wish)
+
+    def due(self, round_number: int) -> bool:
+        """Whether nodes are to be asked before this round, and were not yet."""
+        return self._plan.affinity is not None and self._plan.affinity.due(round_number) and self.round < round_number
+
+    def take(
+        self, round_number: int, node: Description, run_id: str, sent: str, content: RecordDict, receipts: ReceiptBook
+    ) -> None:
+        """Take a node's answer.
+
+        Args:
+            sent: SHA-256 of the tensors that went with the question: the charge must be for them.
+
+        Raises:
+            ProtocolError: it refused, or what it sent is no choice of experts; what it wished before stands.
+        """
+        plan = self._plan
+        if plan.affinity is None:
+            raise ValueError("the plan has no choices")
+        answer = decode(content, ChooseReply)
+        count = min(plan.affinity.experts, node.expert_capacity)
+        chosen = tensors_of(content, {f"choice/{layer}": Size([count]) for layer in range(plan.model.layers)})
+        wrong = receipts.why_refused(node, answer.receipt)
+        if wrong is not None:
+            raise ProtocolError("bad-request", f"its receipt was refused: {wrong}")
+        charge_id = charge_id_of(
+            "choose",
+            ledger_id=node.ledger_id,
+            run_id=run_id,
+            round_number=round_number,
+            plan_hash=plan.hash,
+            model_in_hash=sent,
+        )
+        if answer.charge_id != charge_id:
+            raise ProtocolError("bad-request", "its charge is not for what was asked")
+        receipts.keep(
+            KeptReceipt(
+                round=round_number,
+                node=node.fingerprint,
+                run_id=run_id,
+                plan_hash=plan.hash,
+                charge_id=answer.charge_id,
+                output_hash=sha256(body_of(content)),
+                signing_key=node.signing_key,
+                receipt=answer.receipt,
+                kind="choose",
+            )
+        )
+        wish = [chosen[f"choice/{layer}"] for layer in range(plan.model.layers)]
+        for ids in wish:
+            whole = bool((ids == ids.round()).all()) and bool(((ids >= 0) & (ids < plan.model.experts.routed)).all())
+            if not whole or len(torch.unique(ids)) != len(ids):
+                raise ProtocolError("bad-request", "its choice is not of different experts")
+        self._of[node.fingerprint] = [[int(expert) for expert in ids] for ids in wish]
+
+    def finish(self, round_number: int) -> None:
+        """Keep what was taken, durably."""
+        self.round = round_number
+        if self._path is not None:
+            document = {"round": self.round, "wishes": self._of}
+            write_atomically(self._path, json.dumps(document, sort_keys=True).encode())
+
+    def assign(self, before: Mapping[str, HeldExperts], min_holders: int) -> dict[str, HeldExperts]:
+        """Return node → layer → experts: as nodes wished, mended so that every expert has holders.
+
+        Args:
+            before: what those nodes get that never chose; it counts as their wish.
+        """
+        experts = self._plan.model.experts.routed
+        assigned: dict[str, HeldExperts] = {node: {} for node in before}
+        for layer in range(self._plan.model.layers):
+            wishes = {
+                node: self._of[node][layer] if node in self._of else list(held[layer]) for node, held in before.items()
+            }
+            for node, ids in fill_gaps(wishes, experts, min_holders).items():
+                assigned[node][layer] = ids
+        return assigned

@@ -1,0 +1,1 @@
+"""How good a model is: on public data, or on noised sums from nodes."""

@@ -1,0 +1,1 @@
+"""The node as the unit: a trusted server's own mechanism and ledger."""

@@ -1,0 +1,1 @@
+"""What is checked of a reply before it counts: form, receipt, norm, noise."""

@@ -1,0 +1,1 @@
+"""Where simulated nodes run: in this process, in workers, on Ray."""

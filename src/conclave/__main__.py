@@ -1,0 +1,5 @@
+"""``python -m conclave``: the command line."""
+
+from conclave.cli.main import main
+
+main()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conclave.clients import chooser, evaluator
-from conclave.model.network import Batch
+from conclave.model.records import Batch
 from conclave.privacy.audit.residuals import noise_flaws
 from conclave.privacy.audit.subject import Finding, all_but
 from conclave.privacy.randomness import derive
@@ -36,16 +36,16 @@ def audit_releases(plan: Plan, tensors: Mapping[str, Tensor], records: Batch) ->
 
 
 def _choice_sensitivity(plan: Plan, tensors: Mapping[str, Tensor], records: Batch) -> Finding:
-    """Leave out every unit in turn: no expert's worth may move by more than the mechanism was told."""
+    """Leave out every unit in turn: no expert's utility may move by more than the mechanism was told."""
     sent = {name: tensors[name] for name in plan.choosing_shapes}
 
-    def worths(units: Tensor) -> Tensor:
-        return torch.cat(chooser.worths(plan, sent, {name: tensor[units] for name, tensor in records.items()}))
+    def utilities(units: Tensor) -> Tensor:
+        return torch.cat(chooser.utilities(plan, sent, {name: tensor[units] for name, tensor in records.items()}))
 
     n = len(next(iter(records.values())))
-    everyone = worths(torch.arange(n))
-    moved = [float((everyone - worths(all_but(n, unit))).abs().max()) for unit in range(n)]
-    return _bounded("choice sensitivity", moved, chooser.SENSITIVITY, "an expert's worth")
+    everyone = utilities(torch.arange(n))
+    moved = [float((everyone - utilities(all_but(n, unit))).abs().max()) for unit in range(n)]
+    return _bounded("choice sensitivity", moved, chooser.SENSITIVITY, "an expert's utility")
 
 
 def _metric_sensitivity(plan: Plan, tensors: Mapping[str, Tensor], records: Batch) -> Finding:

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from conclave.audit.plan import PlanAudit, differences
 from conclave.base.canonical import canonical_json, decimal
 from conclave.base.errors import BadInputError
+from conclave.base.verdict import Verdict
 from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.ledger.entry import Entry, Genesis, Side
 from conclave.privacy.ledger.reading.history import History, open_history
@@ -23,8 +23,6 @@ from conclave.privacy.ledger.sides import check_pair
 from conclave.server.node_level.account import plan_hash_of, published_charge
 from conclave.server.replies.receipts import KeptReceipt, read_receipts
 from conclave.server.run_directory import RunDirectory
-
-Verdict = Literal["VIOLATED", "INCOMPLETE", "NOT_REFUTED"]
 
 
 @dataclass

@@ -25,7 +25,7 @@ from safetensors.torch import load
 
 import conclave.simulations.client_app
 from conclave.data.sources import load as load_data
-from conclave.privacy.gradients.modes import Records
+from conclave.model.records import Records
 from conclave.protocol.codec import body_of, decode, encode, unpack
 from conclave.protocol.messages import TRAIN, Refusal, TrainReply, TrainRequest
 from conclave.protocol.tensor_array import pack

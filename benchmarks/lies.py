@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conclave.clients.trainer import train
-from conclave.privacy.gradients.modes import Records
+from conclave.model.records import Records
 from conclave.protocol.codec import norms
 from conclave.protocol.messages import TrainRequest
 from conclave.protocol.plan import Plan

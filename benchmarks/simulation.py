@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from conclave.protocol.codec import decode, encode, tensors_of
 from conclave.protocol.messages import TRAIN, TrainReply
-from conclave.server.aggregate.aggregation import Averager, Contribution
+from conclave.server.aggregate.aggregation import Averager, WeightedDelta
 from conclave.server.aggregate.optimizer import ServerOptimizer
 from conclave.server.aggregate.optimizer_config import ServerSgd
 from conclave.server.replies.receipts import EMPTY_RECEIPT
@@ -145,7 +145,7 @@ def federated_round(name: str, grid: InlineGrid, optimizer: ServerOptimizer, rou
     for reply in grid.send_and_receive(requests):
         decode(reply.content, TrainReply)
         node = str(reply.metadata.src_node_id)
-        averager.add(node, Contribution(node, 1.0, tensors_of(reply.content, shapes)))
+        averager.add(node, WeightedDelta(node, 1.0, tensors_of(reply.content, shapes)))
     optimizer.step(averager.result(1), 1.0)
 
 

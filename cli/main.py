@@ -22,7 +22,7 @@ import typer
 if TYPE_CHECKING:
     from conclave.privacy.ledger.entry import Side
     from conclave.server.scenario import Scenario
-    from conclave.simulations.baselines import Kind
+    from conclave.simulations.baselines import BaselineKind
 
 EXIT_VIOLATION = 1
 EXIT_TRY_AGAIN = 1
@@ -828,7 +828,7 @@ def _engine(name: str) -> Literal["inline", "ray"]:
     raise BadInputError(f"--engine is {name}, must be inline or ray")
 
 
-def _baseline(name: str) -> Kind:
+def _baseline(name: str) -> BaselineKind:
     from conclave.base.errors import BadInputError
     from conclave.simulations.baselines import KINDS
 

@@ -1,4 +1,4 @@
-"""Which experts a node would have: each one's worth to its units, and the private choice among them."""
+"""Which experts a node would have: each one's utility to its units, and the private choice among them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Size, Tensor, nn
 
 from conclave.clients.capacity import room_for
 from conclave.clients.whole_pass import contained, whole_pass
-from conclave.data.sources import Records
 from conclave.model import parameters
 from conclave.model.building import empty
 from conclave.model.experts.moe import MoELayer
-from conclave.model.network import Batch, Network
+from conclave.model.network import Network
+from conclave.model.records import Batch, Records
 from conclave.privacy.randomness import derive
 from conclave.privacy.releases.choice import choose
 from conclave.privacy.releases.load_histogram import LoadHistogram
 from conclave.protocol.plan import Plan
 
 SENSITIVITY = 1.0
-"""A unit's tokens can all choose an expert, and no more: it moves a worth by at most 1."""
+"""A unit's tokens can all choose an expert, and no more: it moves a utility by at most 1."""
 
 
 class _Silent(nn.Module):
@@ -53,10 +53,10 @@ def choice(
     if plan.affinity is None:
         raise ValueError("the plan has no choices")
     chosen = {}
-    for layer, worth_E in enumerate(worths(plan, tensors, records)):
+    for layer, utility_E in enumerate(utilities(plan, tensors, records)):
         name = f"choice/{layer}"
         ids = choose(
-            worth_E,
+            utility_E,
             count=min(plan.affinity.experts, capacity),
             epsilon=plan.affinity.epsilon,
             sensitivity=SENSITIVITY,
@@ -66,8 +66,8 @@ def choice(
     return chosen
 
 
-def worths(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[Tensor]:
-    """Return each expert's worth by layer, float64 [E]: the units' shares of tokens that choose it, added up.
+def utilities(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[Tensor]:
+    """Return each expert's utility by layer, float64 [E]: the units' shares of tokens that choose it, added up.
 
     Where several layers follow each other, what the experts of one add is left out of what the next sees. Never
     release them.

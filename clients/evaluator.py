@@ -10,11 +10,11 @@ from torch import Tensor
 
 from conclave.clients.capacity import room_for
 from conclave.clients.whole_pass import contained, whole_pass
-from conclave.data.sources import Records
 from conclave.model import parameters
 from conclave.model.building import from_state
 from conclave.model.experts.config import HeldExperts
-from conclave.model.network import Batch, Network
+from conclave.model.network import Network
+from conclave.model.records import Batch, Records
 from conclave.privacy.randomness import derive
 from conclave.privacy.releases.private_metrics import MetricSums
 from conclave.protocol.plan import Plan

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from conclave.data.held_out import by_content, by_group, split
-from conclave.data.sources import Records
+from conclave.model.records import Records
 from conclave.privacy.ledger import Genesis, Ledger
 
 

@@ -15,14 +15,15 @@ from conclave.clients.chooser import choice, choice_shapes
 from conclave.clients.evaluator import evaluate
 from conclave.clients.held_out import HeldOut
 from conclave.clients.local_experts import local_experts, packed, state_name
-from conclave.clients.node_ledger import State, as_codes, check_receipt, paid
+from conclave.clients.node_ledger import LocalState, as_codes, check_receipt, paid
 from conclave.clients.policy import Policy
 from conclave.clients.trainer import train
-from conclave.data.sources import GROUP, Records
+from conclave.data.sources import GROUP
 from conclave.data.values.schema import Schema
 from conclave.model import parameters
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
+from conclave.model.records import Records
 from conclave.privacy.ledger import Ledger, StoredReply, state_of
 from conclave.privacy.ledger.sides import check_pair
 from conclave.privacy.randomness import derive
@@ -139,7 +140,7 @@ class Node:
 
         set_aside = partial(self._set_aside, plan, request.run_id)
 
-        def state() -> State:
+        def state() -> LocalState:
             return self.ledger.local_state(clip_name), self.ledger.local_state(experts_name)
 
         self._begin(plan, request.scenario, request.run_id)
@@ -196,7 +197,7 @@ class Node:
             with as_codes():
                 ledger.admit(common, count, time=self.ledger.admitted_at(request.run_id, plan.hash))
 
-        def state() -> State:
+        def state() -> LocalState:
             return (self.ledger.local_state(state_name(request.run_id, plan)),)
 
         self._begin(plan, request.scenario, request.run_id)

@@ -28,7 +28,7 @@ from conclave.privacy.ledger import (
 from conclave.privacy.releases.repeatability import repeat_key
 from conclave.protocol.messages import ProtocolError
 
-State = tuple[bytes | None, ...]
+LocalState = tuple[bytes | None, ...]
 
 
 @contextmanager
@@ -37,8 +37,8 @@ def paid(
     charge: ChargeRequest,
     new_secret: Callable[[str], bytes],
     set_aside: Callable[[], None],
-    state: Callable[[], State] = tuple,
-) -> Iterator[tuple[Reservation | StoredReply, State]]:
+    state: Callable[[], LocalState] = tuple,
+) -> Iterator[tuple[Reservation | StoredReply, LocalState]]:
     """Reserve a charge of a plan and hold the ledger's lease while its work is done.
 
     Args:

@@ -16,7 +16,7 @@ from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
 from conclave.model.network import Network
 from conclave.model.own import EXPERT
-from conclave.privacy.gradients.modes import Records
+from conclave.model.records import Records
 from conclave.privacy.training.dpsgd import train_privately
 from conclave.privacy.training.dpsgd_mechanism import DpSgd
 from conclave.protocol.plan import Plan

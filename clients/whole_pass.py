@@ -9,8 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from conclave.data.sources import GROUP, Records
-from conclave.model.network import Batch
+from conclave.data.sources import GROUP
+from conclave.model.records import Batch, Records
 from conclave.privacy.gradients.physical_batch import Room
 from conclave.privacy.gradients.unit_index import PhysicalBatch, UnitIndex
 from conclave.protocol.plan import Plan

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from conclave.data.sources import GROUP, Records
+from conclave.data.sources import GROUP
+from conclave.model.records import Records
 
 
 def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: float) -> tuple[Records, Records]:

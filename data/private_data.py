@@ -28,12 +28,13 @@ from conclave.data.formats.npz_file import read_npz
 from conclave.data.formats.parquet_files import read_parquet
 from conclave.data.formats.text_folder import read_text_folder
 from conclave.data.formats.wav_folder import read_wav_folder
-from conclave.data.sources import GROUP, Records
+from conclave.data.sources import GROUP
 from conclave.data.values.identity import SCHEME, SIZE
 from conclave.data.values.kinds import group_number
 from conclave.data.values.names import NAMING
 from conclave.data.values.rows import BadRow, Reading, Row
 from conclave.data.values.schema import ImageSchema, Schema, TableSchema
+from conclave.model.records import Records
 
 log = logging.getLogger("conclave.node")
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from conclave.base.errors import BadInputError
 from conclave.data.config import DataConfig
@@ -13,8 +11,8 @@ from conclave.data.digits import load_digits
 from conclave.data.mnist import CLASSES, SIDE, load_mnist, mnist_records_if_absent
 from conclave.data.stdlib_text import load_stdlib_text
 from conclave.data.values.schema import ImageSchema, Schema, TextSchema
+from conclave.model.records import Records
 
-Records = Mapping[str, Tensor]
 GROUP = "group"
 """Name of the column that says which group (patient, author, package) a record belongs to; no model sees it."""
 

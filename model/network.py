@@ -21,15 +21,10 @@ from conclave.model.heads.config import ClassificationConfig, NextByteConfig
 from conclave.model.heads.scores import ClassificationHead, NextByteHead, byte_loss
 from conclave.model.layers.norms import make_norm
 from conclave.model.layers.padding import present_tokens
+from conclave.model.records import Batch
 from conclave.model.routers.config import AttentionRouterConfig, PolicyRouterConfig
 from conclave.model.routers.policy import reinforced
 from conclave.model.routers.routing import Routing
-
-Batch = Mapping[str, Tensor]
-"""Named tensors whose first axis is the example, for instance ``{"image": …, "label": …}``.
-
-Optionally ``length``, integers [B]: the tokens of each example that are real; the others are padding.
-"""
 
 
 @dataclass(frozen=True)

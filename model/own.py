@@ -29,7 +29,8 @@ from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
 from conclave.model.heads.config import ClassificationConfig
 from conclave.model.heads.scores import byte_loss
-from conclave.model.network import Batch, Network, Output
+from conclave.model.network import Network, Output
+from conclave.model.records import Batch
 
 PREFIX = "own."
 BYTES = 256

@@ -11,7 +11,7 @@ from conclave.privacy.accounting.mechanisms import Mechanism, SampledGaussian
 from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest
 from conclave.privacy.ledger.entry import Side
-from conclave.privacy.releases.affinity_config import AffinityPlan
+from conclave.privacy.releases.choice_config import ChoicePlan
 from conclave.privacy.releases.evaluation_config import EvaluationPlan
 from conclave.privacy.releases.load_histogram import release_shares
 from conclave.privacy.releases.private_metrics import SENSITIVITY
@@ -72,7 +72,7 @@ def training_charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
     )
 
 
-def choice_charge(plan: Plan, affinity: AffinityPlan, run_id: str, *, seeded: bool) -> ChargeRequest:
+def choice_charge(plan: Plan, affinity: ChoicePlan, run_id: str, *, seeded: bool) -> ChargeRequest:
     """Return what every choice of experts of a plan has in common."""
     return replace(
         training_charge(plan, run_id, seeded=seeded),

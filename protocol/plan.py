@@ -14,7 +14,7 @@ from conclave.model.experts.config import HeldExperts
 from conclave.model.parameters import owner, shapes
 from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import LARGEST_NOISE, SampledGaussian
-from conclave.privacy.releases.affinity_config import AffinityPlan
+from conclave.privacy.releases.choice_config import ChoicePlan
 from conclave.privacy.releases.evaluation_config import EvaluationPlan
 from conclave.privacy.releases.load_histogram import load_shapes, noise_parts, release_shares
 from conclave.privacy.training.config import PrivacyConfig
@@ -56,7 +56,7 @@ class Plan(Frozen):
     noise_multiplier: float | None = Field(gt=0.0, le=LARGEST_NOISE)
     load_share: float = Field(default=0.0, ge=0.0, le=0.5)
     local_experts: int = Field(default=0, ge=0)
-    affinity: AffinityPlan | None = None
+    affinity: ChoicePlan | None = None
     traffic: TrafficConfig = TrafficConfig()
     evaluation: EvaluationPlan | None = None
 

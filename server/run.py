@@ -20,13 +20,13 @@ from conclave.model import parameters
 from conclave.model.building import build
 from conclave.protocol.plan import Plan
 from conclave.server.aggregate.averaging import ModelAverage
-from conclave.server.assign.wishes import Wishes
+from conclave.server.assign.choices import Choices
 from conclave.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from conclave.server.coverage import Coverage, shortage
 from conclave.server.evaluate.public import Evaluation, evaluate
 from conclave.server.metrics import dropped_by, unchanged
 from conclave.server.node_level.account import NodeAccount
-from conclave.server.node_level.rounds import NodeLevel
+from conclave.server.node_level.rounds import NodeLevelRounds
 from conclave.server.replies.receipts import ReceiptBook
 from conclave.server.roster import Roster, counted
 from conclave.server.run_directory import RunDirectory
@@ -78,7 +78,7 @@ def run_scenario(
         receipts=ReceiptBook(run.receipts),
         node_level=_node_level(scenario, plan, run, run_id),
         balancing=scenario.balancing,
-        wishes=None if plan.affinity is None else Wishes(plan, run.path / "wishes.json"),
+        choices=None if plan.affinity is None else Choices(plan, run.path / "choices.json"),
     )
     strategy.summary()
     full_bytes = strategy.full_model_bytes()
@@ -99,7 +99,7 @@ def run_scenario(
         started = time.perf_counter()
         if round_number > done + 1 and roster.refresh():
             strategy.meet(roster.members())
-        strategy.ask_wishes(round_number, grid, scenario.federation.reply_timeout_s)
+        strategy.ask_choices(round_number, grid, scenario.federation.reply_timeout_s)
         requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), grid)
         replies = grid.send_and_receive(requests, timeout=scenario.federation.reply_timeout_s)
         strategy.aggregate_train(round_number, replies)
@@ -171,12 +171,12 @@ def _initial(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(t) if plan.stays(name) else t for name, t in tensors.items()}
 
 
-def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) -> NodeLevel | None:
+def _node_level(scenario: Scenario, plan: Plan, run: RunDirectory, run_id: str) -> NodeLevelRounds | None:
     """Open the server's account where the node is the unit."""
     mechanism = scenario.node_mechanism()
     if scenario.node_privacy is None or mechanism is None:
         return None
-    return NodeLevel(
+    return NodeLevelRounds(
         NodeAccount.open(run.node_account, scenario.node_privacy, scenario.seed),
         config=scenario.node_privacy,
         mechanism=mechanism,

@@ -21,13 +21,13 @@ from conclave.data.sources import schema_of
 from conclave.model.config import ModelConfig
 from conclave.privacy.accounting.calibration import calibrate_noise
 from conclave.privacy.accounting.mechanisms import SampledGaussian
-from conclave.privacy.releases.affinity_config import AffinityPlan
+from conclave.privacy.releases.choice_config import ChoicePlan
 from conclave.privacy.releases.evaluation_config import EvaluationConfig, EvaluationPlan
 from conclave.privacy.training.config import PrivacyConfig
 from conclave.protocol.encodings import TrafficConfig
 from conclave.protocol.plan import Plan, TrainingConfig
 from conclave.server.aggregate.balancing import BalancingConfig
-from conclave.server.assign.config import AffinityConfig, PoissonCohort
+from conclave.server.assign.config import ChoiceConfig, PoissonCohort
 from conclave.server.config import FederationConfig
 from conclave.server.coverage import shortage
 from conclave.server.node_level.config import NodePrivacyConfig
@@ -52,7 +52,7 @@ class Scenario(Frozen):
     federation: FederationConfig
     node_privacy: NodePrivacyConfig | None = None
     balancing: BalancingConfig | None = None
-    affinity: AffinityConfig | None = None
+    affinity: ChoiceConfig | None = None
     traffic: TrafficConfig = TrafficConfig()
     evaluation: EvaluationConfig | None = None
 
@@ -196,7 +196,7 @@ class Scenario(Frozen):
             BadInputError: no noise multiplier satisfies (ε, δ).
         """
         noise = None
-        affinity = self._affinity_plan
+        affinity = self._choice_plan
         if self.privacy.mechanism == "gaussian":
             noise = calibrate_noise(
                 epsilon=self.privacy.epsilon,
@@ -235,10 +235,10 @@ class Scenario(Frozen):
         return EvaluationPlan(every=evaluation.every, experts=evaluation.experts, noise_multiplier=noise)
 
     @property
-    def _affinity_plan(self) -> AffinityPlan | None:
+    def _choice_plan(self) -> ChoicePlan | None:
         if self.affinity is None:
             return None
-        return AffinityPlan(
+        return ChoicePlan(
             epsilon=self.affinity.epsilon, every=self.affinity.every, experts=self.federation.experts_per_node
         )
 

@@ -32,18 +32,18 @@ from conclave.protocol.messages import (
     TrainRequest,
 )
 from conclave.protocol.plan import Plan
-from conclave.server.aggregate.aggregation import Contribution
+from conclave.server.aggregate.aggregation import WeightedDelta
 from conclave.server.aggregate.balancing import BIAS, Balancer, BalancingConfig
 from conclave.server.aggregate.optimizer import ServerOptimizer
 from conclave.server.aggregate.robust import make_aggregator
 from conclave.server.aggregate.step_scale import step_scales
 from conclave.server.assign.assignment import assign
+from conclave.server.assign.choices import Choices
 from conclave.server.assign.cohort import choose_cohort
-from conclave.server.assign.wishes import Wishes
 from conclave.server.config import FederationConfig
 from conclave.server.coverage import expected_holders
 from conclave.server.evaluate.private import PrivateEvaluation, collect
-from conclave.server.node_level.rounds import NodeLevel
+from conclave.server.node_level.rounds import NodeLevelRounds
 from conclave.server.replies.noise_likeness import NoiseTest
 from conclave.server.replies.receipts import EMPTY_RECEIPT, ReceiptBook
 from conclave.server.replies.validation import Asked, DroppedError, Reason, ReplyChecker
@@ -101,16 +101,16 @@ class ExpertStrategy(Strategy):
         tensors: Mapping[str, Tensor],
         scenario: str,
         receipts: ReceiptBook | None = None,
-        node_level: NodeLevel | None = None,
+        node_level: NodeLevelRounds | None = None,
         balancing: BalancingConfig | None = None,
-        wishes: Wishes | None = None,
+        choices: Choices | None = None,
     ) -> None:
         """Set up a run.
 
         Args:
             scenario: its name, which nodes may allow or not.
             balancing: how selection biases follow the loads that nodes release; the plan asks for them.
-            wishes: what nodes chose, where they do.
+            choices: what nodes chose, where they do.
             receipts: what is kept of the nodes' ledgers, in memory only if not given.
             node_level: where the node is the unit: draws cohorts, and makes of the replies what may be published.
             nodes: Flower node id → what the node said about itself; fingerprints are distinct.
@@ -123,7 +123,7 @@ class ExpertStrategy(Strategy):
         self.scenario = scenario
         self.receipts = receipts or ReceiptBook()
         self.node_level = node_level
-        self.wishes = wishes
+        self.choices = choices
         self.meet(nodes)
         self.optimizer = ServerOptimizer(config.optimizer, tensors)
         self.noise_test = None if config.noise_test is None else NoiseTest(plan, config.noise_test)
@@ -298,11 +298,11 @@ class ExpertStrategy(Strategy):
             roster={name: description.expert_capacity for name, (_, description) in self.nodes.items()},
             min_holders=self.config.min_holders,
         )
-        return assigned if self.wishes is None else self.wishes.assign(assigned, self.config.min_holders)
+        return assigned if self.choices is None else self.choices.assign(assigned, self.config.min_holders)
 
-    def ask_wishes(self, server_round: int, grid: Grid, timeout: float) -> None:
+    def ask_choices(self, server_round: int, grid: Grid, timeout: float) -> None:
         """Let nodes choose experts, where that is due before a round. Who does not answer keeps what it has."""
-        if self.wishes is None or not self.wishes.due(server_round):
+        if self.choices is None or not self.choices.due(server_round):
             return
         snapshot = self.optimizer.snapshot()
         tensors = encode_tensors({name: snapshot[name] for name in self.plan.choosing_shapes})
@@ -324,11 +324,11 @@ class ExpertStrategy(Strategy):
                 continue
             name, description = asked.pop(node)
             try:
-                self.wishes.take(server_round, description, self.run_id, sent, reply.content, self.receipts)
+                self.choices.take(server_round, description, self.run_id, sent, reply.content, self.receipts)
             except ProtocolError as error:
                 log.warning("node %s did not choose: %s", name, error)
         self.receipts.save()
-        self.wishes.finish(server_round)
+        self.choices.finish(server_round)
 
     def _request(self, server_round: int, held: HeldExperts, receipt: SignedHead | None) -> TrainRequest:
         return TrainRequest(
@@ -343,7 +343,7 @@ class ExpertStrategy(Strategy):
         # To nearest: nodes with equal experts get equal weights, and nothing adds up, for the server keeps its own.
         return encode_tensors(wire_form(shapes, encodings_of(self.plan.traffic.model, shapes)).encode(tensors, None))
 
-    def _contribution(self, reply: Message, asked: Asked, checker: ReplyChecker) -> Contribution | None:
+    def _contribution(self, reply: Message, asked: Asked, checker: ReplyChecker) -> WeightedDelta | None:
         name = asked.node.fingerprint
         if reply.has_content():
             self.tally.bytes_up += exchange_bytes(reply.content)
@@ -359,7 +359,7 @@ class ExpertStrategy(Strategy):
         weight = float(asked.node.declared_size) if self.config.weights == "declared" else 1.0
         if self._balancer is not None:
             self._balancer.take(name, asked.request.held, loads, asked.node.declared_size, weight)
-        return Contribution(name, weight, delta)
+        return WeightedDelta(name, weight, delta)
 
     def _drop(self, who: str, reason: Reason, detail: str = "") -> None:
         self.tally.dropped_by[reason] += 1

@@ -13,13 +13,13 @@ from conclave.base.errors import BadInputError
 from conclave.server.run_directory import RunDirectory, fresh_directory
 from conclave.server.scenario import Scenario
 from conclave.simulations.baseline_note import BaselineNote
-from conclave.simulations.baselines import Kind, baseline, size_match
+from conclave.simulations.baselines import BaselineKind, baseline, size_match
 from conclave.simulations.simulate import Summary, simulate
 
 
 def run_baseline(
     scenario: Scenario,
-    kind: Kind,
+    kind: BaselineKind,
     out: Path | None = None,
     on_round: Callable[[int], None] = lambda _: None,
     *,

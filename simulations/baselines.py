@@ -13,8 +13,8 @@ from conclave.model.costs import costs_of
 from conclave.model.experts.config import ExpertsConfig
 from conclave.server.scenario import Scenario, parse_scenario
 
-Kind = Literal["central", "alone", "dense-total", "dense-active"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+BaselineKind = Literal["central", "alone", "dense-total", "dense-active"]
+KINDS: tuple[BaselineKind, ...] = get_args(BaselineKind)
 
 _STEP = 8  # hidden layers are multiples of it
 _MOST = 65_536
@@ -26,7 +26,7 @@ _ALL_TRAVEL = {
 }
 
 
-def baseline(scenario: Scenario, kind: Kind) -> list[Scenario]:
+def baseline(scenario: Scenario, kind: BaselineKind) -> list[Scenario]:
     """Return the scenarios of a baseline; all but ``alone`` have one.
 
     * ``central``: the pooled records on one node, with the same mechanism and (ε, δ).
@@ -89,7 +89,7 @@ def size_match(model: ModelConfig, dense: ModelConfig, kind: Literal["dense-tota
     return _wanted(model, kind), _count(dense)
 
 
-def _wanted(model: ModelConfig, kind: Kind) -> int:
+def _wanted(model: ModelConfig, kind: BaselineKind) -> int:
     costs = costs_of(model)
     return costs.total if kind == "dense-total" else costs.active
 
@@ -106,7 +106,7 @@ def _count(model: ModelConfig) -> int:
     return sum(shape.numel() for shape in parameters.shapes(model, model.all_experts).values())
 
 
-def _changed(scenario: Scenario, kind: Kind, what: str, changes: Mapping[str, Any]) -> Scenario:
+def _changed(scenario: Scenario, kind: BaselineKind, what: str, changes: Mapping[str, Any]) -> Scenario:
     name = f"{scenario.name[: 63 - len(kind)]}-{kind}"
     label = {"name": name, "description": f"Baseline of {scenario.name}: {what}"}
     return parse_scenario(scenario.to_toml(), where=f"--baseline {kind}", overrides={**label, **changes})

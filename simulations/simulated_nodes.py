@@ -17,7 +17,8 @@ from conclave.clients.node import Node
 from conclave.clients.policy import Policy
 from conclave.data.config import DataConfig, PartitionConfig, taking_part
 from conclave.data.partition import partition
-from conclave.data.sources import GROUP, DataSet, Records, declared_size, load
+from conclave.data.sources import GROUP, DataSet, declared_size, load
+from conclave.model.records import Records
 from conclave.privacy.ledger import Genesis, Ledger
 from conclave.privacy.ledger.entry import Side
 from conclave.privacy.ledger.heads import public_hex

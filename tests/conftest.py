@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conclave.model.config import ModelConfig
-from conclave.model.network import Batch
+from conclave.model.records import Batch
 from conclave.protocol.messages import TrainReply
 from conclave.server.replies.receipts import EMPTY_RECEIPT
 

@@ -29,7 +29,7 @@ from conclave.privacy.ledger import Genesis, Ledger
 from conclave.privacy.ledger.entry import Side
 from conclave.privacy.ledger.machine import machine_id
 from conclave.privacy.ledger.upkeep.recovery import Recovery
-from conclave.privacy.ledger.upkeep.registry import Owner, claim, default_registry, release
+from conclave.privacy.ledger.upkeep.registry import Owner, claim, default_registry, withdraw
 
 _CLAIMS = "data.claims"
 
@@ -96,7 +96,7 @@ class NodeDirectory:
             _begin_ledgers(training, held_out, dataset, budget, machine)
         except BaseException:
             if not training.path.exists() and not held_out.path.exists():
-                release(claims)
+                withdraw(claims)
             raise
         remembered = DataClaims(state / _CLAIMS)
         remembered.remember(registry, [data.resolve()])

@@ -15,6 +15,7 @@ from conclave.data.values.config import (
     Columns,
     Constant,
     FeaturesConfig,
+    ImageSide,
     LabelledConfig,
     Labels,
     MissingValues,
@@ -22,7 +23,6 @@ from conclave.data.values.config import (
     PictureColumnConfig,
     PictureConfig,
     Scale,
-    Side,
     Stated,
     TextColumnConfig,
     Window,
@@ -167,8 +167,8 @@ class IdxConfig(LabelledConfig):
     kind: Literal["idx"]
     image_file: Name = "train-images-idx3-ubyte"
     label_file: Name = "train-labels-idx1-ubyte"
-    height: Side = 28
-    width: Side = 28
+    height: ImageSide = 28
+    width: ImageSide = 28
 
 
 def _pattern(value: object) -> object:

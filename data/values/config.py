@@ -16,7 +16,7 @@ from conclave.data.values.names import column_name, name_of
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Names = Annotated[tuple[Name, ...], Field(strict=False, min_length=1, max_length=65_536)]
-Side = Annotated[int, Field(ge=1, le=4096)]
+ImageSide = Annotated[int, Field(ge=1, le=4096)]
 Window = Annotated[int, Field(ge=2, le=65_536)]
 Constant = Annotated[float, Field(ge=-1e9, le=1e9)]
 Scale = Annotated[float, Field(gt=0.0, le=1e9)]
@@ -133,8 +133,8 @@ class PictureConfig(Frozen):
     max_pixels: a larger picture is a bad row, and is not decoded.
     """
 
-    height: Side
-    width: Side
+    height: ImageSide
+    width: ImageSide
     channels: Literal[1, 3] = 1
     max_pixels: int = Field(default=1 << 26, ge=1, le=1 << 26)
 

@@ -29,7 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from conclave.base.errors import BadInputError, RunFailedError
-from conclave.deployment.flower.runtime import BUNDLE, RuntimeApi, beating, release
+from conclave.deployment.flower.runtime import BUNDLE, RuntimeApi, beating, installed_version
 from conclave.deployment.flower.supernode import PATIENCE_S
 
 _REPLY_POLL_S = 0.2
@@ -170,7 +170,7 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
                 client.PushLogs(PushLogsRequest(run_id=run.run_id, logs=[f"{line}\n"]))
 
             try:
-                _check_release(run.fab_id, run.fab_version)
+                _check_version(run.fab_id, run.fab_version)
                 work(grid, context, say)
                 status, details = SubStatus.COMPLETED, ""
             except (BadInputError, RunFailedError) as error:
@@ -186,9 +186,9 @@ def run_on_server(work: Callable[[Grid, Context, Callable[[str], None]], None], 
             grid.close()
 
 
-def _check_release(name: str, version: str) -> None:
+def _check_version(name: str, version: str) -> None:
     """Nodes compare the operator's release with theirs, so the server's must be that one too."""
-    if (name, version) != (BUNDLE, release()):
+    if (name, version) != (BUNDLE, installed_version()):
         raise BadInputError(
-            f"the run was started with {name} {version}, must be {BUNDLE} {release()}, as the server is"
+            f"the run was started with {name} {version}, must be {BUNDLE} {installed_version()}, as the server is"
         )

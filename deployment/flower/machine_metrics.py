@@ -9,7 +9,7 @@ from pathlib import Path
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from conclave.base.errors import BadInputError
-from conclave.deployment.flower.runtime import release
+from conclave.deployment.flower.runtime import installed_version
 from conclave.deployment.host.certificates import days_left
 
 
@@ -22,7 +22,7 @@ def machine_metrics(programs: Mapping[str, bool], certificates: Iterable[Path], 
         folder: of whose disk the free space is told.
     """
     info = GaugeMetricFamily("conclave_info", "Always 1; the installed release.", labels=["release"])
-    info.add_metric([release()], 1.0)
+    info.add_metric([installed_version()], 1.0)
     yield info
     up = GaugeMetricFamily("conclave_program_up", "Whether a program runs.", labels=["program"])
     for name, runs in programs.items():

@@ -84,7 +84,7 @@ def check_flower() -> None:
         )
 
 
-def release() -> str:
+def installed_version() -> str:
     """Return the installed version of Conclave, which a server and its nodes must share."""
     return version("conclave-moe")
 

@@ -20,7 +20,7 @@ from conclave.deployment.flower.runtime import (
     RuntimeApi,
     answer_message,
     check_flower,
-    release,
+    installed_version,
     serve,
 )
 from conclave.deployment.host.alone import alone, check_ports
@@ -105,7 +105,9 @@ def _serve(directory: NodeDirectory, server: ConnectionConfig, key: Path, ca: Pa
 
 def _refusal(name: str, version: str) -> RecordDict | None:
     """Answer a bundle that is not of this release: what it asks may mean something else here."""
-    if (name, version) == (BUNDLE, release()):
+    if (name, version) == (BUNDLE, installed_version()):
         return None
-    log.warning("refused with version-mismatch: the server's bundle is %s %s, here is %s", name, version, release())
+    log.warning(
+        "refused with version-mismatch: the server's bundle is %s %s, here is %s", name, version, installed_version()
+    )
     return encode(Refusal(code="version-mismatch"))

@@ -31,7 +31,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from conclave.base.errors import BadInputError
 from conclave.base.text_file import read_text
-from conclave.deployment.flower.runtime import TESTED, check_flower, release
+from conclave.deployment.flower.runtime import TESTED, check_flower, installed_version
 from conclave.deployment.host.certificates import days_left
 from conclave.deployment.host.outward_proxy import check_outward_proxy
 from conclave.deployment.operator.profile import Operator
@@ -121,7 +121,7 @@ class Control:
 
     def start(self, run_config: Mapping[str, str]) -> int:
         """Start a run; return its number."""
-        content = bundle(release())
+        content = bundle(installed_version())
         fab = Fab(hashlib.sha256(content).hexdigest(), content, {})
         request = StartRunRequest(fab=fab_to_proto(fab), override_config=user_config_to_proto(dict(run_config)))
         with self._asking("start the run"):

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from conclave.privacy.gradients.modes import Records
+from conclave.model.records import Records
 
 _SIZES = (2, 3, 17, 33, 65, 100, 127, 256)
 """Even and odd, around powers of two, up to what training takes at once where memory allows."""

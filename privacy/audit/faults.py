@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from conclave.model.records import Records
 from conclave.privacy.audit.arithmetic import tolerance_of
 from conclave.privacy.audit.observed import coarsest_type, kept
 from conclave.privacy.audit.subject import Finding, Subject, all_but
-from conclave.privacy.gradients.modes import Records
 from conclave.privacy.gradients.unit_index import UnitIndex
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from conclave.base.errors import BadInputError
+from conclave.model.records import Records
 from conclave.privacy.audit.arithmetic import RoundedOnce, tolerance_of
 from conclave.privacy.audit.company import Company, companies
 from conclave.privacy.audit.memory import Memory, same_bits
@@ -26,7 +27,6 @@ from conclave.privacy.audit.observed import (
 )
 from conclave.privacy.audit.subject import Finding, Subject, length, said
 from conclave.privacy.gradients.clipping import LARGEST_NORM, SMALLEST_CLIP
-from conclave.privacy.gradients.modes import Records
 
 _SMALL_SHARE = 1e-3
 """An error is measured against a unit's own size, or this share of the largest unit's: what cancels to nearly nothing

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from conclave.base.errors import BadInputError
 from conclave.model.layers.unit_random import drawing_from
+from conclave.model.records import Records
 from conclave.privacy.audit.arithmetic import RoundedOnce
 from conclave.privacy.audit.memory import Memory
 from conclave.privacy.audit.subject import Subject
-from conclave.privacy.gradients.modes import Records
 from conclave.privacy.gradients.physical_batch import MOST
 from conclave.privacy.randomness import derive, per_unit_uniform
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from conclave.model.records import Records
 from conclave.privacy.audit.arithmetic import tolerance_of
 from conclave.privacy.audit.observed import coarsest_type
 from conclave.privacy.audit.subject import Finding, Subject, all_but, length
-from conclave.privacy.gradients.modes import Records
 
 SCALES = (1.0, 2.0**20, 2.0**-20)
 """Factors on the loss: gradients far above the bound and far below it."""

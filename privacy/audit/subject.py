@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from conclave.privacy.gradients.modes import ExampleLoss, Records
+from conclave.base.verdict import Verdict
+from conclave.model.records import Records
+from conclave.privacy.gradients.modes import ExampleLoss
 from conclave.privacy.gradients.unit_index import UnitIndex
 from conclave.privacy.randomness import derive
 from conclave.privacy.training.dpsgd_mechanism import DpSgd
 from conclave.privacy.training.private_training import PrivateTraining
 
 Start = Callable[[nn.Module, torch.optim.Optimizer, ExampleLoss, DpSgd, bytes], PrivateTraining]
-Verdict = Literal["VIOLATED", "INCOMPLETE", "NOT_REFUTED"]
 
 
 @dataclass(frozen=True)

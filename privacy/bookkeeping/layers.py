@@ -28,7 +28,7 @@ from conclave.privacy.bookkeeping.ragged import Segments
 from conclave.privacy.bookkeeping.units import Units
 
 
-class Pass(Protocol):
+class Passing(Protocol):
     """What a rule may ask of the current forward and backward pass."""
 
     units: Units
@@ -38,7 +38,7 @@ class Pass(Protocol):
 
 
 Contributions = Iterator[tuple[Tensor, Contribution]]
-Rule = Callable[[Any, Sequence[Kept], Tensor, Pass], Contributions]
+Rule = Callable[[Any, Sequence[Kept], Tensor, Passing], Contributions]
 """(layer, its inputs, output gradient, pass) → contributions of its parameters. Tensors are float32 or wider."""
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -79,7 +79,7 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @register(nn.Linear, RNNLinear)
-def linear(layer: nn.Linear, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def linear(layer: nn.Linear, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """X [B, …, D] → [B, …, O]."""
     left = Factor(step.units.rows(delta))
     if wanted(layer.weight):
@@ -89,7 +89,7 @@ def linear(layer: nn.Linear, inputs: Sequence[Kept], delta: Tensor, step: Pass) 
 
 
 @register(nn.Embedding)
-def embedding(layer: nn.Embedding, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def embedding(layer: nn.Embedding, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """Ids [B, …] → [B, …, D]."""
     if layer.padding_idx is not None:
         delta = delta.masked_fill((inputs[0].value == layer.padding_idx).unsqueeze(-1), 0.0)
@@ -98,7 +98,7 @@ def embedding(layer: nn.Embedding, inputs: Sequence[Kept], delta: Tensor, step: 
 
 
 @register(nn.EmbeddingBag, by_row=True)
-def embedding_bag(layer: nn.EmbeddingBag, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def embedding_bag(layer: nn.EmbeddingBag, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """Ids [B, L], or all in one with the offset of each example; sums or means, with weights of ids where given."""
     id_BL, coefficient_BL = _bags(layer, [kept.value for kept in inputs], step.units.examples)
     if layer.padding_idx is not None:
@@ -138,7 +138,7 @@ def _bags(layer: nn.EmbeddingBag, inputs: Sequence[Tensor], examples: int) -> tu
 
 
 @register(nn.RMSNorm, nn.LayerNorm)
-def token_norm(layer: nn.RMSNorm | nn.LayerNorm, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def token_norm(layer: nn.RMSNorm | nn.LayerNorm, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """Normalised over the last axes: the gain's gradient is Σ_t δ_t ∘ x̂_t."""
     shape = list(layer.normalized_shape)
     if isinstance(layer, nn.RMSNorm):
@@ -165,7 +165,7 @@ def _over_tokens(x: Tensor, shape: list[int], units: Units) -> Tensor:
 
 
 @register(nn.GroupNorm)
-def group_norm(layer: nn.GroupNorm, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def group_norm(layer: nn.GroupNorm, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """X [B, C] or [B, C, …], normalised within an example."""
     normal, delta = F.group_norm(inputs[0].value, layer.num_groups, eps=layer.eps).unsqueeze(-1), delta.unsqueeze(-1)
     if wanted(layer.weight):
@@ -175,7 +175,7 @@ def group_norm(layer: nn.GroupNorm, inputs: Sequence[Kept], delta: Tensor, step:
 
 
 @register(nn.Conv1d, nn.Conv2d)
-def convolution(layer: nn.Conv1d | nn.Conv2d, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def convolution(layer: nn.Conv1d | nn.Conv2d, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """A dense layer on patches; unfolded, never a fast convolution, whose rounding has no such bound."""
     x_BCHW, delta_BOHW = inputs[0].value, delta
     if isinstance(layer, nn.Conv1d):
@@ -213,20 +213,20 @@ def _patches(layer: nn.Conv1d | nn.Conv2d, x_BCHW: Tensor) -> Tensor:
 
 
 @register(GroupedLinear, by_row=True)
-def grouped_linear(layer: GroupedLinear, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def grouped_linear(layer: GroupedLinear, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """Rows [N, D] sorted by expert, with their map to examples."""
     rows_ND, offsets_E, example_N, _ = (kept.value for kept in inputs)
     yield layer.weight, Experts(rows_ND, delta, step.segments(offsets_E, example_N))
 
 
 @register(PositionTable)
-def position_table(layer: PositionTable, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def position_table(layer: PositionTable, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """X + w: the gradient is the output gradient."""
     yield layer.weight, PerUnit(step.units.add_up(delta))
 
 
 @register(Scale)
-def scale(layer: Scale, inputs: Sequence[Kept], delta: Tensor, step: Pass) -> Contributions:
+def scale(layer: Scale, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
     """X · w, with w broadcast: δ ∘ x summed over what was broadcast."""
     yield layer.weight, PerUnit(step.units.add_up(scaled(layer.weight.shape, inputs[0].value, delta)))
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 from conclave.base.errors import BadInputError
 from conclave.privacy.bookkeeping.contributions import Contribution, PerUnit
 from conclave.privacy.bookkeeping.kept import Kept, widened
-from conclave.privacy.bookkeeping.layers import Pass, Rule
+from conclave.privacy.bookkeeping.layers import Passing, Rule
 
 
 class Use(Protocol):
@@ -24,7 +24,7 @@ class Use(Protocol):
     parameters: Sequence[Tensor]
     edges: Sequence[GradientEdge | Tensor]
 
-    def contributions(self, deltas: Sequence[Tensor | None], step: Pass) -> Iterator[tuple[Tensor, Contribution]]:
+    def contributions(self, deltas: Sequence[Tensor | None], step: Passing) -> Iterator[tuple[Tensor, Contribution]]:
         """Return the per-unit gradients, given what came by at each edge; None where the loss does not depend on it."""
 
 
@@ -39,7 +39,7 @@ class Ruled:
     inputs: list[Kept]
     edges: Sequence[GradientEdge | Tensor]
 
-    def contributions(self, deltas: Sequence[Tensor | None], step: Pass) -> Iterator[tuple[Tensor, Contribution]]:
+    def contributions(self, deltas: Sequence[Tensor | None], step: Passing) -> Iterator[tuple[Tensor, Contribution]]:
         """Apply the rule.
 
         Raises:
@@ -69,7 +69,7 @@ class Expanded:
     parameters: Sequence[Tensor]
     edges: Sequence[GradientEdge | Tensor]
 
-    def contributions(self, deltas: Sequence[Tensor | None], step: Pass) -> Iterator[tuple[Tensor, Contribution]]:
+    def contributions(self, deltas: Sequence[Tensor | None], step: Passing) -> Iterator[tuple[Tensor, Contribution]]:
         """Add up the gradients of a unit's examples."""
         for parameter, gradient_B in zip(self.parameters, deltas, strict=True):
             if gradient_B is not None:

@@ -26,7 +26,7 @@ SMALLEST_CLIP = 1e-12
 SHRINK = 1.0 - 2.0**-10
 STABILISER = 0.01
 
-Kind = Literal["flat", "per-layer", "automatic", "adaptive"]
+ClipKind = Literal["flat", "per-layer", "automatic", "adaptive"]
 
 
 def clip_factors(norm_B: Tensor, clip: float) -> Tensor:
@@ -46,7 +46,7 @@ def usable(norm_B: Tensor) -> Tensor:
     return norm_B.isfinite() & (norm_B <= LARGEST_NORM)
 
 
-def unit_factors(squared_PU: Tensor, kind: Kind, clip: float, parameters: int) -> Tensor:
+def unit_factors(squared_PU: Tensor, kind: ClipKind, clip: float, parameters: int) -> Tensor:
     """Return the factor of each parameter's gradient of each unit, float64 [P, U].
 
     Args:
@@ -57,7 +57,7 @@ def unit_factors(squared_PU: Tensor, kind: Kind, clip: float, parameters: int) -
         BadInputError: there is no such kind.
     """
     norm_U = squared_PU.sum(0).sqrt()
-    check_word("clipping", kind, get_args(Kind))
+    check_word("clipping", kind, get_args(ClipKind))
     if kind == "per-layer":
         factor_PU = clip_factors(squared_PU.sqrt(), clip / math.sqrt(parameters))
         return torch.where(usable(norm_U), factor_PU, 0.0)  # a unit is in or out as a whole

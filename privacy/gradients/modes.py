@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import conclave.privacy.gradients.per_unit  # noqa: F401  (registers our layers' samplers with Opacus)
 from conclave.base.errors import BadInputError
+from conclave.model.records import Records
 from conclave.privacy.bookkeeping import Bookkeeper, Units
 from conclave.privacy.bookkeeping.recorder import Pass
 from conclave.privacy.bookkeeping.refusals import check
-from conclave.privacy.gradients.clipping import Kind, clip_factors, unit_factors, usable
+from conclave.privacy.gradients.clipping import ClipKind, clip_factors, unit_factors, usable
 
-Records = Mapping[str, Tensor]
 ExampleLoss = Callable[[Records], Tensor]
 """Maps a batch of B examples to B losses, or [B, tasks]; an example's loss depends on that example alone."""
 
@@ -35,7 +35,7 @@ GRID_BITS = 30
 class Clipping(NamedTuple):
     """How a batch is clipped: the kind and the current bound."""
 
-    kind: Kind
+    kind: ClipKind
     clip: float
 
 

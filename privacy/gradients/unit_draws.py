@@ -12,7 +12,8 @@ from torch import Tensor
 
 from conclave.base.errors import BadInputError
 from conclave.model.layers.unit_random import drawing_from
-from conclave.privacy.gradients.modes import ExampleLoss, Records
+from conclave.model.records import Records
+from conclave.privacy.gradients.modes import ExampleLoss
 from conclave.privacy.randomness import derive, per_unit_uniform
 from conclave.privacy.releases.load_histogram import LoadHistogram
 

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from conclave.base.errors import BadInputError
 from conclave.model.layers.unit_random import drawing_from
+from conclave.model.records import Records
 from conclave.privacy.bookkeeping import Bookkeeper, Units
 from conclave.privacy.gradients.clipping import LARGEST_NORM
-from conclave.privacy.gradients.modes import Clipping, ExampleLoss, GradientMode, Records, Strict, trained
+from conclave.privacy.gradients.modes import Clipping, ExampleLoss, GradientMode, Strict, trained
 from conclave.privacy.training.accounted_once import is_answered, note_answer, question
 
 EXAMPLES = 2

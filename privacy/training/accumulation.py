@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from conclave.model.records import Records
 from conclave.privacy.bookkeeping import Units
-from conclave.privacy.gradients.modes import Clipping, ExampleLoss, GradientMode, Records
+from conclave.privacy.gradients.modes import Clipping, ExampleLoss, GradientMode
 from conclave.privacy.gradients.physical_batch import Room
 from conclave.privacy.gradients.unit_draws import numbered
 from conclave.privacy.gradients.unit_index import PhysicalBatch, UnitIndex

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from conclave.base.frozen import Frozen
 from conclave.privacy.accounting.mechanisms import SMALLEST_RATE
-from conclave.privacy.gradients.clipping import SMALLEST_CLIP, Kind
+from conclave.privacy.gradients.clipping import SMALLEST_CLIP, ClipKind
 
 
 class PrivacyConfig(Frozen):
@@ -40,7 +40,7 @@ class PrivacyConfig(Frozen):
     unit: Literal["record", "group"] = "record"
     records_per_unit: int | None = Field(default=None, ge=1, le=1_000_000)
     clip: float = Field(ge=SMALLEST_CLIP, le=1e6)
-    clipping: Kind = "flat"
+    clipping: ClipKind = "flat"
     sampling_rate: float = Field(ge=SMALLEST_RATE, le=1.0)
     gradients: Literal["bookkeeping", "hooks", "ghost"] = "bookkeeping"
     numeric: Literal["fast", "strict"] = "fast"

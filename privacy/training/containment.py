@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
+from conclave.model.records import Records
 from conclave.privacy.bookkeeping import Units
-from conclave.privacy.gradients.modes import ClippedSum, Clipping, ExampleLoss, GradientMode, Records
+from conclave.privacy.gradients.modes import ClippedSum, Clipping, ExampleLoss, GradientMode
 from conclave.privacy.gradients.units_in_parts import UnitInParts
 
 log = logging.getLogger("conclave.node")

@@ -27,7 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conclave.privacy.gradients.modes import ExampleLoss, Records, unit_mean
+from conclave.model.records import Records
+from conclave.privacy.gradients.modes import ExampleLoss, unit_mean
 from conclave.privacy.gradients.physical_batch import MOST, Room
 from conclave.privacy.gradients.sampling import poisson_sample
 from conclave.privacy.gradients.unit_index import UnitIndex

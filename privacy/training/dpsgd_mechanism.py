@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from conclave.base import allowed
 from conclave.base.errors import BadInputError
 from conclave.privacy.accounting.mechanisms import LARGEST_NOISE, MOST_STEPS
-from conclave.privacy.gradients.clipping import LARGEST_NORM, SMALLEST_CLIP, AdaptiveClip, Kind
+from conclave.privacy.gradients.clipping import LARGEST_NORM, SMALLEST_CLIP, AdaptiveClip, ClipKind
 from conclave.privacy.gradients.physical_batch import MEMORY_BYTES
 from conclave.privacy.releases.load_histogram import DELTA, noise_parts
 from conclave.privacy.training.config import PrivacyConfig
@@ -39,7 +39,7 @@ class DpSgd:
     declared_size: int
     gradients: Gradients = "bookkeeping"
     numeric: Numeric = "fast"
-    clipping: Kind = "flat"
+    clipping: ClipKind = "flat"
     adaptive: AdaptiveClip = field(default_factory=AdaptiveClip)
     records_per_unit: int | None = None
     optimizer: OptimizerConfig = field(default_factory=SgdConfig)
@@ -55,7 +55,7 @@ class DpSgd:
         """
         allowed.check_word("gradients", self.gradients, get_args(Gradients))
         allowed.check_word("numeric", self.numeric, get_args(Numeric))
-        allowed.check_word("clipping", self.clipping, get_args(Kind))
+        allowed.check_word("clipping", self.clipping, get_args(ClipKind))
         allowed.check_whole("steps", self.steps, 1, MOST_STEPS)
         allowed.check_number("learning_rate", self.learning_rate, 0.0, allowed.FINITE)
         allowed.check_number("sampling_rate", self.sampling_rate, 0.0, 1.0, above=True)

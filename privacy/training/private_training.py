@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from conclave.privacy.gradients.modes import Bookkeeping, ExampleLoss, GradientMode, Records, mode_for
+from conclave.model.records import Records
+from conclave.privacy.gradients.modes import Bookkeeping, ExampleLoss, GradientMode, mode_for
 from conclave.privacy.gradients.physical_batch import TRIED, Footprint, Room, measured
 from conclave.privacy.gradients.sampling import poisson_sample
 from conclave.privacy.gradients.unit_draws import numbered, with_own_draws

@@ -17,8 +17,9 @@ from conclave.model.building import build
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
 from conclave.model.layers.unit_random import drawing_from
-from conclave.model.network import Batch, Network
+from conclave.model.network import Network
 from conclave.model.own import said
+from conclave.model.records import Batch
 from conclave.privacy.gradients.physical_batch import TRIED, Footprint, measured
 from conclave.privacy.randomness import per_unit_uniform
 from conclave.privacy.training.config import PrivacyConfig

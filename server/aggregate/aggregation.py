@@ -13,7 +13,7 @@ from conclave.model.parameters import owner
 
 
 @dataclass(frozen=True)
-class Contribution:
+class WeightedDelta:
     """A validated reply: wire name → delta, and the weight of the node that sent it (> 0)."""
 
     node: str
@@ -33,11 +33,11 @@ class Aggregator(ABC):
     def __init__(self, nodes: Sequence[str]) -> None:
         """Expect contributions from ``nodes``, in this order; not all need come."""
         self._turn = {node: number for number, node in enumerate(nodes)}
-        self._early: dict[int, Contribution | None] = {}
+        self._early: dict[int, WeightedDelta | None] = {}
         self._next = 0
         self.holders: Counter[str] = Counter()
 
-    def add(self, node: str, contribution: Contribution | None) -> None:
+    def add(self, node: str, contribution: WeightedDelta | None) -> None:
         """Take a node's contribution; None says that there will be none."""
         self._early[self._turn[node]] = contribution
         while self._next in self._early:
@@ -54,13 +54,13 @@ class Aggregator(ABC):
         enough = (n for n, count in self.holders.items() if owner(n).layer is None or count >= min_holders)
         return self._aggregated(sorted(enough))
 
-    def _count(self, contribution: Contribution | None) -> None:
+    def _count(self, contribution: WeightedDelta | None) -> None:
         if contribution is not None:
             self.holders.update(contribution.delta.keys())
             self._take(contribution)
 
     @abstractmethod
-    def _take(self, contribution: Contribution) -> None:
+    def _take(self, contribution: WeightedDelta) -> None:
         """Take the contribution whose turn it is."""
 
     @abstractmethod
@@ -82,7 +82,7 @@ class Averager(Aggregator):
     def _aggregated(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: self._total[name] / self._weight[name] for name in names}
 
-    def _take(self, contribution: Contribution) -> None:
+    def _take(self, contribution: WeightedDelta) -> None:
         for name, delta in contribution.delta.items():
             self._weight[name] = self._weight.get(name, 0.0) + contribution.weight
             if name in self._total:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conclave.model.parameters import Owner, owner
 from conclave.protocol.codec import norms
-from conclave.server.aggregate.aggregation import Aggregator, Averager, Contribution
+from conclave.server.aggregate.aggregation import Aggregator, Averager, WeightedDelta
 from conclave.server.aggregate.aggregation_config import AggregationConfig, Median, NormBounded, TrimmedMean
 
 
@@ -36,7 +36,7 @@ class Trimmed(Aggregator):
         self._trim = trim
         self._deltas: defaultdict[str, list[Tensor]] = defaultdict(list)
 
-    def _take(self, contribution: Contribution) -> None:
+    def _take(self, contribution: WeightedDelta) -> None:
         for name, delta in contribution.delta.items():
             self._deltas[name].append(delta)
 
@@ -61,9 +61,9 @@ class Bounded(Aggregator):
         """See :class:`conclave.server.aggregate.aggregation_config.NormBounded`."""
         super().__init__(nodes)
         self._config = config
-        self._kept: list[Contribution] = []
+        self._kept: list[WeightedDelta] = []
 
-    def _take(self, contribution: Contribution) -> None:
+    def _take(self, contribution: WeightedDelta) -> None:
         self._kept.append(contribution)
 
     def _aggregated(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -76,11 +76,11 @@ class Bounded(Aggregator):
         for kept, found in zip(self._kept, norms_of, strict=True):
             factors = {group: _factor(norm, bounds[group]) for group, norm in found.items()}
             delta = {name: tensor * factors[owner(name)] for name, tensor in kept.delta.items() if name in wanted}
-            averager.add(kept.node, Contribution(kept.node, kept.weight, delta))
+            averager.add(kept.node, WeightedDelta(kept.node, kept.weight, delta))
         return averager.result(min_holders=1)
 
 
-def _norms_by_group(contribution: Contribution) -> dict[Owner, float]:
+def _norms_by_group(contribution: WeightedDelta) -> dict[Owner, float]:
     squares: defaultdict[Owner, float] = defaultdict(float)
     for name, norm in zip(contribution.delta, norms(contribution.delta), strict=True):
         squares[owner(name)] += norm**2

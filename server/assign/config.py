@@ -32,7 +32,7 @@ class AllNodes(Frozen):
 CohortConfig = Annotated[AllNodes | FixedCohort | PoissonCohort, Field(discriminator="kind")]
 
 
-class AffinityConfig(Frozen):
+class ChoiceConfig(Frozen):
     """Nodes choose their experts every ``every`` rounds, each choice at ``epsilon``, by the exponential mechanism."""
 
     epsilon: float = Field(gt=0.0, le=10.0)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conclave.data.sources import Records
 from conclave.data.stdlib_text import order0_entropy
 from conclave.model import parameters
 from conclave.model.building import from_state
 from conclave.model.config import ModelConfig
+from conclave.model.records import Records
 
 _CHUNK = 512
 

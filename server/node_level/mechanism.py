@@ -21,7 +21,7 @@ from torch import Size, Tensor
 from conclave.model.experts.config import HeldExperts
 from conclave.model.parameters import owner
 from conclave.privacy.randomness import derive, standard_normal, uniform_words
-from conclave.server.aggregate.aggregation import Contribution
+from conclave.server.aggregate.aggregation import WeightedDelta
 from conclave.server.assign.cohort import public_generator
 
 _SHRINK = 1.0 - 2.0**-10  # rounding of norm and sum cannot carry a contribution over the bound
@@ -78,7 +78,7 @@ class NodeLevelSum:
         self._expected, self._expert_share = expected_nodes, expert_share
         self._clipped: dict[str, Mapping[str, Tensor]] = {}
 
-    def add(self, node: str, contribution: Contribution | None) -> None:
+    def add(self, node: str, contribution: WeightedDelta | None) -> None:
         """Take a node's contribution; None says that there will be none, which adds zeros."""
         if contribution is not None:
             self._clipped[node] = clipped(contribution.delta, self._clip)

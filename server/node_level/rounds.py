@@ -25,7 +25,7 @@ from conclave.server.node_level.config import NodePrivacyConfig
 from conclave.server.node_level.mechanism import NodeLevelSum, own_experts, secret_cohort
 
 
-class NodeLevel:
+class NodeLevelRounds:
     """Draws secret cohorts, and makes of their replies what may be published, each round charged to the account."""
 
     def __init__(

@@ -27,7 +27,7 @@ EMPTY_RECEIPT = SignedHead(ledger_id="0" * 32, seq=0, hash="0" * 64, signature="
 """Stands for a receipt where only the size of a message matters."""
 
 
-Kind = Literal["train", "choose", "evaluate"]
+ChargeKind = Literal["train", "choose", "evaluate"]
 
 
 class KeptReceipt(Frozen):
@@ -46,7 +46,7 @@ class KeptReceipt(Frozen):
     output_hash: str = Field(pattern=HEX_KEY)
     signing_key: str = Field(pattern=HEX_KEY)
     receipt: SignedHead
-    kind: Kind = "train"
+    kind: ChargeKind = "train"
 
 
 class ReceiptBook:

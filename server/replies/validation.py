@@ -29,7 +29,7 @@ from conclave.protocol.messages import (
 from conclave.protocol.plan import Plan
 from conclave.server.aggregate.balancing import load_bound, plausible, split_loads
 from conclave.server.replies.noise_likeness import NoiseTest
-from conclave.server.replies.receipts import KeptReceipt, Kind, ReceiptBook
+from conclave.server.replies.receipts import ChargeKind, KeptReceipt, ReceiptBook
 
 Reason = (
     Flaw
@@ -68,10 +68,10 @@ class Asked:
 class ChargeChecker:
     """Compares what replies were charged for with what was asked in a round, and keeps their receipts."""
 
-    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: Kind) -> None:
+    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: ChargeKind) -> None:
         self._plan_hash = plan.hash
         self._receipts = receipts
-        self._kind: Kind = kind
+        self._kind: ChargeKind = kind
         self._model_in: dict[str, str] = {}  # of a broadcast, once for all nodes that got it
 
     def accept(self, answer: TrainReply | EvaluateReply, body: bytes, asked: Asked, ledger: LedgerIdentity) -> None:

@@ -64,7 +64,7 @@ def doubled(self, value_B, units):
     real_add(self, value_B, units)
 
 
-real_add, real_noised, real_worths = MetricSums.add, MetricSums.noised, conclave.clients.chooser.worths
+real_add, real_noised, real_utilities = MetricSums.add, MetricSums.noised, conclave.clients.chooser.utilities
 SABOTAGE = {
     "a unit counts twice": (MetricSums, "add", doubled, "metric sensitivity"),
     "no noise": (MetricSums, "noised", lambda self, noise, secret: real_noised(self, None, secret), "metric noise"),
@@ -79,14 +79,14 @@ SABOTAGE = {
         lambda self, noise, secret: real_noised(self, noise, secret)[:1].expand(2) - self.exact()[0] + self.exact(),
         "metric noise",
     ),
-    "worths twice as large": (
-        conclave.clients.chooser, "worths",
-        lambda *args: [2.0 * worth for worth in real_worths(*args)], "choice sensitivity",
+    "utilities twice as large": (
+        conclave.clients.chooser, "utilities",
+        lambda *args: [2.0 * utility for utility in real_utilities(*args)], "choice sensitivity",
     ),
-    "worths averaged by the real size": (
-        conclave.clients.chooser, "worths",
+    "utilities averaged by the real size": (
+        conclave.clients.chooser, "utilities",
         lambda plan, sent, records: [
-            10.0 * worth / len(records["label"]) for worth in real_worths(plan, sent, records)
+            10.0 * utility / len(records["label"]) for utility in real_utilities(plan, sent, records)
         ],
         "choice sensitivity",
     ),

@@ -1,4 +1,4 @@
-"""A node's choice of experts: worths by hand, over all neighbours, and nothing but an order in what is released."""
+"""A node's choice of experts: utilities by hand, over all neighbours, and nothing but an order in what is released."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from conftest import make_batch, make_config, make_text, make_text_config
 from plan_samples import plan
 
-from conclave.clients.chooser import choice, choice_shapes, worths
+from conclave.clients.chooser import choice, choice_shapes, utilities
 from conclave.model import parameters
 from conclave.model.building import build
 from conclave.model.network import Network
@@ -54,10 +54,10 @@ def by_hand(of, tensors, records):
     ids=["one layer", "two layers"],
 )
 def test_worths_are_shares_of_tokens_added_up(of, records):
-    got = torch.stack(worths(of, sent(of), records))
+    got = torch.stack(utilities(of, sent(of), records))
     torch.testing.assert_close(got, by_hand(of, sent(of), records), atol=1e-6, rtol=0)
     strict = of.model_copy(update={"privacy": of.privacy.model_copy(update={"numeric": "strict"})})
-    torch.testing.assert_close(torch.stack(worths(strict, sent(of), records)), got, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.stack(utilities(strict, sent(of), records)), got, atol=1e-6, rtol=0)
 
 
 def test_no_unit_moves_a_worth_by_more_than_one_over_all_neighbours_of_small_data_sets():
@@ -67,7 +67,7 @@ def test_no_unit_moves_a_worth_by_more_than_one_over_all_neighbours_of_small_dat
     for size in range(1, 6):
         for subset in itertools.combinations(range(5), size):
             part = {name: tensor[list(subset)] for name, tensor in records.items()}
-            sums[subset] = torch.stack(worths(of, tensors, part))
+            sums[subset] = torch.stack(utilities(of, tensors, part))
     moves = [
         float((total - sums[tuple(other for other in subset if other != left)]).abs().max())
         for subset, total in sums.items()
@@ -84,7 +84,7 @@ def test_a_group_counts_once_whatever_it_holds():
     }  # fmt: skip
     of = asked(privacy=privacy)
     records = {**make_batch(8), "group": torch.tensor([5] * 6 + [9] * 2)}
-    total = torch.stack(worths(of, sent(of), records))
+    total = torch.stack(utilities(of, sent(of), records))
     assert float(total.sum()) == pytest.approx(2 * of.model.experts.top_k, abs=1e-6)
 
 
@@ -94,15 +94,15 @@ def test_a_group_that_comes_in_parts_counts_as_it_does_whole(monkeypatch):
     }  # fmt: skip
     of = asked(privacy=privacy)
     records = {**make_batch(8), "group": torch.tensor([5] * 6 + [9] * 2)}
-    whole = worths(of, sent(of), records)
+    whole = utilities(of, sent(of), records)
     seen = rooms_of(monkeypatch, 2)
-    assert all(map(torch.equal, whole, worths(of, sent(of), records)))
+    assert all(map(torch.equal, whole, utilities(of, sent(of), records)))
     assert seen == [2, 2, 2, 2]  # the group of two, then the six in parts
 
 
 def test_a_record_that_the_model_fails_on_counts_as_nothing(monkeypatch):
     of, records = asked(), make_batch(6)
-    total = torch.stack(worths(of, sent(of), records))
+    total = torch.stack(utilities(of, sent(of), records))
     whole = Network.forward
     bad = records["image"][3].clone()
 
@@ -113,8 +113,8 @@ def test_a_record_that_the_model_fails_on_counts_as_nothing(monkeypatch):
 
     monkeypatch.setattr(Network, "forward", failing)
     others = {name: tensor[[0, 1, 2, 4, 5]] for name, tensor in records.items()}
-    without = torch.stack(worths(of, sent(of), records))
-    assert torch.equal(without, torch.stack(worths(of, sent(of), others)))
+    without = torch.stack(utilities(of, sent(of), records))
+    assert torch.equal(without, torch.stack(utilities(of, sent(of), others)))
     assert float((total - without).sum()) == pytest.approx(of.model.experts.top_k, abs=1e-6)
 
 
@@ -157,15 +157,15 @@ def test_exploration_does_not_show_in_a_worth():
     of = asked(model=make_config(router={"kind": "softmax", "noise": 5.0}))
     records = make_batch(12)
     torch.testing.assert_close(
-        torch.stack(worths(of, sent(of), records)), by_hand(of, sent(of), records), atol=1e-6, rtol=0
+        torch.stack(utilities(of, sent(of), records)), by_hand(of, sent(of), records), atol=1e-6, rtol=0
     )
 
 
 def test_with_much_epsilon_the_most_useful_come_first():
     of = plan(affinity={**AFFINITY, "epsilon": 10.0})
     records = make_batch(500)
-    worth_E = worths(of, sent(of), records)[0]
-    best = worth_E.argsort(descending=True)[:3].tolist()
+    utility_E = utilities(of, sent(of), records)[0]
+    best = utility_E.argsort(descending=True)[:3].tolist()
     assert choice(of, sent(of), records, 6, bytes(32))["choice/0"].tolist() == best
 
 

@@ -153,7 +153,8 @@ def test_a_host_that_is_none_is_refused(tmp_path, host):
 
 
 STEPS = (
-    "host.certificates.Authority.revoke", "host.certificates.Authority.issue_server", "host.certificates.Authority.issue_operator",
+    "host.certificates.Authority.revoke", "host.certificates.Authority.issue_server",
+    "host.certificates.Authority.issue_operator",
     "server.directory.operator_text", "server.directory.default_text",
 )  # fmt: skip
 

@@ -304,10 +304,10 @@ def test_a_bundle_holds_no_code():
     assert bundle("0.1.0") == bundle("0.1.0")
 
 
-def test_only_this_release_is_answered():
-    release = flower_runtime.release()
-    assert _refusal("conclave/conclave", release) is None
-    for name, number in (("conclave/conclave", "9.9.9"), ("other/conclave", release)):
+def test_only_this_version_is_answered():
+    version = flower_runtime.installed_version()
+    assert _refusal("conclave/conclave", version) is None
+    for name, number in (("conclave/conclave", "9.9.9"), ("other/conclave", version)):
         document = _refusal(name, number)["document"]["json"]
         assert json.loads(document)["code"] == "version-mismatch"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import make_batch, make_config, make_table, make_text, make_text_config
 
 from conclave.model.config import ModelConfig
-from conclave.model.network import Batch
+from conclave.model.records import Batch
 
 LATENT = {"kind": "latent", "heads": 2, "kv_rank": 6, "rope_width": 4}
 

@@ -23,7 +23,7 @@ from conclave.protocol.codec import body_of, decode, encode, unpack
 from conclave.protocol.messages import Description, TrainReply, TrainRequest
 from conclave.protocol.plan import Plan
 from conclave.protocol.tensor_array import pack
-from conclave.server.aggregate.aggregation import Averager, Contribution
+from conclave.server.aggregate.aggregation import Averager, WeightedDelta
 from conclave.server.config import FederationConfig
 from conclave.server.strategy import ExpertStrategy
 
@@ -130,7 +130,7 @@ def document(text: str, body: bytes | None = None) -> RecordDict:
     return content
 
 
-def average(contributions: Iterable[Contribution], min_holders: int) -> dict[str, Tensor]:
+def average(contributions: Iterable[WeightedDelta], min_holders: int) -> dict[str, Tensor]:
     """Average contributions that come in the given order, expected in the order of their nodes' names."""
     contributions = list(contributions)
     averager = Averager(sorted(item.node for item in contributions))

@@ -88,7 +88,7 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path, *, exists: 
         exists: whether the ledgers of both sides are there, from an attempt that was interrupted after them.
 
     Returns:
-        The claims that are new; :func:`release` takes them back where no ledger came into being.
+        The claims that are new; :func:`withdraw` takes them back where no ledger came into being.
 
     Raises:
         BadInputError: the name, the data, a folder around them, something in them or a file that a link leads to are
@@ -112,7 +112,7 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path, *, exists: 
                     _write(registry, one)
                     written.append(one.file_in(registry))
         except BadInputError:
-            release(written)  # the name is still free where the data are not
+            withdraw(written)  # the name is still free where the data are not
             raise
     return written
 
@@ -164,7 +164,7 @@ def hold(
     return [one.path for one in places]
 
 
-def release(claims: Iterable[Path]) -> None:
+def withdraw(claims: Iterable[Path]) -> None:
     """Take claims back that no ledger was created for."""
     for path in claims:
         path.unlink(missing_ok=True)

@@ -261,7 +261,7 @@ def test_claims_are_taken_back_where_they_are_new(tmp_path):
     claims = registry.claim(folder, "one", tmp_path / "data", ledger)
     assert sorted(claims) == sorted(folder.iterdir())
     assert registry.claim(folder, "one", tmp_path / "data", ledger) == []
-    registry.release(claims)
+    registry.withdraw(claims)
     registry.claim(folder, "one", tmp_path / "data", other)
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from server_samples import average
 
-from conclave.server.aggregate.aggregation import Averager, Contribution
+from conclave.server.aggregate.aggregation import Averager, WeightedDelta
 
 A, B, C = "shared/a", "expert/0/1/up.weight", "router/0/1/score.weight"
 
 
 def give(node, weight, **delta):
     names = {"a": A, "b": B, "c": C}
-    return Contribution(node, weight, {names[key]: torch.tensor(value) for key, value in delta.items()})
+    return WeightedDelta(node, weight, {names[key]: torch.tensor(value) for key, value in delta.items()})
 
 
 def test_weighted_means_by_hand():
@@ -44,8 +44,8 @@ def test_too_few_holders_leave_an_expert_out_but_never_shared_weights(min_holder
 def test_the_order_of_replies_does_not_touch_a_bit():
     # Large opposite values: their order decides what becomes of the small ones between them.
     values = [1e15, 1 / 3, -1e15, 7.0, 3e9]
-    replies = [Contribution(f"n{n}", 1.0 + n % 2, {A: torch.tensor([v])}) for n, v in enumerate(values)]
-    replies = [Contribution(r.node, r.weight, r.delta | ({B: r.delta[A]} if r.node < "n3" else {})) for r in replies]
+    replies = [WeightedDelta(f"n{n}", 1.0 + n % 2, {A: torch.tensor([v])}) for n, v in enumerate(values)]
+    replies = [WeightedDelta(r.node, r.weight, r.delta | ({B: r.delta[A]} if r.node < "n3" else {})) for r in replies]
     first = average(replies, 1)
     for order in itertools.permutations(replies):
         again = average(order, 1)
@@ -59,7 +59,7 @@ def test_no_reply_no_average():
 
 def test_replies_are_not_modified():
     delta = {A: torch.ones(2)}
-    average([Contribution("n1", 3.0, delta), Contribution("n2", 5.0, delta)], 1)
+    average([WeightedDelta("n1", 3.0, delta), WeightedDelta("n2", 5.0, delta)], 1)
     assert torch.equal(delta[A], torch.ones(2))
 
 

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from scipy.stats import trim_mean
 from server_samples import ask, delta_for, held_of, make_strategy, train_reply
 
-from conclave.server.aggregate.aggregation import Contribution
+from conclave.server.aggregate.aggregation import WeightedDelta
 from conclave.server.aggregate.aggregation_config import AggregationConfig
 from conclave.server.aggregate.robust import make_aggregator, trimmed_mean
 
@@ -40,7 +40,7 @@ def some(count, seed=1):
     for number in range(count):
         names = {A: (3, 4)} | ({UP: (2, 5), DOWN: (5, 2), ROW: (3,)} if number % 2 == 0 else {})
         delta = {n: (number + 1) * torch.randn(shape, generator=generator) for n, shape in names.items()}
-        found.append(Contribution(f"n{number:02}", 1.0 + number, delta))
+        found.append(WeightedDelta(f"n{number:02}", 1.0 + number, delta))
     return found
 
 
@@ -109,8 +109,8 @@ def test_contributions_are_not_modified(options):
 @pytest.mark.parametrize("lie", [1e6, -1e6])
 def test_one_liar_of_seven_moves_a_mean_anywhere_and_a_robust_one_hardly(options, lie):
     generator = torch.Generator().manual_seed(5)
-    honest = [Contribution(f"h{n}", 1.0, {A: 1.0 + 0.1 * torch.randn(4, generator=generator)}) for n in range(6)]
-    liar = Contribution("liar", 1.0, {A: torch.full((4,), lie)})
+    honest = [WeightedDelta(f"h{n}", 1.0, {A: 1.0 + 0.1 * torch.randn(4, generator=generator)}) for n in range(6)]
+    liar = WeightedDelta("liar", 1.0, {A: torch.full((4,), lie)})
     assert aggregate({"kind": "mean"}, [*honest, liar])[A].abs().min() > 1e5
     moved = aggregate(options, [*honest, liar])[A] - aggregate({"kind": "mean"}, honest)[A]
     # The median norm here is about 2, so at a bound of 1.5 the liar's share is a norm of at most 3/7.
@@ -126,7 +126,7 @@ def test_a_round_uses_what_the_configuration_names(options):
     strategy.aggregate_train(1, [train_reply(r, delta) for r, delta in deltas.items()])
     assert strategy.tally.accepted == 4
     contributions = [
-        Contribution(asked, 100.0 * (r.metadata.dst_node_id - 10), deltas[r])
+        WeightedDelta(asked, 100.0 * (r.metadata.dst_node_id - 10), deltas[r])
         for r in requests
         for asked in [f"{r.metadata.dst_node_id}"]
     ]

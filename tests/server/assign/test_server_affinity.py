@@ -1,4 +1,4 @@
-"""Wishes become assignments: nobody gets fewer, every expert gets its holders, and as few wishes as needed move."""
+"""Choices become assignments: nobody gets fewer, every expert gets its holders, and as few choices as needed move."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from conclave.server.assign.affinity import fill_gaps
+from conclave.server.assign.gaps import fill_gaps
 
 EXPERTS = 5
 
 
 @some.composite
-def wishes(draw):
+def choices(draw):
     nodes = draw(some.integers(1, 6))
     return {
         f"n{node}": draw(some.permutations(range(EXPERTS)))[: draw(some.integers(1, EXPERTS))] for node in range(nodes)
@@ -26,7 +26,7 @@ def holders(held):
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(wishes(), some.integers(1, 2))
+@given(choices(), some.integers(1, 2))
 def test_as_many_as_wished_and_the_minimum_wherever_places_suffice(wanted, least):
     held = fill_gaps(wanted, EXPERTS, least)
     assert {node: len(ids) for node, ids in held.items()} == {node: len(ids) for node, ids in wanted.items()}
@@ -40,7 +40,7 @@ def test_as_many_as_wished_and_the_minimum_wherever_places_suffice(wanted, least
 
 @pytest.mark.parametrize("least", [1, 2])
 def test_no_fewer_wishes_could_move(least):
-    """All wishes of three nodes with three of five experts, against trying every assignment."""
+    """All choices of three nodes with three of five experts, against trying every assignment."""
     orders = list(itertools.permutations(range(EXPERTS), 3))[::7]
     choices = list(itertools.combinations(range(EXPERTS), 3))
     for wanted in itertools.islice(itertools.product(orders, repeat=3), 0, None, 29):

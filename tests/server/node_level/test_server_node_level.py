@@ -25,11 +25,11 @@ from conclave.privacy.ledger.reading.history import LedgerFile, write_export
 from conclave.protocol.codec import encode
 from conclave.protocol.messages import Refusal
 from conclave.report.report import write_report
-from conclave.server.aggregate.aggregation import Contribution
+from conclave.server.aggregate.aggregation import WeightedDelta
 from conclave.server.node_level.account import NodeAccount, _seeded_key
 from conclave.server.node_level.config import NodePrivacyConfig
 from conclave.server.node_level.mechanism import NodeLevelSum, clipped, own_experts, secret_cohort
-from conclave.server.node_level.rounds import NodeLevel
+from conclave.server.node_level.rounds import NodeLevelRounds
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
 from conclave.simulations.shipped import find
@@ -56,7 +56,7 @@ def summed(nodes, *, noise=0.0, secret=bytes(32), lengths=None, order=None):
         nodes, shapes=SHAPES, clip=0.5, noise_multiplier=noise, expected_nodes=1.0, expert_share=1.0
     )
     for node in order or nodes:
-        collected.add(node, Contribution(node, 1.0, delta_of(node, (lengths or {}).get(node, 3.0))))
+        collected.add(node, WeightedDelta(node, 1.0, delta_of(node, (lengths or {}).get(node, 3.0))))
     return collected.result(secret)
 
 
@@ -117,7 +117,7 @@ def test_divisors_are_public():
     collected = NodeLevelSum(
         NAMES, shapes=SHAPES, clip=0.5, noise_multiplier=0.0, expected_nodes=5.0, expert_share=0.25
     )
-    collected.add("a", Contribution("a", 7.0, delta_of("a", 0.1)))
+    collected.add("a", WeightedDelta("a", 7.0, delta_of("a", 0.1)))
     got, plain = collected.result(bytes(32)), clipped(delta_of("a", 0.1), 0.5)
     for name, tensor in plain.items():
         divisor = 5.0 * (1.0 if name.startswith("shared/") else 0.25)
@@ -147,7 +147,7 @@ def test_cohorts_are_poisson():
 
 def node_level(path, *, rounds=4, rate=0.5, config=CONFIG, noise=1.5):
     mechanism = SampledGaussian(sampling_rate=rate, noise_multiplier=noise, steps=1)
-    return NodeLevel(
+    return NodeLevelRounds(
         NodeAccount.open(path, config, seed=1),
         config=config,
         mechanism=mechanism,

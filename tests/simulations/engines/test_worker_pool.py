@@ -91,7 +91,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path):
         run = RunDirectory.create(scenario, tmp_path / str(workers))
         simulate(scenario, run, workers=workers)
         runs.append(run)
-    for name in ("model/model.safetensors", "wishes.json"):
+    for name in ("model/model.safetensors", "choices.json"):
         assert (runs[0].path / name).read_bytes() == (runs[1].path / name).read_bytes()
     assert events(runs[0]) == events(runs[1])
     assert runs[0].held_out_ledgers

@@ -1,23 +1,23 @@
-"""Assignment by what nodes chose: their wishes, moved as little as every expert's minimum of holders needs."""
+"""Assignment by what nodes chose: their choices, moved as little as every expert's minimum of holders needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 
-def fill_gaps(wishes: Mapping[str, Sequence[int]], experts: int, min_holders: int) -> dict[str, tuple[int, ...]]:
-    """Return node → expert ids of one layer, ascending: each node as many as it wished for.
+def fill_gaps(choices: Mapping[str, Sequence[int]], experts: int, min_holders: int) -> dict[str, tuple[int, ...]]:
+    """Return node → expert ids of one layer, ascending: each node as many as it chose.
 
-    A node's wishes come most wanted first, and the released order is all that is used of them. Where an expert has too
+    A node's choices come most wanted first, and the released order is all that is used of them. Where an expert has too
     few holders, the node gives one up that wants its own least of all nodes, among those whose expert has holders to
     spare; ties go to the first name.
 
     Args:
-        wishes: node → different expert ids, most wanted first.
+        choices: node → different expert ids, most wanted first.
         experts: how many there are.
         min_holders: what every expert shall have, if the places suffice.
     """
-    held = {node: list(wanted) for node, wanted in sorted(wishes.items())}
+    held = {node: list(wanted) for node, wanted in sorted(choices.items())}
     holders = [sum(expert in wanted for wanted in held.values()) for expert in range(experts)]
     for missing in range(experts):
         while holders[missing] < min_holders:

@@ -9,7 +9,7 @@ from conclave.privacy.accounting.calibration import PlannedChoices
 from conclave.privacy.accounting.mechanisms import ExponentialChoice
 
 
-class AffinityPlan(Frozen):
+class ChoicePlan(Frozen):
     """Every ``every`` rounds, a node chooses ``experts`` of each layer by what they are worth to its records.
 
     epsilon: of one choice by the exponential mechanism; ``experts`` choices a layer are as many charges.

@@ -20,7 +20,7 @@ from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.protocol.codec import encode
 from conclave.protocol.messages import ChooseReply, ProtocolError, Refusal
 from conclave.protocol.tensor_array import pack
-from conclave.server.assign.wishes import Wishes
+from conclave.server.assign.choices import Choices
 from conclave.server.replies.receipts import ReceiptBook
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
@@ -54,20 +54,20 @@ def answer(number=1, ids=(4, 0, 2), seq=7, round_number=3, **tensors):
     return encode(ChooseReply(charge_id=charge_of(number, round_number), receipt=receipt), pack(body))
 
 
-def take(wishes, content, number=1, round_number=3):
-    wishes.take(round_number, describe(number), "1", SENT, content, ReceiptBook())
+def take(choices, content, number=1, round_number=3):
+    choices.take(round_number, describe(number), "1", SENT, content, ReceiptBook())
 
 
 def test_an_honest_choice_becomes_the_assignment_and_outlives_a_restart(tmp_path):
     be_the_server()
-    path = tmp_path / "wishes.json"
-    wishes = Wishes(PLAN, path)
-    assert [number for number in range(1, 8) if wishes.due(number)] == [3, 5, 7]
-    take(wishes, answer())
-    wishes.finish(3)
+    path = tmp_path / "choices.json"
+    choices = Choices(PLAN, path)
+    assert [number for number in range(1, 8) if choices.due(number)] == [3, 5, 7]
+    take(choices, answer())
+    choices.finish(3)
     node, other = describe(1).fingerprint, describe(2).fingerprint
     before = {node: {0: (0, 1, 2)}, other: {0: (1, 3, 5)}}
-    for known in (wishes, Wishes(PLAN, path)):
+    for known in (choices, Choices(PLAN, path)):
         assert known.assign(before, 1) == {node: {0: (0, 2, 4)}, other: {0: (1, 3, 5)}}
         assert not known.due(3)
         assert known.due(5)
@@ -94,34 +94,38 @@ HOSTILE = {
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
 def test_a_bad_choice_leaves_what_was_wished_before(content):
     be_the_server()
-    wishes = Wishes(PLAN)
-    take(wishes, answer())
+    choices = Choices(PLAN)
+    take(choices, answer())
     with pytest.raises(ProtocolError):
-        take(wishes, content(), round_number=5)
+        take(choices, content(), round_number=5)
     node = describe(1).fingerprint
-    assert wishes.assign({node: {0: (0, 1, 3)}}, 1) == {node: {0: (0, 2, 4)}}
+    assert choices.assign({node: {0: (0, 1, 3)}}, 1) == {node: {0: (0, 2, 4)}}
 
 
 def test_a_receipt_that_goes_back_or_is_not_signed_is_refused():
-    wishes, book = Wishes(PLAN), ReceiptBook()
-    wishes.take(3, describe(1), "1", SENT, answer(), book)
+    choices, book = Choices(PLAN), ReceiptBook()
+    choices.take(3, describe(1), "1", SENT, answer(), book)
     forged = SignedHead.sign(key_of(2), describe(1).ledger_id, 9, f"{9:064x}")
     for receipt in (SignedHead.sign(key_of(1), describe(1).ledger_id, 5, f"{5:064x}"), forged):
         reply = ChooseReply(charge_id=charge_of(1, 5), receipt=receipt)
         content = encode(reply, pack({"choice/0": torch.arange(3.0)}))
         with pytest.raises(ProtocolError, match="its receipt was refused"):
-            wishes.take(5, describe(1), "1", SENT, content, book)
+            choices.take(5, describe(1), "1", SENT, content, book)
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    path = tmp_path / "wishes.json"
-    wishes = ("null", "3", "[0]", "[[0, 0]]", "[[0], [1]]", "[[99]]", '[["a"]]', "[[{}]]", "[3]")
-    for text in ('{"round": 3}', "[" * 100_000, *(f'{{"round": 3, "wishes": {{"n": {wish}}}}}' for wish in wishes)):
+    path = tmp_path / "choices.json"
+    choices = ("null", "3", "[0]", "[[0, 0]]", "[[0], [1]]", "[[99]]", '[["a"]]', "[[{}]]", "[3]")
+    for text in (
+        '{"round": 3}',
+        "[" * 100_000,
+        *(f'{{"round": 3, "choices": {{"n": {choice}}}}}' for choice in choices),
+    ):
         path.write_text(text)
-        with pytest.raises(BadInputError, match=r"wishes\.json: damaged"):
-            Wishes(PLAN, path)
-    path.write_text('{"round": 3, "wishes": {"n": [[0, 2, 1]]}}')
-    assert Wishes(PLAN, path).round == 3
+        with pytest.raises(BadInputError, match=r"choices\.json: damaged"):
+            Choices(PLAN, path)
+    path.write_text('{"round": 3, "choices": {"n": [[0, 2, 1]]}}')
+    assert Choices(PLAN, path).round == 3
 
 
 def entries_of(path):
@@ -191,7 +195,7 @@ def test_the_same_run_again_is_the_same(finished, tmp_path):
     scenario, run, _ = finished
     again = RunDirectory.create(scenario, tmp_path / "run")
     simulate(scenario, again)
-    for name in ("model/model.safetensors", "wishes.json"):
+    for name in ("model/model.safetensors", "choices.json"):
         assert (again.path / name).read_bytes() == (run.path / name).read_bytes()
 
 

@@ -20,42 +20,42 @@ from conclave.privacy.ledger.entry import charge_id_of
 from conclave.protocol.codec import body_of, decode, tensors_of
 from conclave.protocol.messages import ChooseReply, Description, ProtocolError
 from conclave.protocol.plan import Plan
-from conclave.server.assign.affinity import fill_gaps
+from conclave.server.assign.gaps import fill_gaps
 from conclave.server.replies.receipts import KeptReceipt, ReceiptBook
 
 log = logging.getLogger("conclave.server")
 
-Wish = list[list[int]]
+Choice = list[list[int]]
 """By layer, ids of experts, the most wanted first."""
 
 
-class Wishes:
-    """The latest wishes of every node; they are the output of a private mechanism and hide nothing more."""
+class Choices:
+    """The latest choices of every node; they are the output of a private mechanism and hide nothing more."""
 
     def __init__(self, plan: Plan, path: Path | None = None) -> None:
         """Read what was kept before.
 
         Args:
-            path: the file; None keeps wishes in memory only.
+            path: the file; None keeps choices in memory only.
 
         Raises:
             BadInputError: the file is damaged.
         """
         self._plan, self._path = plan, path
         self.round = 0
-        self._of: dict[str, Wish] = {}
+        self._of: dict[str, Choice] = {}
         if path is not None and path.is_file():
             try:
                 document = parse_json(path.read_bytes())
-                self.round, self._of = int(document["round"]), {str(k): v for k, v in document["wishes"].items()}
+                self.round, self._of = int(document["round"]), {str(k): v for k, v in document["choices"].items()}
                 if not all(map(self._possible, self._of.values())):
                     raise ValueError("no choice of experts")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BadInputError(f"{path}: damaged, must hold what nodes chose") from error
 
-    def _possible(self, wish: Wish) -> bool:
+    def _possible(self, choice: Choice) -> bool:
         layers, experts = self._plan.model.layers, set(range(self._plan.model.experts.routed))
-        return len(wish) == layers and all(len(set(ids)) == len(ids) and experts.issuperset(ids) for ids in wish)
+        return len(choice) == layers and all(len(set(ids)) == len(ids) and experts.issuperset(ids) for ids in choice)
 
     def due(self, round_number: int) -> bool:
         """Whether nodes are to be asked before this round, and were not yet."""
@@ -70,7 +70,7 @@ class Wishes:
             sent: SHA-256 of the tensors that went with the question: the charge must be for them.
 
         Raises:
-            ProtocolError: it refused, or what it sent is no choice of experts; what it wished before stands.
+            ProtocolError: it refused, or what it sent is no choice of experts; what it chose before stands.
         """
         plan = self._plan
         if plan.affinity is None:
@@ -104,32 +104,32 @@ class Wishes:
                 kind="choose",
             )
         )
-        wish = [chosen[f"choice/{layer}"] for layer in range(plan.model.layers)]
-        for ids in wish:
+        choice = [chosen[f"choice/{layer}"] for layer in range(plan.model.layers)]
+        for ids in choice:
             whole = bool((ids == ids.round()).all()) and bool(((ids >= 0) & (ids < plan.model.experts.routed)).all())
             if not whole or len(torch.unique(ids)) != len(ids):
                 raise ProtocolError("bad-request", "its choice is not of different experts")
-        self._of[node.fingerprint] = [[int(expert) for expert in ids] for ids in wish]
+        self._of[node.fingerprint] = [[int(expert) for expert in ids] for ids in choice]
 
     def finish(self, round_number: int) -> None:
         """Keep what was taken, durably."""
         self.round = round_number
         if self._path is not None:
-            document = {"round": self.round, "wishes": self._of}
+            document = {"round": self.round, "choices": self._of}
             write_atomically(self._path, json.dumps(document, sort_keys=True).encode())
 
     def assign(self, before: Mapping[str, HeldExperts], min_holders: int) -> dict[str, HeldExperts]:
-        """Return node → layer → experts: as nodes wished, mended so that every expert has holders.
+        """Return node → layer → experts: as nodes chose, mended so that every expert has holders.
 
         Args:
-            before: what those nodes get that never chose; it counts as their wish.
+            before: what those nodes get that never chose; it counts as their choice.
         """
         experts = self._plan.model.experts.routed
         assigned: dict[str, HeldExperts] = {node: {} for node in before}
         for layer in range(self._plan.model.layers):
-            wishes = {
+            choices = {
                 node: self._of[node][layer] if node in self._of else list(held[layer]) for node, held in before.items()
             }
-            for node, ids in fill_gaps(wishes, experts, min_holders).items():
+            for node, ids in fill_gaps(choices, experts, min_holders).items():
                 assigned[node][layer] = ids
         return assigned

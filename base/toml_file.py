@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 
 _MOST_BITS = 64
 _DEEPEST = 64

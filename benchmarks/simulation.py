@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from conclave.protocol.codec import decode, encode, tensors_of
 from conclave.protocol.messages import TRAIN, TrainReply
 from conclave.server.aggregate.aggregation import Averager, WeightedDelta
+from conclave.server.aggregate.config import ServerSgd
 from conclave.server.aggregate.optimizer import ServerOptimizer
-from conclave.server.aggregate.optimizer_config import ServerSgd
 from conclave.server.replies.receipts import EMPTY_RECEIPT
 from conclave.simulations.engines.inline import InlineGrid
 from conclave.simulations.engines.worker_pool import WorkerPool

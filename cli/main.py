@@ -745,8 +745,7 @@ def train(
 ) -> None:
     """Train on real nodes: start a run on a server, follow it, and say where its run directory is."""
     from conclave.base.errors import BadInputError, RunFailedError
-    from conclave.deployment.operator.flower_control import Control
-    from conclave.deployment.operator.following import follow
+    from conclave.deployment.operator.flower_control import Control, follow
     from conclave.deployment.operator.profile import find_operator
 
     if (scenario is None) == (resume is None):

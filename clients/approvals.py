@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from conclave.base.errors import BadInputError
-from conclave.base.json_text import parse_json
+from conclave.base.reading import parse_json
 from conclave.base.whole_file import new_file, write_atomically
 from conclave.clients.hours import within
 from conclave.privacy.releases.load_histogram import release_shares

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Size, Tensor
 
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 from conclave.base.whole_file import write_atomically
 from conclave.model import parameters
 from conclave.model.building import from_state

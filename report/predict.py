@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from conclave.base.errors import BadInputError
-from conclave.base.file_content import read_content
+from conclave.base.reading import read_content
 from conclave.data.config import DataConfig
 from conclave.data.formats.npz_file import array_from
 from conclave.data.sources import load as load_data

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from conclave.audit.run import audit_run
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 from conclave.base.whole_file import write_atomically
 from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.ledger.reading.verification import LedgerAudit

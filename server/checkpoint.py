@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from conclave.base.errors import BadInputError
-from conclave.base.json_text import parse_json
+from conclave.base.reading import parse_json
 from conclave.base.whole_file import write_atomically
 from conclave.server.aggregate.optimizer import OptimizerState
 from conclave.server.replies.noise_likeness import History

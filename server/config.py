@@ -7,9 +7,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from conclave.base.frozen import Frozen
-from conclave.server.aggregate.aggregation_config import AggregationConfig, Mean
-from conclave.server.aggregate.averaging_config import AverageConfig, NoAverage
-from conclave.server.aggregate.optimizer_config import ServerOptimizerConfig, ServerSgd
+from conclave.server.aggregate.config import (
+    AggregationConfig,
+    AverageConfig,
+    Mean,
+    NoAverage,
+    ServerOptimizerConfig,
+    ServerSgd,
+)
 from conclave.server.assign.config import AllNodes, CohortConfig, FixedCohort
 from conclave.server.replies.config import NoiseTestConfig
 

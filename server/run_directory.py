@@ -14,8 +14,7 @@ from typing import Any, get_args
 from torch import Tensor
 
 from conclave.base.errors import BadInputError
-from conclave.base.json_text import parse_json
-from conclave.base.text_file import read_text
+from conclave.base.reading import parse_json, read_text
 from conclave.base.whole_file import append_durably, write_atomically
 from conclave.model.config import ModelConfig
 from conclave.model.store import save_model

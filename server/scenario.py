@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from conclave.base.errors import BadInputError
 from conclave.base.explain import explain, keys_of
 from conclave.base.frozen import Frozen
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 from conclave.base.toml_file import load_toml, parse_toml, refuse_extremes
 from conclave.data.config import DataConfig, PartitionConfig, taking_part
 from conclave.data.sources import schema_of

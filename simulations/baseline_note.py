@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from conclave.base.errors import BadInputError
 from conclave.base.frozen import Frozen
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 from conclave.base.whole_file import write_atomically
 
 

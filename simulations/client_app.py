@@ -7,9 +7,8 @@ from flwr.app import Context
 from conclave.clients.app import make_client_app
 from conclave.clients.node import Node
 from conclave.protocol.messages import ProtocolError
-from conclave.simulations.shipped import scenario_text
+from conclave.simulations.run_config import scenario_text, simulated_run_dir
 from conclave.simulations.simulated_nodes import open_simulated
-from conclave.simulations.simulated_run import simulated_run_dir
 
 
 def open_node(context: Context) -> Node:

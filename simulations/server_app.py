@@ -8,8 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 from conclave.server.run import run_scenario
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import parse_scenario
-from conclave.simulations.shipped import scenario_text
-from conclave.simulations.simulated_run import simulated_run_dir
+from conclave.simulations.run_config import scenario_text, simulated_run_dir
 
 app = ServerApp()
 

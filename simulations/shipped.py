@@ -34,20 +34,3 @@ def find(name: str) -> Path:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise BadInputError(f"{name}: no such scenario, must be a .toml file or one of {', '.join(known)}{hint}")
-
-
-def scenario_text(value: str) -> str:
-    """Return the TOML of a run-config value: TOML itself, a shipped name, or nothing for the default scenario.
-
-    A path is not accepted: a run config may come from elsewhere, and must not name files.
-
-    Raises:
-        BadInputError: neither.
-    """
-    if "=" in value:
-        return value
-    known = shipped()
-    name = value.strip() or DEFAULT
-    if name not in known:
-        raise BadInputError(f"scenario is {name!r}, must be TOML or one of {', '.join(known)}")
-    return known[name].read_text(encoding="utf-8")

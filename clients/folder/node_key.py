@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import without_mark
+from conclave.base.reading import without_mark
 from conclave.base.whole_file import new_file
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import ssl
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,13 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 from conclave.deployment.flower.runtime import TESTED, check_flower, installed_version
 from conclave.deployment.host.certificates import days_left
 from conclave.deployment.host.outward_proxy import check_outward_proxy
 from conclave.deployment.operator.profile import Operator
+
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -207,3 +210,12 @@ scenario = ""
 resume = ""
 """
     return build_fab_from_files({"pyproject.toml": project.encode()})[0]
+
+
+def follow(control: Control, run_id: int, say: Callable[[str], None]) -> ListedRun:
+    """Say what the run says, line by line, and return how it ended."""
+    for line in control.said(run_id):
+        say(line)
+    while not (found := control.runs(run_id)[0]).finished:
+        time.sleep(_LOOK_S)
+    return found

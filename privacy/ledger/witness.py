@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import without_mark
+from conclave.base.reading import without_mark
 from conclave.base.whole_file import write_atomically
 from conclave.privacy.ledger.heads import SignedHead
 

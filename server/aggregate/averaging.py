@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from conclave.base.errors import BadInputError
-from conclave.server.aggregate.averaging_config import AverageConfig, MovingAverage, TailAverage
+from conclave.server.aggregate.config import AverageConfig, MovingAverage, TailAverage
 
 
 class ModelAverage:

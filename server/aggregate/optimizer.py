@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from conclave.base.errors import BadInputError
-from conclave.server.aggregate.optimizer_config import ServerAdagrad, ServerAdam, ServerAdamW, ServerOptimizerConfig
+from conclave.server.aggregate.config import ServerAdagrad, ServerAdam, ServerAdamW, ServerOptimizerConfig
 
 OptimizerState = Mapping[str, Mapping[str, Tensor]]
 """Tensor name → what ``torch.optim`` remembers of it, by its own names; step counters are tensors of no dimension."""

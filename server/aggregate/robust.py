@@ -13,7 +13,7 @@ from torch import Tensor
 from conclave.model.parameters import Owner, owner
 from conclave.protocol.codec import norms
 from conclave.server.aggregate.aggregation import Aggregator, Averager, WeightedDelta
-from conclave.server.aggregate.aggregation_config import AggregationConfig, Median, NormBounded, TrimmedMean
+from conclave.server.aggregate.config import AggregationConfig, Median, NormBounded, TrimmedMean
 
 
 def make_aggregator(config: AggregationConfig, nodes: Sequence[str]) -> Aggregator:
@@ -31,7 +31,7 @@ class Trimmed(Aggregator):
     """Coordinate-wise trimmed mean; with a share of a half, the median."""
 
     def __init__(self, nodes: Sequence[str], trim: float) -> None:
-        """Leave out the share ``trim`` at each end; see ``aggregation_config.TrimmedMean``."""
+        """Leave out the share ``trim`` at each end; see ``config.TrimmedMean``."""
         super().__init__(nodes)
         self._trim = trim
         self._deltas: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -58,7 +58,7 @@ class Bounded(Aggregator):
     """The weighted mean of contributions, each parameter group of which is scaled down to a bound on its norm."""
 
     def __init__(self, nodes: Sequence[str], config: NormBounded) -> None:
-        """See :class:`conclave.server.aggregate.aggregation_config.NormBounded`."""
+        """See :class:`conclave.server.aggregate.config.NormBounded`."""
         super().__init__(nodes)
         self._config = config
         self._kept: list[WeightedDelta] = []

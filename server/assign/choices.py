@@ -13,7 +13,7 @@ from torch import Size
 
 from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
-from conclave.base.json_text import parse_json
+from conclave.base.reading import parse_json
 from conclave.base.whole_file import write_atomically
 from conclave.model.experts.config import HeldExperts
 from conclave.privacy.ledger.entry import charge_id_of

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from conclave.base.errors import BadInputError
 from conclave.base.frozen import Frozen
-from conclave.base.text_file import read_text
+from conclave.base.reading import read_text
 from conclave.base.whole_file import append_durably
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.heads import HEX_KEY

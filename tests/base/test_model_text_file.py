@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conclave.base.errors import BadInputError
-from conclave.base.text_file import MOST_BYTES, read_text
+from conclave.base.reading import MOST_BYTES, read_text
 from conclave.base.toml_file import read_toml
 
 BOM = b"\xef\xbb\xbf"

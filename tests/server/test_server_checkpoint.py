@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save
 
 from conclave.base.errors import BadInputError
+from conclave.server.aggregate.config import ServerSgd
 from conclave.server.aggregate.optimizer import ServerOptimizer
-from conclave.server.aggregate.optimizer_config import ServerSgd
 from conclave.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from conclave.base.errors import BadInputError
 from conclave.server.scenario import parse_scenario, read_scenario
-from conclave.simulations.shipped import find, scenario_text, shipped
-from conclave.simulations.simulated_run import RUNS_VARIABLE, simulated_run_dir
+from conclave.simulations.run_config import RUNS_VARIABLE, scenario_text, simulated_run_dir
+from conclave.simulations.shipped import find, shipped
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))

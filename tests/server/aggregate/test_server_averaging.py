@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from conclave.base.errors import BadInputError
 from conclave.data.sources import load
 from conclave.server.aggregate.averaging import ModelAverage
-from conclave.server.aggregate.averaging_config import AverageConfig
+from conclave.server.aggregate.config import AverageConfig
 from conclave.server.checkpoint import read_checkpoint, write_checkpoint
 from conclave.server.evaluate.public import evaluate
 from conclave.server.run_directory import RunDirectory

@@ -9,8 +9,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from conclave.base.errors import BadInputError
+from conclave.server.aggregate.config import ServerAdam, ServerOptimizerConfig, ServerSgd
 from conclave.server.aggregate.optimizer import ServerOptimizer
-from conclave.server.aggregate.optimizer_config import ServerAdam, ServerOptimizerConfig, ServerSgd
 
 A, B = "shared/a", "expert/0/1/up.weight"
 

@@ -13,7 +13,7 @@ from scipy.stats import trim_mean
 from server_samples import ask, delta_for, held_of, make_strategy, train_reply
 
 from conclave.server.aggregate.aggregation import WeightedDelta
-from conclave.server.aggregate.aggregation_config import AggregationConfig
+from conclave.server.aggregate.config import AggregationConfig
 from conclave.server.aggregate.robust import make_aggregator, trimmed_mean
 
 A, UP, DOWN, ROW = "shared/a", "expert/0/1/up.weight", "expert/0/1/down.weight", "router/0/1/score.weight"

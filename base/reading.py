@@ -1,12 +1,13 @@
-"""Text files that people hand over: UTF-8, with whichever line ends and with or without a byte order mark."""
+"""Files and documents that people hand over: as bytes up to a size, as text in UTF-8, as JSON."""
 
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
+from typing import Any
 
 from conclave.base.errors import BadInputError
-from conclave.base.file_content import read_content
 
 MOST_BYTES = 1 << 28
 """What is read of a file: more than anything that people write, and than the longest run's metrics."""
@@ -54,3 +55,36 @@ def other_encoding(content: bytes) -> str | None:
         if content.startswith(mark):
             return encoding
     return "UTF-16" if b"\0" in content[:2] and content[:2] != b"\0\0" else None
+
+
+def read_content(path: Path, refusal: str, most_bytes: int) -> bytes:
+    """Read a file as a whole.
+
+    Args:
+        refusal: what to say where that fails: which file cannot be read, and what it must be.
+
+    Raises:
+        BadInputError: it cannot be read, or is larger than ``most_bytes``.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(most_bytes + 1)
+    except OSError as error:
+        raise BadInputError(f"{refusal}: {error.strerror}") from error
+    if len(content) > most_bytes:
+        raise BadInputError(f"{refusal}: it has more than {most_bytes} bytes")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse a document that can be written again: whatever is wrong with it is one kind of error.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or has an integer or a text that nothing can print.
+    """
+    try:
+        document = json.loads(text)
+        json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return document

@@ -1,4 +1,4 @@
-"""Configuration of the server's optimizer and of how its learning rate moves over the rounds."""
+"""Configuration of the way from deltas to the next model: aggregation, the server's optimizer, averages over rounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,74 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from conclave.base.frozen import Frozen
+
+
+class Mean(Frozen):
+    """The weighted mean over the holders. One hostile holder moves it as far as its weight and norm allow."""
+
+    kind: Literal["mean"] = "mean"
+
+
+class TrimmedMean(Frozen):
+    """At every coordinate, the mean of what is left without the largest and the smallest values.
+
+    trim: the share of a tensor's holders that is left out at each end, rounded up: of four holders and 0.1, one. The
+    result is bounded by honest values while at most this share is hostile (Yin et al. 2018, arXiv:1803.01498). At
+    least one or two values are always left. Weights are not used.
+    """
+
+    kind: Literal["trimmed-mean"]
+    trim: float = Field(default=0.1, gt=0.0, lt=0.5)
+
+
+class Median(Frozen):
+    """At every coordinate, the median over the holders (Yin et al. 2018). Weights are not used."""
+
+    kind: Literal["median"]
+
+
+class NormBounded(Frozen):
+    """The weighted mean of deltas whose norm, parameter group by parameter group, is cut to a bound.
+
+    relative: ``bound`` is a multiple of the median norm of the group's holders, otherwise it is the norm itself.
+    """
+
+    kind: Literal["norm-bounded"]
+    bound: float = Field(default=1.0, gt=0.0, le=1e6)
+    relative: bool = True
+
+
+AggregationConfig = Annotated[Mean | TrimmedMean | Median | NormBounded, Field(discriminator="kind")]
+
+
+class NoAverage(Frozen):
+    """The last round's model itself."""
+
+    kind: Literal["none"] = "none"
+
+
+class MovingAverage(Frozen):
+    """Exponential: a round weighs ``decay`` times as much as the one after it, and all weights sum to 1.
+
+    1/(1 − decay) rounds are about what it looks back on. Unlike the recursion that starts from the fresh model (De et
+    al. 2022, arXiv:2204.13650, warm it up for that), no round before the first has a weight.
+    """
+
+    kind: Literal["moving"]
+    decay: float = Field(ge=0.0, lt=1.0)
+
+
+class TailAverage(Frozen):
+    """Uniform over the last ``share`` of the run's rounds; before those begin, the model itself.
+
+    Uniform tail averaging of what DP-SGD releases: Shejwalkar et al. 2022, arXiv:2210.01864.
+    """
+
+    kind: Literal["tail"]
+    share: float = Field(gt=0.0, le=1.0)
+
+
+AverageConfig = Annotated[NoAverage | MovingAverage | TailAverage, Field(discriminator="kind")]
 
 
 class _Optimizer(Frozen):

@@ -323,7 +323,7 @@ def test_a_scenario_for_real_nodes_is_planned_but_not_simulated(tmp_path):
 
 def test_a_node_loads_nothing_that_it_does_not_need():
     """What is not imported opens no connection and writes no cache; these do, or once did."""
-    names = {"datasets", "flwr_datasets", "matplotlib", "sklearn", "huggingface_hub", "ray"}
+    names = {"datasets", "flwr_datasets", "matplotlib", "sklearn", "huggingface_hub", "ray", "conclave.simulations"}
     code = f"import sys, conclave.deployment.node.process; print(sorted({names} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

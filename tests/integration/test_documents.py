@@ -117,7 +117,7 @@ def is_missing(name: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page):
-    """Lexical: what stands in backticks and looks like a path, a test or a module of ours; other names are not looked at."""
+    """Lexical: what stands in backticks and looks like a path, a test or a module of ours; no other name counts."""
     assert [name for name in re.findall(r"`([^`\n]+)`", prose_of(page)) if is_missing(name)] == []
 
 

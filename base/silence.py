@@ -1,4 +1,4 @@
-"""Keep libraries from calling out: no telemetry, no update checks, no hub (PRIVACY rule 14)."""
+"""Keep libraries from calling out: no telemetry, no update checks, no hub (docs/privacy.md, rule 14)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-unit clipped sums from one backward pass, with certified norms (PRIVACY rule 5).
+"""Per-unit clipped sums from one backward pass, with certified norms (docs/privacy.md, rule 5).
 
 Forward hooks keep each layer's input, tensor hooks its output gradient, and parameters take no part in the backward
 pass. A layer's per-unit gradient norm follows from those two; once every layer's is known, one weighted product per

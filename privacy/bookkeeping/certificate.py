@@ -85,7 +85,7 @@ Measured = Materialised | SingleRow | Gram
 def squared_bounds(measured: Sequence[Measured]) -> Tensor:
     """Return upper bounds of the squared norms, float64 [len(measured), U].
 
-    For a Gram of T rows of width d_x and d_δ, with n = d_x + d_δ + 2T + 16 (PRIVACY rule 5):
+    For a Gram of T rows of width d_x and d_δ, with n = d_x + d_δ + 2T + 16 (docs/privacy.md, rule 5):
     ``gram + γ_n S² + η(d_x(Σ‖δ‖)² + d_δ(Σ‖x‖)² + T²)``. The float32 errors of S and of the norms enter as a factor on
     terms that are corrections already.
     """

@@ -1,4 +1,4 @@
-"""Rule 14: reading private data connects to nothing, writes nothing, and leaves nothing behind."""
+"""Rule 14 of docs/privacy.md: reading private data connects to nothing, writes nothing, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def test_a_node_speaks_with_the_server_only_and_writes_into_its_state_only(federation):
-    """Rule 14, on the running processes after whole runs; reading of data has tests of its own."""
+    """Rule 14 of docs/privacy.md, on the running processes after whole runs; reading of data has tests of its own."""
     for name in NODES:
         server = NodeDirectory(federation.folder / name).config.server
         executor = federation.running[name].pid

@@ -105,7 +105,7 @@ def receipt_for(request: Message) -> SignedHead:
 
 
 def charge_id_of(request: Message) -> str:
-    """The charge for a request, as PRIVACY §4 defines it: the hash of a canonical JSON array."""
+    """The charge for a request, as rule 9 of docs/privacy.md defines it: the hash of a canonical JSON array."""
     document = decode(request.content, TrainRequest)
     held = {str(layer): list(ids) for layer, ids in sorted(document.held.items())}
     text = json.dumps({"held": held}, separators=(",", ":"))

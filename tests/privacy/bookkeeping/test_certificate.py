@@ -130,7 +130,7 @@ def test_padding_does_not_carry_another_units_infinities_over():
 
 
 def test_the_terms_of_the_bound():
-    """The formula in closed form, term by term (PRIVACY rule 5)."""
+    """The formula in closed form, term by term (docs/privacy.md, rule 5)."""
     one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     eta, n = 2.0**-126, 30 + 20 + 2 * 7 + 16
     for parts, expected in (

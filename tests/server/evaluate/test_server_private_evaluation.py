@@ -56,7 +56,7 @@ def number_of(request: Message) -> int:
 
 
 def charge_id_of(request: Message, ledger_id: str) -> str:
-    """As PRIVACY §4 defines it, for the ledger that pays."""
+    """As rule 9 of docs/privacy.md defines it, for the ledger that pays."""
     document = decode(request.content, EvaluateRequest)
     held = {str(layer): list(ids) for layer, ids in sorted(document.held.items())}
     text = json.dumps({"held": held}, separators=(",", ":"))

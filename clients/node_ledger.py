@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 
 import torch
 
@@ -17,6 +18,7 @@ from conclave.privacy.ledger import (
     ChargeConflictError,
     ChargeRequest,
     Ledger,
+    LedgerError,
     LedgerMismatchError,
     PlanClosedError,
     ReplyExpiredError,
@@ -26,7 +28,7 @@ from conclave.privacy.ledger import (
     WitnessUnavailableError,
 )
 from conclave.privacy.releases.repeatability import repeat_key
-from conclave.protocol.messages import ProtocolError
+from conclave.protocol.messages import Code, ProtocolError
 
 LocalState = tuple[bytes | None, ...]
 
@@ -81,27 +83,28 @@ def check_receipt(ledger: Ledger, receipt: SignedHead | None) -> None:
     )
 
 
+CODES: Mapping[type[LedgerError], Code] = MappingProxyType(
+    {
+        AlreadyChargedError: "already-charged",
+        BudgetExhaustedError: "budget-exhausted",
+        ChargeAbandonedError: "charge-abandoned",
+        ChargeConflictError: "bad-request",
+        LedgerMismatchError: "ledger-mismatch",
+        PlanClosedError: "not-allowed",
+        ReplyExpiredError: "reply-expired",
+        WitnessUnavailableError: "internal-error",  # of its disk, which may be there again
+    }
+)
+"""What the server may see of a ledger's refusal."""
+
+
 @contextmanager
 def as_codes() -> Iterator[None]:
     """Turn the ledger's answers into the codes that the server may see."""
     try:
         yield
-    except BudgetExhaustedError as error:
-        raise ProtocolError("budget-exhausted") from error
-    except AlreadyChargedError as error:
-        raise ProtocolError("already-charged", "the plan has no such charge left, or none in this round") from error
-    except ChargeAbandonedError as error:
-        raise ProtocolError("charge-abandoned") from error
-    except ChargeConflictError as error:
-        raise ProtocolError("bad-request", "the charge was made before with other content") from error
-    except ReplyExpiredError as error:
-        raise ProtocolError("reply-expired") from error
-    except PlanClosedError as error:
-        raise ProtocolError("not-allowed", "the plan was closed") from error
-    except LedgerMismatchError as error:
-        raise ProtocolError("ledger-mismatch", str(error)) from error
-    except WitnessUnavailableError as error:  # of its disk, which may be there again
-        raise ProtocolError("internal-error", f"the ledger's witness {error}") from error
+    except LedgerError as error:
+        raise ProtocolError(CODES[type(error)], str(error)) from error
     except BadInputError as error:
         raise ProtocolError("not-allowed", str(error)) from error
     except sqlite3.OperationalError as error:  # of the disk; the transaction was undone

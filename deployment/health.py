@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.folder.node_config import read_node_config
 from conclave.clients.folder.operations_config import MonitoringConfig
 from conclave.deployment.host.monitoring import HOST
@@ -25,7 +25,8 @@ def ask_health(folder: Path) -> dict[str, bool]:
         folder: of a node or a server.
 
     Raises:
-        BadInputError: it is neither's, no port is configured, or nobody answers there as a node or a server would.
+        BadInputError: it is neither's, or no port is configured.
+        UnavailableError: nobody answers there as a node or a server would.
     """
     where, config = _monitoring(folder)
     port = config.metrics_port
@@ -35,9 +36,9 @@ def ask_health(folder: Path) -> dict[str, bool]:
         found = json.loads(_answer(port))
         return {str(name): bool(well) for name, well in found.items()}
     except OSError as error:
-        raise BadInputError(f"{where}: nobody answers on port {port}, must be running") from error
+        raise UnavailableError(f"{where}: nobody answers on port {port}, must be running") from error
     except (http.client.HTTPException, ValueError, AttributeError, RecursionError) as error:
-        raise BadInputError(f"{where}: another program answers on port {port}") from error
+        raise UnavailableError(f"{where}: another program answers on port {port}") from error
 
 
 def _answer(port: int) -> bytes:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from conclave.base.canonical import sha256
+from conclave.base.errors import ConclaveError
 from conclave.base.frozen import Frozen
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
@@ -51,7 +52,7 @@ Flaw = Literal["document", "no-tensors", "oversized", "undecodable", "other-tens
 """What is wrong with a message that cannot be used. For the receiver's own records; it never travels."""
 
 
-class ProtocolError(Exception):
+class ProtocolError(ConclaveError):
     """A message was refused; ``code`` may be sent, the exception's text and its ``flaw`` never are."""
 
     def __init__(self, code: Code, detail: str = "", flaw: Flaw = "document") -> None:

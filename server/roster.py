@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import RunFailedError
 from conclave.protocol.codec import decode, encode
 from conclave.protocol.messages import (
     QUERY_ADMIT,
@@ -63,7 +63,7 @@ class Roster:
         """Ask every node what is public about it; return those that can take part, by Flower node id.
 
         Raises:
-            BadInputError: none can.
+            RunFailedError: none can.
         """
         self._connected = set(_connected(self._grid, self._scenario.nodes))
         refused = self._ask(QUERY_DESCRIBE, self._connected)
@@ -74,21 +74,21 @@ class Roster:
             hint = ""
             if refused["schema-mismatch"]:
                 hint = f"; a simulation of this scenario needs {self._scenario.nodes} nodes"
-            raise BadInputError(f"no node can take part ({why}), must be at least one{hint}")
+            raise RunFailedError(f"no node can take part ({why}), must be at least one{hint}")
         return found
 
     def admit(self) -> dict[int, Description]:
         """Ask the described nodes to set the budget for the whole plan aside; return those that did.
 
         Raises:
-            BadInputError: none did.
+            RunFailedError: none did.
         """
         refused = self._ask(QUERY_ADMIT, self._reachable())
         self.refused += refused
         if not self._admitted:
             why = counted(refused) or "none answered"
             then = "; start the run again once owners have approved it" if refused["awaiting-approval"] else ""
-            raise BadInputError(f"no node admits the plan ({why}), must be at least one; nodes' logs say why{then}")
+            raise RunFailedError(f"no node admits the plan ({why}), must be at least one; nodes' logs say why{then}")
         return self.members()
 
     def refresh(self) -> bool:

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from conclave.base.errors import BadInputError, RunFailedError
+from conclave.base.errors import RunFailedError
 from conclave.data.sources import public_test
 from conclave.model import parameters
 from conclave.model.building import build
@@ -57,9 +57,10 @@ def run_scenario(
             left to do.
 
     Raises:
-        BadInputError: no usable node answered, the scenario cannot be carried out, the model cannot be trained as it
-            asks, or the checkpoint is damaged or belongs to another plan.
-        RunFailedError: every node that was asked refused a round, or no round changed anything.
+        BadInputError: the scenario cannot be carried out, the model cannot be trained as it asks, or the checkpoint is
+            damaged or belongs to another plan.
+        RunFailedError: too few nodes take part, every node that was asked refused a round, or no round changed
+            anything.
     """
     run.note_code()
     plan = scenario.plan()
@@ -198,7 +199,7 @@ def _check_coverage(scenario: Scenario, strategy: ExpertStrategy, refused: Count
     short = shortage(scenario.federation, scenario.model.experts.routed, capacities)
     if short is not None:
         absent = f"; nodes that do not take part: {counted(refused)}" if refused else ""
-        raise BadInputError(f"{short}{absent}")
+        raise RunFailedError(f"{short}{absent}")
 
 
 def _restore(strategy: ExpertStrategy, average: ModelAverage, run: RunDirectory, plan_hash: str) -> int:

@@ -87,7 +87,7 @@ def simulate(
 
     Raises:
         BadInputError: the scenario cannot be carried out, or its model cannot be trained as it asks.
-        RunFailedError: every node refused a round, or no round changed anything.
+        RunFailedError: too few nodes take part, every node refused a round, or no round changed anything.
     """
 
     def on_reply(reply: Message) -> None:

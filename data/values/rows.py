@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from conclave.base.errors import ConclaveError
 from conclave.data.values.schema import Schema
 
 
-class BadValueError(ValueError):
+class BadValueError(ConclaveError, ValueError):
     """A row cannot be used. The message says what is wrong and what is allowed, and never what the row holds."""
 
 

@@ -57,7 +57,7 @@ from flwr.supernode.runtime.run_clientapp import push_message
 from conclave.base.errors import BadInputError
 from conclave.deployment.flower.supernode import PATIENCE_S
 from conclave.protocol.codec import encode
-from conclave.protocol.messages import Refusal
+from conclave.protocol.messages import ProtocolError, Refusal
 
 TESTED = "1.41.0"
 CLIENT_APP: Literal["flwr-clientapp"] = "flwr-clientapp"
@@ -180,9 +180,9 @@ def answer_message(
         except (ObjectPullError, httpx.HTTPError) as error:  # but for one that the SuperNode takes back itself
             log.warning("a message did not come whole (%s); was its run stopped?", type(error).__name__)
             return
-        except _UnreadableError as error:
-            log.warning("refused with bad-request: what came is no message (%s)", error)
-            reply = Message(encode(Refusal(code="bad-request")), reply_to=message)
+        except ProtocolError as error:
+            log.warning("refused with %s: %s", error.code, error)
+            reply = Message(encode(Refusal(code=error.code)), reply_to=message)
         except Exception:
             log.exception("the app failed; the server is told internal-error and nothing else")
             reply = Message(encode(Refusal(code="internal-error")), reply_to=message)
@@ -195,16 +195,12 @@ def answer_message(
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details=""))
 
 
-class _UnreadableError(Exception):
-    """What came is no message."""
-
-
 def _whole(client: RuntimeHttpClient, node: Node, run_id: int, tree: ObjectTree) -> Message:
     """Fetch the parts of a message and put it together.
 
     Raises:
         ObjectPullError: a part did not come; the SuperNode gives up before, and takes the message back.
-        _UnreadableError: it is no message.
+        ProtocolError: ``bad-request``, it is no message.
     """
     try:
         message = pull_and_inflate_object_from_tree(
@@ -217,7 +213,7 @@ def _whole(client: RuntimeHttpClient, node: Node, run_id: int, tree: ObjectTree)
     except (ObjectPullError, httpx.HTTPError):
         raise
     except Exception as error:  # of whatever kind: somebody else made the bytes
-        raise _UnreadableError(type(error).__name__) from error
+        raise ProtocolError("bad-request", f"what came is no message ({type(error).__name__})") from error
     message.metadata.__dict__["_message_id"] = tree.object_id
     return message
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 
 PATIENCE_S = 15.0
 _LOOK_S = 0.1
@@ -24,14 +24,14 @@ def alone(state: Path) -> Iterator[None]:
         state: where a lock is kept.
 
     Raises:
-        BadInputError: another process holds it.
+        UnavailableError: another process holds it.
     """
     lock = os.open(state / "running.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise BadInputError(f"{state.parent}: is running already, must be stopped first") from error
+            raise UnavailableError(f"{state.parent}: is running already, must be stopped first") from error
         yield
     finally:
         os.close(lock)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import httpx
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, ConclaveError, UnavailableError
 from conclave.clients.approvals import Approvals
 from conclave.clients.capacity import room_for
 from conclave.clients.folder.node_directory import NodeDirectory
@@ -82,7 +82,7 @@ def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Chec
 def _try(what: str, look: Callable[[], str]) -> Check:
     try:
         return Check(what, look())
-    except BadInputError as error:
+    except ConclaveError as error:
         return Check(what, "not in order", str(error))
 
 
@@ -199,7 +199,8 @@ def look_at_server(directory: NodeDirectory) -> str:
     """Reach for the server; return what was found.
 
     Raises:
-        BadInputError: it cannot be reached, has another certificate, a proxy cannot be used, or the clocks differ.
+        BadInputError: it has another certificate, a proxy cannot be used, or the clocks differ.
+        UnavailableError: it cannot be reached.
     """
     check_outward_proxy()
     server = directory.config.server
@@ -213,11 +214,11 @@ def look_at_server(directory: NodeDirectory) -> str:
     except (ssl.SSLError, httpx.ConnectError) as error:
         if "CERTIFICATE" in str(error).upper():
             raise BadInputError(f"{server.address}: its certificate does not hold against {ca} ({error})") from error
-        raise BadInputError(
+        raise UnavailableError(
             f"{server.address}: not reachable; look at the address, the firewall and the server"
         ) from error
     except (OSError, httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        raise BadInputError(f"{server.address}: not reachable ({type(error).__name__}: {error})") from error
+        raise UnavailableError(f"{server.address}: not reachable ({type(error).__name__}: {error})") from error
     skew = _skew(date)
     if skew is not None and not -_MOST_BEHIND_S <= skew <= _MOST_AHEAD_S:
         raise BadInputError(f"this machine's clock is {skew:+.0f} s from the server's; set it (NTP)")

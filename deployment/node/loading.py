@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.approvals import Approvals
 from conclave.clients.folder.node_directory import NodeDirectory
 from conclave.clients.held_out import HeldOut, sides_of
@@ -34,16 +34,17 @@ def open_node(directory: NodeDirectory) -> Node:
     """Open a node for work.
 
     Raises:
-        BadInputError: the data cannot be read, are stored otherwise than in the first run, are exchanged meanwhile,
-            leave no memory for training, or a ledger may not be opened; see
+        BadInputError: the data cannot be read, are stored otherwise than in the first run, leave no memory for
+            training, or a ledger may not be opened; see
             :meth:`conclave.clients.folder.node_directory.NodeDirectory.open_ledger`.
+        UnavailableError: the data are exchanged meanwhile.
     """
     config, before = directory.config, look_at(directory.data)
     data = read_data(directory)
     check_room(bytes_in_use())
     ledger, held_out = directory.open_ledger(), None
     if not look_at(directory.data).is_still(before):  # the claims are on what lies there now
-        raise BadInputError(f"{directory.data}: other files lay there while it was read; start again")
+        raise UnavailableError(f"{directory.data}: other files lay there while it was read; start again")
     records, size = data.records, config.dataset.declared_size
     for doubt in doubts(config.budget.epsilon, config.budget.delta, size):  # of ledgers made before it was refused too
         log.warning("%s", doubt)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.app import make_client_app
 from conclave.clients.folder.node_config import ConnectionConfig
 from conclave.clients.folder.node_directory import NodeDirectory
@@ -45,6 +45,7 @@ def start_node(directory: NodeDirectory) -> None:
     Raises:
         BadInputError: the node cannot be opened, is not connected to a server, a proxy or a limit cannot be used, or
             another Flower is installed.
+        UnavailableError: it is running already.
     """
     check_flower()
     server = directory.config.server
@@ -70,7 +71,7 @@ def _serve(directory: NodeDirectory, server: ConnectionConfig, key: Path, ca: Pa
     )
     try:
         look_at_server(directory)
-    except BadInputError as error:  # it may come back; the SuperNode goes on trying
+    except (BadInputError, UnavailableError) as error:  # it may come back; the SuperNode goes on trying
         log.warning("%s", error)
     secret = directory.state / "executor.secret"
     secret.unlink(missing_ok=True)

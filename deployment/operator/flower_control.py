@@ -16,6 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SubStatus
 from flwr.common.serde import fab_to_proto, user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -30,7 +31,7 @@ from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, RunFailedError, UnavailableError
 from conclave.base.reading import read_text
 from conclave.deployment.flower.runtime import TESTED, check_flower, installed_version
 from conclave.deployment.host.certificates import days_left
@@ -38,6 +39,8 @@ from conclave.deployment.host.outward_proxy import check_outward_proxy
 from conclave.deployment.operator.profile import Operator
 
 _LOOK_S = 0.5
+_NO_SENTENCES_OF_THE_SERVERS = ("", "No heartbeat received from the task")
+"""What Flower says by itself of a run that it ended."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,19 @@ class ListedRun:
         """Whether it is over, well or not."""
         return self.status == "finished"
 
+    @property
+    def refused(self) -> bool:
+        """Whether the server refused what it was asked to run; ``details`` says why. A run may fail otherwise, too."""
+        details = self.details
+        ours = details not in _NO_SENTENCES_OF_THE_SERVERS and not details.startswith(RunFailedError.BEGINNING)
+        return self.sub_status == SubStatus.FAILED and ours
+
 
 class Control:
-    """The control API, for operators."""
+    """The control API, for operators.
+
+    Whatever it is asked raises BadInputError where the server refuses, and UnavailableError where it does not answer.
+    """
 
     def __init__(self, address: str, trusted: ssl.SSLContext) -> None:
         """Connect lazily.
@@ -98,7 +111,7 @@ class Control:
         """Enrol a node by its public key; return Flower's id for it.
 
         Raises:
-            BadInputError: that is no such key, or the server refuses or cannot be reached.
+            BadInputError: that is no such key.
         """
         try:
             text = read_text(public_key, "a node's public key (.pub)")
@@ -114,11 +127,7 @@ class Control:
             return int(self._client.RegisterNode(request).node_id)
 
     def unregister(self, node_id: int) -> None:
-        """Let a node connect no more.
-
-        Raises:
-            BadInputError: there is no such node, or the server refuses or cannot be reached.
-        """
+        """Let a node connect no more."""
         with self._asking(f"remove node {node_id}", {404: "no such node is enrolled; conclave status lists them"}):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
@@ -130,7 +139,7 @@ class Control:
         with self._asking("start the run"):
             response = self._client.StartRun(request)
             if not response.HasField("run_id"):
-                raise BadInputError(f"{self._address}: did not start the run")
+                raise UnavailableError(f"{self._address}: did not start the run")
             return int(response.run_id)
 
     def stop(self, run_id: int) -> bool:
@@ -168,22 +177,27 @@ class Control:
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
             known = {403: "the operator's certificate was not accepted", **reasons}
-            why = known.get(code, f"HTTP {code}")
-            raise BadInputError(f"{self._address}: cannot {what}: {why}") from error
+            refusal = f"{self._address}: cannot {what}: {known.get(code, f'HTTP {code}')}"
+            if code >= httpx.codes.INTERNAL_SERVER_ERROR:  # the proxy's, say, while the server starts
+                raise UnavailableError(refusal) from error
+            raise BadInputError(refusal) from error
         except httpx.HTTPError as error:
-            raise BadInputError(f"{self._address}: cannot {what}: {_why(error)}") from error
+            certificate = _unaccepted(error)
+            if certificate is not None:
+                raise BadInputError(f"{self._address}: cannot {what}: {certificate}") from error
+            raise UnavailableError(f"{self._address}: cannot {what}: not reachable ({type(error).__name__})") from error
         except (httpx.InvalidURL, UnicodeError) as error:
             raise BadInputError(f"{self._address}: cannot {what}: no such address can be") from error
 
 
-def _why(error: httpx.HTTPError) -> str:
-    """Say why nothing came back. The error of a connection has that of the certificate somewhere below it."""
+def _unaccepted(error: httpx.HTTPError) -> str | None:
+    """Say what is wrong with the server's certificate: an error of the connection has that somewhere below it."""
     below: BaseException | None = error
     while below is not None:
         if isinstance(below, ssl.SSLCertVerificationError):
             return f"the server's certificate is not accepted ({below.verify_message})"
         below = below.__cause__ or below.__context__
-    return f"not reachable ({type(error).__name__})"
+    return None
 
 
 def bundle(number: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.deployment.flower.machine_metrics import machine_metrics
 from conclave.deployment.operator.flower_control import Control
 from conclave.deployment.server.directory import ServerDirectory
@@ -50,7 +50,7 @@ class ServerMetrics(Collector):
         try:
             with self.control() as control:
                 states = Counter(state for _, state in control.nodes())
-        except BadInputError:  # it is starting; the programs' own metric says so
+        except (BadInputError, UnavailableError):  # it is starting; the programs' own metric says so
             states = Counter()
         for state, count in sorted(states.items()):
             nodes.add_metric([state], count)

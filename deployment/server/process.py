@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.deployment.flower.database import bring_up_to_date
 from conclave.deployment.flower.grid import run_on_server
 from conclave.deployment.flower.runtime import SERVER_APP, RuntimeApi, check_flower, serve
@@ -45,6 +45,7 @@ def start_server(server: ServerDirectory) -> None:
     Raises:
         BadInputError: nginx is missing or refuses its configuration, a proxy of the environment cannot be used, or
             another Flower is installed or its database cannot be used.
+        UnavailableError: it is running already.
     """
     check_flower()
     private_umask()
@@ -96,7 +97,7 @@ def _stop_forsaken_runs(control: Callable[[], Control], stopped: threading.Event
                         asked.stop(run.run_id)
                         log.warning("run %d had lost its server; conclave train --resume goes on with it", run.run_id)
             return
-        except BadInputError:  # the SuperLink is starting
+        except (BadInputError, UnavailableError):  # the SuperLink is starting
             continue
 
 

@@ -1,24 +1,22 @@
 """The owner's ledger: charge before release, release once, and anyone can check it."""
 
 from conclave.privacy.ledger.entry import ChargeRequest, Entry, Genesis
-from conclave.privacy.ledger.heads import KeyRotation, SignedHead
-from conclave.privacy.ledger.ledger import (
+from conclave.privacy.ledger.errors import (
     AlreadyChargedError,
     BudgetExhaustedError,
     ChargeAbandonedError,
     ChargeConflictError,
-    Ledger,
+    LedgerError,
+    LedgerMismatchError,
     PlanClosedError,
     ReplyExpiredError,
-    Reservation,
-    StoredReply,
-    state_of,
+    WitnessUnavailableError,
 )
-from conclave.privacy.ledger.store import LedgerMismatchError
-from conclave.privacy.ledger.witness import WitnessUnavailableError
+from conclave.privacy.ledger.heads import KeyRotation, SignedHead
+from conclave.privacy.ledger.ledger import Ledger, Reservation, StoredReply, state_of
 
 __all__ = [
     "AlreadyChargedError", "BudgetExhaustedError", "ChargeAbandonedError", "ChargeConflictError", "ChargeRequest",
-    "Entry", "Genesis", "KeyRotation", "Ledger", "LedgerMismatchError", "PlanClosedError", "ReplyExpiredError",
-    "Reservation", "SignedHead", "StoredReply", "WitnessUnavailableError", "state_of",
+    "Entry", "Genesis", "KeyRotation", "Ledger", "LedgerError", "LedgerMismatchError", "PlanClosedError",
+    "ReplyExpiredError", "Reservation", "SignedHead", "StoredReply", "WitnessUnavailableError", "state_of",
 ]  # fmt: skip

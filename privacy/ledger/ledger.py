@@ -22,6 +22,14 @@ from conclave.base.errors import BadInputError
 from conclave.privacy.accounting.filter import charge_units, epsilon_of
 from conclave.privacy.ledger.drawn import Drawn
 from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
+from conclave.privacy.ledger.errors import (
+    AlreadyChargedError,
+    BudgetExhaustedError,
+    ChargeAbandonedError,
+    ChargeConflictError,
+    PlanClosedError,
+    ReplyExpiredError,
+)
 from conclave.privacy.ledger.heads import SignedHead
 from conclave.privacy.ledger.plan_text import plan_id_of, spell_plan
 from conclave.privacy.ledger.schema import bound_to
@@ -32,33 +40,6 @@ _MOST_ATTEMPTS = 2
 _FOLLOWED_RUNS = 8
 KEPT_REPLIES = 8
 """Replies that a ledger keeps for redelivery, the latest ones. Older requests are answered ``reply-expired``."""
-
-
-class BudgetExhaustedError(Exception):
-    """The charge, or the plan, would exceed the budget; nothing was written."""
-
-
-class ChargeAbandonedError(Exception):
-    """The charge was given up; it stays spent and is not run again."""
-
-
-class ChargeConflictError(Exception):
-    """The charge was made before with another mechanism or other releases; nothing was written."""
-
-
-class AlreadyChargedError(Exception):
-    """The run was charged for this round before, with other content, or its plan has no such charge left.
-
-    Nothing was written. The round is over for this ledger; later ones are not.
-    """
-
-
-class ReplyExpiredError(Exception):
-    """The charge was committed but its stored reply has been pruned, or damaged."""
-
-
-class PlanClosedError(Exception):
-    """The budget set aside for this plan was given back; a closed plan is not opened again."""
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,13 @@ from conclave.base.canonical import canonical_json, sha256
 from conclave.base.errors import BadInputError
 from conclave.privacy.ledger.derived import Derived
 from conclave.privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
+from conclave.privacy.ledger.errors import LedgerMismatchError
 from conclave.privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
 from conclave.privacy.ledger.schema import TABLES, format_version, has_plain_tables, is_ours, migrate, run_script
 from conclave.privacy.ledger.witness import Witness
 
 UNREADABLE = (sqlite3.Error, TypeError, ValueError, KeyError, AttributeError, OverflowError, MemoryError)
 """What reading a damaged file raises."""
-
-
-class LedgerMismatchError(Exception):
-    """The ledger contradicts its witness or a receipt: it is an older copy, or was replaced. Nothing was written."""
 
 
 class Store:

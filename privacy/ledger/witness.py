@@ -16,11 +16,8 @@ from pydantic import ValidationError
 from conclave.base.errors import BadInputError
 from conclave.base.reading import without_mark
 from conclave.base.whole_file import write_atomically
+from conclave.privacy.ledger.errors import WitnessUnavailableError
 from conclave.privacy.ledger.heads import SignedHead
-
-
-class WitnessUnavailableError(BadInputError):
-    """The witness's disk is full, or its place cannot be reached. The ledger itself is whole."""
 
 
 class Witness:
@@ -42,7 +39,7 @@ class Witness:
             return None
         except OSError as error:
             raise WitnessUnavailableError(
-                f"{self.path}: cannot be read ({error.strerror}), must be a ledger's witness"
+                f"{self.path}: the ledger's witness cannot be read ({error.strerror}), must be a readable file"
             ) from error
         try:
             head = SignedHead.model_validate_json(without_mark(line))
@@ -68,5 +65,5 @@ class Witness:
                 os.close(lock)
         except OSError as error:
             raise WitnessUnavailableError(
-                f"{self.path}: cannot be written ({error.strerror}), must be a writable place"
+                f"{self.path}: the ledger's witness cannot be written ({error.strerror}), must be in a writable place"
             ) from error

@@ -10,6 +10,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from conclave.base.canonical import sha256
+from conclave.base.errors import ConclaveError
 from conclave.privacy.gradients.clipping import AdaptiveClip
 from conclave.privacy.ledger.entry import charge_id_of
 from conclave.privacy.releases.load_histogram import DELTA
@@ -48,7 +49,7 @@ that the plan asks for and a signal, see :mod:`conclave.server.replies.noise_lik
 """
 
 
-class DroppedError(Exception):
+class DroppedError(ConclaveError):
     """A reply does not count."""
 
     def __init__(self, reason: Reason, detail: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.folder.node_key import check_node_key, create_node_key
 from conclave.deployment.host.alone import alone, check_ports
 
@@ -28,7 +28,7 @@ def test_a_folder_is_held_by_one_process_and_free_after_it(tmp_path):
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(BadInputError, match="is running already"), alone(tmp_path):
+    with pytest.raises(UnavailableError, match="is running already"), alone(tmp_path):
         pass
     other.communicate("")
     with alone(tmp_path):

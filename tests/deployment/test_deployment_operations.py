@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from prometheus_client.parser import text_string_to_metric_families
 from test_deployment_node import edit, folder  # noqa: F401  (a fixture)
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.folder.node_directory import NodeDirectory
 from conclave.deployment import service_unit
 from conclave.deployment.health import ask_health
@@ -146,7 +146,7 @@ def test_health_is_well_or_not(folder):  # noqa: F811
             pass
         addresses = {line.split()[1] for line in _listening() if line.split()[1].endswith(f":{port:04X}")}
         assert addresses == {f"0100007F:{port:04X}"}  # loopback, and no other address
-    with pytest.raises(BadInputError, match="nobody answers"):
+    with pytest.raises(UnavailableError, match="nobody answers"):
         ask_health(folder)
     with pytest.raises(BadInputError, match="neither"):
         ask_health(folder.parent)
@@ -166,7 +166,7 @@ def test_another_program_on_the_port_is_named(folder, said):  # noqa: F811
         edit(folder, "# metrics_port = 9464", f"metrics_port = {other.getsockname()[1]}")
         answering = threading.Thread(target=_answer_once, args=(other, said))
         answering.start()
-        with pytest.raises(BadInputError, match="another program answers on port"):
+        with pytest.raises(UnavailableError, match="another program answers on port"):
             ask_health(folder)
         answering.join()
 

@@ -67,7 +67,7 @@ def test_a_whole_run_waits_for_its_owners_and_is_audited(federation):
     assert "NOT OK" not in checked
     assert "1 bad rows are left out" in checked  # the last line of the CSV
     refused = federation.call("train", "patients.toml", "--superlink", "server/operator")
-    assert (refused.returncode, "3 × awaiting-approval" in refused.stderr) == (2, True)
+    assert (refused.returncode, "3 × awaiting-approval" in refused.stderr) == (3, True)
     for name in NODES:
         approved = federation.must("node", "approve", name, plan_of(federation)[:12])
         assert "releases delta, metrics of held-out units (1 times, from their own budget)" in approved
@@ -118,11 +118,11 @@ def test_the_server_tells_its_monitoring_how_the_run_went(federation):
 def test_a_spent_budget_refuses_the_next_run(federation):
     """After the run above, whose approval is used up; each scenario would take the whole budget again."""
     unasked = federation.call("train", "patients.toml", "--superlink", "server/operator")
-    assert (unasked.returncode, "3 × awaiting-approval" in unasked.stderr) == (2, True)
+    assert (unasked.returncode, "3 × awaiting-approval" in unasked.stderr) == (3, True)
     for name in NODES:
         federation.must("node", "approve", name, plan_of(federation)[:12])
     again = federation.call("train", "patients.toml", "--superlink", "server/operator")
-    assert (again.returncode, "3 × budget-exhausted" in again.stderr) == (2, True)
+    assert (again.returncode, "3 × budget-exhausted" in again.stderr) == (3, True)
     for name in NODES:
         assert json.loads(federation.must("node", "budget", name, "--json").splitlines()[-1])["budget"]["spent"] <= 8.0
 
@@ -146,7 +146,7 @@ def test_a_paused_node_refuses_until_it_is_resumed(federation):
 def test_what_no_policy_allows_is_refused_and_the_reason_stays_with_the_owner(federation, asked, reason):
     refused = federation.call("train", "patients.toml", "--set", asked, "--superlink", "server/operator")
     (sentence,) = refused.stderr.splitlines()
-    assert refused.returncode == 2
+    assert refused.returncode == 3
     assert "no node admits the plan (3 × not-allowed)" in sentence
     for name in NODES:
         assert f"refused with not-allowed: {reason}" in federation.log(name)

@@ -106,7 +106,7 @@ def test_too_few_nodes_or_too_small_ones_for_every_expert_train_nothing(tmp_path
         (Nodes({11: refusal, 12: refusal}), "1 node × 4 experts hold 4 places", 3),
         (Nodes({}, capacity=2), "3 nodes × 2 experts hold 6 places", 0),  # told before any budget is set aside
     ):
-        with pytest.raises(BadInputError, match=f"{places}, 8 experts × min_holders 1 need 8"):
+        with pytest.raises(RunFailedError, match=f"{places}, 8 experts × min_holders 1 need 8"):
             run_scenario(nodes, scenario, RunDirectory.create(scenario, tmp_path / places), "5")
         assert nodes.asked[TRAIN] == nodes.asked[QUERY_CLOSE] == []
         assert len(nodes.asked[QUERY_ADMIT]) == admissions
@@ -114,7 +114,7 @@ def test_too_few_nodes_or_too_small_ones_for_every_expert_train_nothing(tmp_path
 
 def test_where_nobody_admits_the_plan_nothing_runs(tmp_path):
     refusal = encode(Refusal(code="budget-exhausted"))
-    with pytest.raises(BadInputError, match="no node admits the plan"):
+    with pytest.raises(RunFailedError, match="no node admits the plan"):
         run(tmp_path, dict.fromkeys((11, 12, 13), refusal))
 
 

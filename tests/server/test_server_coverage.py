@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from server_samples import ask, delta_for, make_strategy, train_reply
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import RunFailedError
 from conclave.server.config import FederationConfig
 from conclave.server.coverage import Coverage, outlook, shortage
 from conclave.server.node_level.config import NodePrivacyConfig
@@ -133,7 +133,7 @@ def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
     scenario = Scenario.model_construct(model=strategy.plan.model, federation=strategy.config)
     _check_coverage(scenario, strategy, Counter())
     strategy.meet({node: found for node, found in strategy.nodes.values() if node in (11, 12, 13)})
-    with pytest.raises(BadInputError, match="3 nodes × 3 experts hold 9 places, 6 experts × min_holders 2 need 12"):
+    with pytest.raises(RunFailedError, match="3 nodes × 3 experts hold 9 places, 6 experts × min_holders 2 need 12"):
         _check_coverage(scenario, strategy, Counter())
     level = NodePrivacyConfig(epsilon=8.0, delta=1e-3, clip=1.0, nodes=4)
     _check_coverage(

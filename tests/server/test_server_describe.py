@@ -6,7 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
 from server_samples import be_the_server, describe, reply_with
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import RunFailedError
 from conclave.protocol.codec import encode
 from conclave.protocol.messages import QUERY_DESCRIBE, Refusal
 from conclave.server.roster import Roster
@@ -80,9 +80,9 @@ def test_a_key_that_was_left_out_for_its_size_does_not_block_another():
 
 
 @pytest.mark.parametrize("contents", [{}, {1: None}, {1: encode(Refusal(code="not-enrolled"))}])
-def test_nobody_is_bad_input(contents, monkeypatch):
+def test_nobody_is_a_failed_run(contents, monkeypatch):
     monkeypatch.setattr("conclave.server.roster._NODES_APPEAR_WITHIN_S", 0.0)
-    with pytest.raises(BadInputError, match=r"no node can take part \(.*\), must be at least one"):
+    with pytest.raises(RunFailedError, match=r"no node can take part \(.*\), must be at least one"):
         described(contents)
 
 

@@ -6,7 +6,7 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from server_samples import be_the_server, describe, make_plan, reply_with
 
-from conclave.base.errors import BadInputError
+from conclave.base.errors import RunFailedError
 from conclave.protocol.codec import encode
 from conclave.protocol.messages import QUERY_ADMIT, QUERY_CLOSE, QUERY_DESCRIBE, Admission, Closed, Refusal
 from conclave.server.roster import Roster, counted
@@ -273,9 +273,9 @@ def test_an_answer_to_another_nodes_question_is_no_answer(net):
     assert ids(roster) == {NAME[1]: 11, NAME[2]: 12}
 
 
-def test_before_round_one_nobody_is_bad_input(net):
+def test_before_round_one_nobody_is_a_failed_run(net):
     net.answers = {(n, QUERY_ADMIT): encode(Refusal(code="not-allowed")) for n in (11, 12)}
     roster = Roster(net, read_scenario(find("digits"), {"partition.nodes": 2}), PLAN, "1")
     roster.describe()
-    with pytest.raises(BadInputError, match="no node admits the plan"):
+    with pytest.raises(RunFailedError, match="no node admits the plan"):
         roster.admit()

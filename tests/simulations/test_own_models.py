@@ -168,7 +168,7 @@ def test_a_model_that_cannot_be_trained_is_one_sentence_before_anything_is_charg
     assert not list(tmp_path.glob("run/ledgers/*"))
 
 
-def test_a_run_that_nobody_takes_part_in_is_exit_status_1(tmp_path, monkeypatch, capsys):
+def test_a_run_that_nobody_takes_part_in_is_exit_status_3(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise ProtocolError("budget-exhausted")
 
@@ -177,7 +177,7 @@ def test_a_run_that_nobody_takes_part_in_is_exit_status_1(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", ["conclave", "simulate", "digits", *options, f"--out={tmp_path / 'run'}"])
     with pytest.raises(SystemExit) as caught:
         conclave.cli.main.main()
-    assert caught.value.code == 1
+    assert caught.value.code == 3
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]

@@ -90,11 +90,11 @@ def test_nobody_who_refused_was_charged(federation, said):
         assert spent(federation, name) == 0.0
 
 
-def test_an_exhausted_budget_is_one_sentence_and_status_2(federation, said):
+def test_an_exhausted_budget_is_one_sentence_and_status_3(federation, said):
     """Only the first node would take part, and 40 is more than it has for ever."""
     before = spent(federation, "first")
     refused = federation.call(*asked("greedy", 2), "--set", f"privacy.epsilon={BUDGET + 8}")
-    assert refused.returncode == 2
+    assert refused.returncode == 3
     (sentence,) = refused.stderr.splitlines()
     assert "no node admits the plan" in sentence
     assert "1 × budget-exhausted" in sentence

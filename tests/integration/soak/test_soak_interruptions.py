@@ -58,7 +58,7 @@ def test_a_stopped_run_goes_on_and_no_round_is_charged_twice(federation):
     train = begin(federation, "stopped", 4)
     (run_id,) = [run["run_id"] for run in federation.status()["runs"] if run["status"] != "finished"]
     assert "stopped" in federation.must("stop", run_id, "--superlink", "server/operator")
-    assert train.end() == 2
+    assert train.end() == 3
     assert f"conclave: run {run_id}: stopped" in train.said
     resumed = federation.must("train", "--resume", "stopped-1", "--superlink", "server/operator")
     assert "round 1 of" not in resumed
@@ -70,7 +70,7 @@ def test_a_killed_server_is_started_again_and_its_run_resumed(federation):
     train = begin(federation, "lost", 4)
     before = {name: len(supernode_log(federation, name)) for name in NODES}
     kill(federation, "server")
-    assert train.end() == 2
+    assert train.end() == 3
     assert train.said.splitlines()[-1].startswith("conclave: localhost:")  # one sentence
     assert "not reachable" in train.said
     federation.start("server", "server", "start", "server")

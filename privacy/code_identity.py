@@ -6,7 +6,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-_PACKAGES = ("model", "privacy", "data", "clients")
+_PACKAGES = ("base", "model", "privacy", "data", "protocol", "clients")
 
 
 @cache

@@ -1,10 +1,11 @@
-"""The model of a scenario, or one of the caller's own, made ready for a model audit. No data is needed."""
+"""The model of a scenario, or one of the caller's own, made ready for a model audit. No private data is needed."""
 
 from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +25,10 @@ from conclave.server.scenario import Scenario
 _EXAMPLES = 8
 _FEWEST, _MOST = 4, 16
 _DECLARED_SIZE = 100
+USUAL = DpSgd(
+    steps=1, learning_rate=1.0, sampling_rate=0.1, clip=1.0, noise_multiplier=1.0, declared_size=_DECLARED_SIZE
+)
+"""What a model that comes without a mechanism is trained with: flat clipping at C = 1, σ = 1, q = 0.1."""
 
 
 def audit_scenario(scenario: Scenario) -> list[Finding]:
@@ -49,46 +54,76 @@ def audit_scenario(scenario: Scenario) -> list[Finding]:
 
 
 def audit_own(path: str) -> list[Finding]:
-    """Audit what ``module:function`` builds: (module, example_loss, batch of at least 4 examples).
-
-    The function may also return (module, batch) where the module has a method ``loss``. It is trained with flat
-    clipping at C = 1, σ = 1, q = 0.1. Of a larger batch 16 examples are looked at.
+    """Audit what ``module:function`` builds; see :func:`audit_built`. Modules are also looked for where the caller is.
 
     Raises:
         BadInputError: there is no such function, it fails, or it returns something that cannot be audited.
     """
-    module, loss, batch = _built(path)
-    mechanism = DpSgd(
-        steps=1,
-        learning_rate=1.0,
-        sampling_rate=0.1,
-        clip=1.0,
-        noise_multiplier=1.0,
-        declared_size=_DECLARED_SIZE,
-    )
-    try:
-        return audit_model(Subject(module, loss, _some(batch), mechanism, rebuild=lambda: _built(path)[:2]))
-    except BadInputError as error:
-        raise BadInputError(f"{path}: {error}") from error
-
-
-def _built(path: str) -> tuple[nn.Module, ExampleLoss, Mapping[str, Tensor]]:
     sys.path.insert(0, str(Path.cwd()))
     try:
-        build = pkgutil.resolve_name(path)
-    except Exception as error:  # importing runs the caller's code
-        raise BadInputError(f"{path} cannot be called: {said(error)}") from error
-    except SystemExit as error:
-        raise BadInputError(f"{path} cannot be called: it ends the process") from error
+        with _of_the_callers(path):
+            build = pkgutil.resolve_name(path)  # importing runs the caller's code
     finally:
         sys.path.pop(0)
+    return audit_built(build, USUAL, where=path)
+
+
+def audit_built(build: Callable[[], object], mechanism: DpSgd, *, where: str) -> list[Finding]:
+    """Audit what a function builds: (module, example_loss, batch of at least 4 examples). It is called several times.
+
+    It may also return (module, batch) where the module has a method ``loss``. Of a larger batch 16 examples are looked
+    at.
+
+    Args:
+        where: the function's name, for errors.
+
+    Raises:
+        BadInputError: it fails, or it returns something that cannot be audited.
+    """
+    module, loss, batch = _built(build, where)
     try:
-        built = build()
-    except Exception as error:  # of the caller's code
-        raise BadInputError(f"{path} cannot be called: {said(error)}") from error
+        return audit_module(module, loss, batch, mechanism, rebuild=lambda: _built(build, where)[:2])
+    except BadInputError as error:
+        raise BadInputError(f"{where}: {error}") from error
+
+
+def audit_module(
+    module: nn.Module,
+    example_loss: ExampleLoss,
+    records: Mapping[str, Tensor],
+    mechanism: DpSgd,
+    *,
+    rebuild: Callable[[], tuple[nn.Module, ExampleLoss]] | None = None,
+) -> list[Finding]:
+    """Audit any torch model with its loss, on at least 4 records; of more, 16 are looked at.
+
+    Args:
+        records: named tensors, each with the record as its first axis.
+        rebuild: makes model and loss once more; what they may hold where Python does not show it is then found too.
+
+    Raises:
+        BadInputError: they cannot be audited.
+    """
+    if wrong := _wrong_with(records):
+        raise BadInputError(f"a batch that {wrong}, must be named tensors with {_FEWEST} or more examples")
+    return audit_model(Subject(module, example_loss, _some(records), mechanism, rebuild=rebuild))
+
+
+@contextmanager
+def _of_the_callers(name: str) -> Iterator[None]:
+    """Run the caller's code; whatever it raises is bad input."""
+    try:
+        yield
+    except Exception as error:
+        raise BadInputError(f"{name} cannot be called: {said(error)}") from error
     except SystemExit as error:
-        raise BadInputError(f"{path} cannot be called: it ends the process") from error
-    must = f"{path} must return (module, example_loss, batch of named tensors with 4 or more examples)"
+        raise BadInputError(f"{name} cannot be called: it ends the process") from error
+
+
+def _built(build: Callable[[], object], name: str) -> tuple[nn.Module, ExampleLoss, Mapping[str, Tensor]]:
+    with _of_the_callers(name):
+        built = build()
+    must = f"{name} must return (module, example_loss, batch of named tensors with {_FEWEST} or more examples)"
     if isinstance(built, tuple) and len(built) == 2 and callable(getattr(built[0], "loss", None)):
         built = (built[0], built[0].loss, built[1])
     if not (isinstance(built, tuple) and len(built) == 3):
@@ -99,7 +134,7 @@ def _built(path: str) -> tuple[nn.Module, ExampleLoss, Mapping[str, Tensor]]:
     if not callable(loss):
         raise BadInputError(f"{must}; its example_loss is {_kind(loss)}, which cannot be called")
     if wrong := _wrong_with(batch):
-        raise BadInputError(f"{must}; {wrong}")
+        raise BadInputError(f"{must}; its batch {wrong}")
     return module, loss, batch
 
 
@@ -110,19 +145,19 @@ def _kind(value: object) -> str:
 def _wrong_with(batch: object) -> str | None:
     """Say what is wrong with a batch, None where nothing is."""
     if not isinstance(batch, Mapping) or not batch:
-        return f"its batch is {'empty' if isinstance(batch, Mapping) else _kind(batch)}"
+        return f"is {'empty' if isinstance(batch, Mapping) else _kind(batch)}"
     for name, tensor in batch.items():
         if not isinstance(name, str):
-            return f"its batch has the key {name!r}, which is no name"
+            return f"has the key {name!r}, which is no name"
         if not isinstance(tensor, Tensor):
-            return f"its batch has {type(tensor).__name__} at {name}"
+            return f"has {type(tensor).__name__} at {name}"
         if tensor.dim() == 0 or tensor.layout != torch.strided or tensor.device.type == "meta":
-            return f"its batch has a tensor at {name} whose first axis is not the example"
+            return f"has a tensor at {name} whose first axis is not the example"
     sizes = {name: len(tensor) for name, tensor in batch.items()}
     if len(set(sizes.values())) > 1:
-        return f"its batch has {' and '.join(f'{size} at {name}' for name, size in sizes.items())}"
+        return f"has {' and '.join(f'{size} at {name}' for name, size in sizes.items())}"
     if (examples := next(iter(sizes.values()))) < _FEWEST:
-        return f"its batch has {examples}"
+        return f"has {examples}"
     return None
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 
+SWITCHES = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""The libraries' own switches. They read them when they are imported, and so do programs that are started from here."""
+
 
 def silence() -> None:
-    """Set the libraries' own switches; must run before they are imported."""
-    os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-    os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    """Set the switches, whatever they were; must run before the libraries are imported."""
+    os.environ.update(SWITCHES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,12 +36,23 @@ def _check_belongs(wire: Mapping[str, Tensor], expected: Mapping[str, Size]) -> 
         raise ValueError("tensors must be finite and float32")
 
 
-def load(folder: Path) -> Network:
-    """Load a full model written by :func:`save_model`, in evaluation mode.
+def load(folder: str | os.PathLike[str]) -> Network:
+    """Load a full model, in evaluation mode.
+
+    >>> import conclave
+    >>> run = conclave.simulate("digits", partition={"nodes": 2}, federation={"rounds": 1}, out="runs/model")
+    >>> network = conclave.load("runs/model")
+    >>> network.config.preset, network.training
+    ('moe', False)
+
+    Args:
+        folder: of a saved model (``model.safetensors`` beside ``model.json``), or a run directory, which holds one.
 
     Raises:
         BadInputError: a file is missing, unreadable, or the two do not belong together.
     """
+    folder = Path(folder)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise BadInputError(f"{folder}: no {name} here, must be a folder that holds a saved model")

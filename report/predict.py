@@ -63,8 +63,7 @@ def predict(
     Raises:
         BadInputError: the model or the input cannot be used.
     """
-    folder = model / "model" if (model / "model").is_dir() else model
-    network = load(folder)
+    network = load(model)
     encoder = network.config.encoder
     if isinstance(encoder, BytesConfig):
         return _continue(network, source, encoder.window, max_bytes, temperature, seed)

@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
-    "base", "model", "privacy", "data", "protocol", "clients", "server", "simulations", "audit", "report", "deployment",
-    "cli",
+    "base", "model", "privacy", "data", "protocol", "clients", "server", "simulations", "audit", "report", "api",
+    "deployment", "cli",
 )  # fmt: skip
 STANDARD = set(sys.stdlib_module_names)
 MAY_IMPORT = {
@@ -151,6 +151,8 @@ def test_who_checks_a_ledger_loads_no_torch(module):
         ("conclave.server.app", "from conclave.clients import node"),
         ("conclave.server.app", "import conclave.clients"),
         ("conclave.server.app", "from conclave.simulations import simulate"),
+        ("conclave.server.app", "from conclave.api.run import Run"),
+        ("conclave.api.run", "from conclave.deployment.health import ask_health"),
         ("conclave.simulations.simulate", "if True:\n    from conclave.cli.main import main"),
         ("conclave.deployment.node.process", "from flwr.supercore.fab import Fab"),
         ("conclave.deployment.node.process", "import flwr.proto.run_pb2"),

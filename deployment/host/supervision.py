@@ -29,10 +29,6 @@ _LONGEST_PAUSE_S = 15.0
 _STEADY_S = 60.0
 """What ran so long before it ended is started again as soon as at the first time."""
 
-QUIET_FLOWER = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-"""What keeps Flower and its relatives from calling out (set before they are imported)."""
-
-
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -106,7 +102,7 @@ class Family:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **QUIET_FLOWER, **program.environment},
+            env={**os.environ, **program.environment},
             start_new_session=True,  # a Ctrl-C in the terminal is for us; we end it in order
             preexec_fn=_end_with_parent,
         )

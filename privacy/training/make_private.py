@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from conclave.privacy.training.dpsgd_mechanism import DpSgd
 from conclave.privacy.training.private_training import PrivateTraining
 
 BELOW_ONE = math.nextafter(1.0, 0.0)
+OPTIONS = frozenset(f.name for f in dataclasses.fields(DpSgd)) - {"steps", "learning_rate", "optimizer", "load_share"}
+"""What may be said of the mechanism; the optimizer is the caller's, and expert loads are the federation's."""
 
 
 class AccountedTraining(PrivateTraining):
@@ -42,6 +45,16 @@ class AccountedTraining(PrivateTraining):
         return epsilon_by_accountant([charge], delta)
 
 
+def check_options(options: Iterable[str]) -> None:
+    """Check the names of options.
+
+    Raises:
+        BadInputError: one of them is not in :data:`OPTIONS`.
+    """
+    for name in sorted(set(options) - OPTIONS):
+        raise BadInputError(f"{name} is no option, must be one of {', '.join(sorted(OPTIONS))}")
+
+
 def make_private(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -55,6 +68,21 @@ def make_private(
     **options: Any,
 ) -> AccountedTraining:
     """Attach DP-SGD to a model and its optimizer; call :meth:`~PrivateTraining.step` with all records each time.
+
+    >>> import conclave, torch
+    >>> model = torch.nn.Linear(10, 2)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    >>> records = {"x": torch.randn(500, 10), "y": torch.randint(2, (500,))}
+    >>> def example_loss(batch):
+    ...     return torch.nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+    >>> with conclave.make_private(
+    ...     model, optimizer, example_loss, noise_multiplier=1.0, sampling_rate=0.05, clip=1.0, declared_size=500
+    ... ) as training:
+    ...     for _ in range(10):
+    ...         training.step(records)
+    ...     spent = training.epsilon(1e-5)
+    >>> {accountant: round(epsilon, 1) for accountant, epsilon in spent.items()}
+    {'rdp': 2.2, 'pld': 1.7, 'prv': 1.7}
 
     Args:
         module: any torch model whose layers keep examples apart; see :mod:`conclave.privacy.bookkeeping.layers` for
@@ -88,10 +116,7 @@ def make_private(
             raise BadInputError(f"{name} is a {type(value).__name__}, must be {what}")
     if simulation_secret is not None and len(simulation_secret) != SECRET_BYTES:
         raise BadInputError(f"simulation_secret has {len(simulation_secret)} bytes, must have {SECRET_BYTES}")
-    known = {f.name for f in dataclasses.fields(DpSgd)} - {"steps", "learning_rate", "optimizer", "load_share"}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise BadInputError(f"{unknown[0]} is no option, must be one of {', '.join(sorted(known))}")
+    check_options(options)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and id(parameter) not in held:

@@ -46,7 +46,6 @@ def run_on_ray(
     """
     if importlib.util.find_spec("ray") is None:
         raise BadInputError("--engine ray: Ray is not installed, must be: pip install 'conclave-moe[ray]'")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     from flwr.simulation.run_simulation import _run_simulation
     from flwr.supercore.telemetry import EventType

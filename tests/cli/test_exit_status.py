@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+import ssl
 import sys
 from contextlib import nullcontext
 from unittest import mock
@@ -44,7 +45,7 @@ def test_an_error_of_the_system_counts_as_what_it_is_also_below_a_sentence(statu
 
 @pytest.mark.parametrize(
     "cause",
-    [None, ValueError("no number"), UnidentifiedImageError("no picture"), OSError("cut short"), UnicodeError()],
+    [None, ValueError("a"), UnidentifiedImageError("b"), OSError("c"), UnicodeError(), ssl.SSLError(1, "d")],
     ids=repr,
 )
 def test_what_a_file_holds_is_bad_input_whatever_a_library_raises_about_it(cause):

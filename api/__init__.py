@@ -1,0 +1,1 @@
+"""What ``import conclave`` offers: scenarios, runs and audits from Python."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from conclave.base.errors import BadInputError
 from conclave.base.toml_file import read_toml
 from conclave.clients.folder.server_address import check_address
+from conclave.clients.folder.toml_line import toml_line
 
 OPERATOR_FILE = "superlink.toml"
 
@@ -27,7 +28,7 @@ def operator_text(host: str, port: int) -> str:
     """Return ``superlink.toml``."""
     shown = f"[{host}]" if ":" in host else host
     return f"""# Where the server is. ca.pem, operator.pem and operator.key lie beside this file.
-address = "{shown}:{port}"
+{toml_line("address", f"{shown}:{port}")}
 """
 
 

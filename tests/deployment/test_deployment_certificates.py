@@ -201,7 +201,7 @@ def test_another_users_server_is_refused(server, tmp_path, monkeypatch):
         ("port = 9443", "port = 0", "port"),
         ("port = 9443", "prt = 9443", "prt"),
         ("max_message_mb = 1024", "max_message_mb = 0", "max_message_mb"),
-        ('hosts = ["fed.example.org", "10.0.0.7"]', "hosts = []", "hosts"),
+        ('    "fed.example.org",\n    "10.0.0.7",\n', "", "hosts"),
         ("port = 9443", "port = [", "not TOML"),
         ('"0.0.0.0"', '"[::1]"', r"bind is '\[::1\]', must be an IP address"),
         ('"0.0.0.0"', '"localhost"', "bind is 'localhost', must be an IP address"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from platformdirs.unix import Unix
 
 from conclave.base.errors import BadInputError
 from conclave.base.toml_file import read_toml
@@ -38,7 +39,7 @@ def find_operator(name: str) -> Operator:
     Raises:
         BadInputError: there is none.
     """
-    home = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "conclave"
+    home = Unix("conclave").user_config_path  # on every system, as the registry of claims
     for folder in (Path(name), home / name):
         if (folder / OPERATOR_FILE).is_file():
             return _read(folder)

@@ -293,6 +293,10 @@ def test_an_operator_is_found_by_folder_or_by_name(server, tmp_path, monkeypatch
     (tmp_path / "conclave").mkdir()
     server.operator.rename(tmp_path / "conclave" / "fed")
     assert find_operator("fed").key == tmp_path / "conclave" / "fed" / "operator.key"
+    (tmp_path / ".config").symlink_to(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "")
+    assert find_operator("fed").key == tmp_path / ".config" / "conclave" / "fed" / "operator.key"
     (tmp_path / "conclave" / "fed" / "operator.key").unlink()
     with pytest.raises(BadInputError, match=r"operator\.key: missing"):
         find_operator("fed")

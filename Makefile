@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+HOUSE  := wheelhouse
 
 .PHONY: demo test lint bench soak wheelhouse clean
 
@@ -25,7 +26,7 @@ soak: $(STAMP)
 
 # Everything that a machine without a network needs to install Conclave.
 wheelhouse: $(STAMP)
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w wheelhouse .
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(HOUSE) .
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from conclave.audit.run import audit_run
 from conclave.base.errors import BadInputError
@@ -98,9 +97,9 @@ def contents_of(run: RunDirectory) -> dict[str, Any]:
         "private": private,
         "nodes": nodes,
         "audit": audit,
-        "figures": {name: Markup(svg) for name, svg in figures.items()},  # noqa: S704  (our own SVG)
-        "layers": [Markup(svg) for svg in layers],  # noqa: S704
-        "holders": [Markup(svg) for svg in holders],  # noqa: S704
+        "figures": figures,
+        "layers": layers,
+        "holders": holders,
         "without_holder": sum(map(sum, without_holder)),
         "traffic_share": exchanged / last["bytes_full_model"],
         "exchanged": exchanged,

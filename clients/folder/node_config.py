@@ -15,6 +15,7 @@ from conclave.base.frozen import Frozen
 from conclave.base.toml_file import read_toml
 from conclave.clients.folder.operations_config import LimitsConfig, MonitoringConfig
 from conclave.clients.folder.server_address import ServerAddress
+from conclave.clients.folder.toml_line import toml_line
 from conclave.clients.policy import Policy
 from conclave.data.formats.config import FormatConfig
 
@@ -126,41 +127,41 @@ def default_text(
 ) -> str:
     """Return a commented ``node.toml``: the given decisions, and the policy's defaults."""
     policy = Policy()
-    machine = "" if storage.machine is None else f"machine = {_toml(storage.machine)}\n"
+    machine = "" if storage.machine is None else toml_line("machine", storage.machine) + "\n"
     return f"""# What this node's owner allows. The server may ask for less, never for more.
 
 [dataset]
 # There is one ledger, and one budget, for this name.
-id = {_toml(dataset.id)}
-data = {_toml(str(dataset.data))}
+{toml_line("id", dataset.id)}
+{toml_line("data", str(dataset.data))}
 # Whose participation is protected: each "record", or all records of a "group".
-unit = {_toml(dataset.unit)}
+{toml_line("unit", dataset.unit)}
 # Public: how many units this node says it has.
-declared_size = {dataset.declared_size}
+{toml_line("declared_size", dataset.declared_size)}
 # Share of units that never train: models are measured on them. Fixed when the ledgers were created.
-held_out = {dataset.held_out!r}
+{toml_line("held_out", dataset.held_out)}
 
 [budget]
 # For everything that ever leaves. Fixed when the ledger was created.
-epsilon = {budget.epsilon!r}
-delta = {budget.delta!r}
+{toml_line("epsilon", budget.epsilon)}
+{toml_line("delta", budget.delta)}
 
 [storage]
 # Ledger and signing key, readable by their owner only. Paths are relative to this file.
-state = {_toml(str(storage.state))}
+{toml_line("state", str(storage.state))}
 # Keeps the ledger's last head. Put it on another disk or machine: it finds a restored backup out.
-witness = {_toml(str(storage.witness))}
+{toml_line("witness", str(storage.witness))}
 {machine}
 [policy]
-min_noise_multiplier = {policy.min_noise_multiplier!r}
-max_rounds = {policy.max_rounds}
+{toml_line("min_noise_multiplier", policy.min_noise_multiplier)}
+{toml_line("max_rounds", policy.max_rounds)}
 # Local steps of one round.
-max_steps = {policy.max_steps}
+{toml_line("max_steps", policy.max_steps)}
 # Records of one group that take part, where groups are the unit.
-max_records_per_unit = {policy.max_records_per_unit}
-max_parameters = {policy.max_parameters}
+{toml_line("max_records_per_unit", policy.max_records_per_unit)}
+{toml_line("max_parameters", policy.max_parameters)}
 # Experts of one layer that fit into this machine.
-expert_capacity = {policy.expert_capacity}
+{toml_line("expert_capacity", policy.expert_capacity)}
 # MiB that training may take, beside program and records; from it follows how many experts of a given model fit.
 # memory_mb = 4096
 # Refuse gradient modes whose clip bound is not certified.
@@ -218,15 +219,9 @@ def _server_text(server: ConnectionConfig | None) -> str:
 """
     return f"""# The server to dial.
 [server]
-address = {_toml(server.address)}
-ca = {_toml(str(server.ca))}
-key = {_toml(str(server.key))}
+{toml_line("address", server.address)}
+{toml_line("ca", str(server.ca))}
+{toml_line("key", str(server.key))}
 # Of Flower's SuperNode, on loopback only.
-internal_port = {server.internal_port}
+{toml_line("internal_port", server.internal_port)}
 """
-
-
-def _toml(text: str) -> str:
-    """Spell a string for TOML."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import httpx
+import tomli_w
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -205,25 +206,21 @@ def bundle(number: str) -> bytes:
 
     The apps that it names are of no module: servers and nodes run what is installed, and load nothing by these names.
     """
-    project = f"""[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-[project]
-name = "conclave"
-version = "{number}"
-description = "Runs the installed Conclave."
-license = "Apache-2.0"
-dependencies = ["flwr=={TESTED}"]
-[tool.flwr.app]
-publisher = "conclave"
-[tool.flwr.app.components]
-serverapp = "installed:server"
-clientapp = "installed:node"
-[tool.flwr.app.config]
-scenario = ""
-resume = ""
-"""
-    return build_fab_from_files({"pyproject.toml": project.encode()})[0]
+    project = {
+        "name": "conclave",
+        "version": number,
+        "description": "Runs the installed Conclave.",
+        "license": "Apache-2.0",
+        "dependencies": [f"flwr=={TESTED}"],
+    }
+    app = {
+        "publisher": "conclave",
+        "components": {"serverapp": "installed:server", "clientapp": "installed:node"},
+        "config": {"scenario": "", "resume": ""},
+    }
+    build_system = {"requires": ["hatchling"], "build-backend": "hatchling.build"}
+    document = {"build-system": build_system, "project": project, "tool": {"flwr": {"app": app}}}
+    return build_fab_from_files({"pyproject.toml": tomli_w.dumps(document).encode()})[0]
 
 
 def follow(control: Control, run_id: int, say: Callable[[str], None]) -> ListedRun:

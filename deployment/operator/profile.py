@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from platformdirs.unix import Unix
 
 from conclave.base.errors import BadInputError
 from conclave.base.toml_file import read_toml
 from conclave.clients.folder.server_address import check_address
+from conclave.clients.folder.toml_line import toml_line
 
 OPERATOR_FILE = "superlink.toml"
 
@@ -27,7 +29,7 @@ def operator_text(host: str, port: int) -> str:
     """Return ``superlink.toml``."""
     shown = f"[{host}]" if ":" in host else host
     return f"""# Where the server is. ca.pem, operator.pem and operator.key lie beside this file.
-address = "{shown}:{port}"
+{toml_line("address", f"{shown}:{port}")}
 """
 
 
@@ -37,7 +39,7 @@ def find_operator(name: str) -> Operator:
     Raises:
         BadInputError: there is none.
     """
-    home = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "conclave"
+    home = Unix("conclave").user_config_path  # on every system, as the registry of claims
     for folder in (Path(name), home / name):
         if (folder / OPERATOR_FILE).is_file():
             return _read(folder)

@@ -15,6 +15,7 @@ from conclave.base.frozen import Frozen
 from conclave.base.toml_file import read_toml
 from conclave.clients.folder.node_config import MONITORING_TEXT
 from conclave.clients.folder.operations_config import MonitoringConfig
+from conclave.clients.folder.toml_line import toml_line
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 
@@ -83,17 +84,16 @@ def parse_server_config(document: Mapping[str, object], *, where: str) -> Server
 
 def default_text(config: ServerConfig) -> str:
     """Return a commented ``server.toml``."""
-    hosts = ", ".join(f'"{host}"' for host in config.hosts)
     return f"""# A Conclave server. Nodes and operators reach it on one port, over TLS.
 
 # Names and addresses in its certificate. A change here does not change the certificate.
-hosts = [{hosts}]
+{toml_line("hosts", list(config.hosts))}
 # What the proxy listens on: an IP address, and a port.
-bind = "{config.bind}"
-port = {config.port}
+{toml_line("bind", config.bind)}
+{toml_line("port", config.port)}
 # Flower's SuperLink, on loopback only.
-internal_port = {config.internal_port}
+{toml_line("internal_port", config.internal_port)}
 # MiB of one request.
-max_message_mb = {config.max_message_mb}
+{toml_line("max_message_mb", config.max_message_mb)}
 
 {MONITORING_TEXT}"""

@@ -10,13 +10,13 @@ round up and budgets round down.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 import dp_accounting as dpa
 import numpy as np
-from absl import logging as absl_logging
 from dp_accounting import rdp
 
 from conclave.base.errors import BadInputError
@@ -120,9 +120,10 @@ def _rdp(event: dpa.DpEvent, order: float) -> float:
 @contextlib.contextmanager
 def _quiet_absl() -> Iterator[None]:
     """Silence dp-accounting's warning about non-convergence, which the caller handles."""
-    before = absl_logging.get_verbosity()
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        absl_logging.set_verbosity(before)
+        logger.setLevel(before)

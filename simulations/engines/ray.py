@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import tomli_w
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -23,17 +24,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from conclave.base.errors import BadInputError
 
-_PROJECT = """
-[project]
-name = "conclave-moe"
-version = "0.0.0"
-[tool.flwr.app]
-publisher = "conclave"
-[tool.flwr.app.components]
-clientapp = "conclave.simulations.client_app:app"
-serverapp = "conclave.simulations.server_app:app"
-[tool.flwr.app.config]
-"""
+_COMPONENTS = {
+    "clientapp": "conclave.simulations.client_app:app",
+    "serverapp": "conclave.simulations.server_app:app",
+}
 
 
 def run_on_ray(
@@ -60,9 +54,7 @@ def run_on_ray(
     level, flower_log.level = flower_log.level, logging.WARNING
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray and Flower about their own futures
-        # Nodes get their run config by way of a project file; the values are in the run's overrides.
-        keys = "".join(f'{key} = ""\n' for key in run_config)
-        (Path(folder) / "pyproject.toml").write_text(_PROJECT + keys)
+        (Path(folder) / "pyproject.toml").write_text(_project(run_config))
         try:
             _run_simulation(
                 num_supernodes=nodes,
@@ -81,6 +73,12 @@ def run_on_ray(
         finally:
             flower_log.level = level
             _shut_down()
+
+
+def _project(run_config: dict[str, str]) -> str:
+    """Return the project file by which nodes get their run config; the values are in the run's overrides."""
+    app = {"publisher": "conclave", "components": _COMPONENTS, "config": dict.fromkeys(run_config, "")}
+    return tomli_w.dumps({"project": {"name": "conclave-moe", "version": "0.0.0"}, "tool": {"flwr": {"app": app}}})
 
 
 def _shut_down() -> None:

@@ -201,7 +201,7 @@ def test_another_users_server_is_refused(server, tmp_path, monkeypatch):
         ("port = 9443", "port = 0", "port"),
         ("port = 9443", "prt = 9443", "prt"),
         ("max_message_mb = 1024", "max_message_mb = 0", "max_message_mb"),
-        ('hosts = ["fed.example.org", "10.0.0.7"]', "hosts = []", "hosts"),
+        ('    "fed.example.org",\n    "10.0.0.7",\n', "", "hosts"),
         ("port = 9443", "port = [", "not TOML"),
         ('"0.0.0.0"', '"[::1]"', r"bind is '\[::1\]', must be an IP address"),
         ('"0.0.0.0"', '"localhost"', "bind is 'localhost', must be an IP address"),
@@ -293,6 +293,10 @@ def test_an_operator_is_found_by_folder_or_by_name(server, tmp_path, monkeypatch
     (tmp_path / "conclave").mkdir()
     server.operator.rename(tmp_path / "conclave" / "fed")
     assert find_operator("fed").key == tmp_path / "conclave" / "fed" / "operator.key"
+    (tmp_path / ".config").symlink_to(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", "")
+    assert find_operator("fed").key == tmp_path / ".config" / "conclave" / "fed" / "operator.key"
     (tmp_path / "conclave" / "fed" / "operator.key").unlink()
     with pytest.raises(BadInputError, match=r"operator\.key: missing"):
         find_operator("fed")

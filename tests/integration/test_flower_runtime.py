@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from environments import QUIET, environment
 from run_samples import events
 
 from conclave.server.run_directory import RunDirectory
@@ -34,16 +35,18 @@ def test_ray_gives_the_same_ledger_events_and_model(tmp_path, more):
     assert (runs["inline"].path / model).read_bytes() == (runs["ray"].path / model).read_bytes()
 
 
-def test_flwr_run_runs_a_scenario(tmp_path):
-    """``flwr run .`` as documented, against a SuperLink that installs nothing."""
-    bin_folder = Path(sys.executable).parent
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "by-itself"])
+def test_flwr_run_runs_a_scenario(tmp_path, installed):
+    """``flwr run .`` as documented, against a SuperLink that installs nothing.
+
+    By itself: where the libraries are, as Flower installs them for a bundle, and Conclave is nowhere else.
+    """
+    programs = Path(sys.executable).parent if installed else environment(tmp_path / "environment")
     port = "18713"
-    environment = os.environ | {
-        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+    variables = QUIET | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(tmp_path / "flower"),
         "CONCLAVE_RUNS": str(tmp_path / "runs"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
     (tmp_path / "flower").mkdir()
     (tmp_path / "flower" / "config.toml").write_text(
@@ -51,7 +54,7 @@ def test_flwr_run_runs_a_scenario(tmp_path):
     )
     superlink = subprocess.Popen(
         ["flower-superlink", "--insecure", "--simulation", "--disable-runtime-dependency-installation", "--port", port],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
         toml = read_scenario(find("digits"), CHANGES).to_toml()
@@ -61,7 +64,7 @@ def test_flwr_run_runs_a_scenario(tmp_path):
         command += ["--federation-config", "num-supernodes=4", "--stream"]
         deadline = time.monotonic() + 60
         while True:  # until the SuperLink listens
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
             if "unavailable" not in done.stdout + done.stderr or time.monotonic() > deadline:
                 break
         (run,) = (tmp_path / "runs").glob("flower-*")

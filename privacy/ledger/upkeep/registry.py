@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from platformdirs.unix import Unix
+
 from conclave.base.canonical import canonical_json, sha256
 from conclave.base.errors import BadInputError
 from conclave.base.whole_file import new_file, write_atomically
@@ -28,9 +30,11 @@ _TWICE = "must not get a second one: two ledgers are two budgets for the same pe
 
 
 def default_registry() -> Path:
-    """Return the folder of claims: ``$XDG_STATE_HOME/conclave/datasets``, by default under ``~/.local/state``."""
-    state = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state) / "conclave" / "datasets"
+    """Return the folder of claims: ``$XDG_STATE_HOME/conclave/datasets``, by default under ``~/.local/state``.
+
+    By the rules of Unix on every system: a place of macOS's own would hide the claims that earlier releases made.
+    """
+    return Unix("conclave").user_state_path / "datasets"
 
 
 @dataclass(frozen=True)

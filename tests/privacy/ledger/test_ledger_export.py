@@ -7,11 +7,13 @@ by chance: an attempt that leaves the bytes as they were is not made.
 from __future__ import annotations
 
 import io
+import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import rfc8785
 from ledger_samples import genesis, new_ledger
 from ledger_tampering import long_life
 
@@ -28,6 +30,15 @@ def life(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(life):
     return life.export.read_bytes()
+
+
+def test_another_implementation_of_rfc_8785_finds_the_same_bytes(whole):
+    lines = whole.splitlines()
+    assert len(lines) > 100
+    for line in lines:
+        assert rfc8785.dumps(json.loads(line)) == line
+        inside = [text for text in json.loads(line).values() if isinstance(text, str) and text.startswith(("{", "["))]
+        assert [rfc8785.dumps(json.loads(text)).decode() for text in inside] == inside
 
 
 def found(path: Path, **options) -> bool:

@@ -277,9 +277,13 @@ def test_a_claim_on_a_full_disk_is_none(tmp_path, monkeypatch):
 def test_the_registry_lies_in_the_users_state_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert registry.default_registry() == tmp_path / "conclave" / "datasets"
-    monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert registry.default_registry() == tmp_path / ".local" / "state" / "conclave" / "datasets"
+    for nowhere in ("", "relative/to/whoever/asks", None):
+        if nowhere is None:
+            monkeypatch.delenv("XDG_STATE_HOME")
+        else:
+            monkeypatch.setenv("XDG_STATE_HOME", nowhere)
+        assert registry.default_registry() == tmp_path / ".local" / "state" / "conclave" / "datasets"
 
 
 # Keys and machines.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, Genesis, charge_id_of
 from conclave.privacy.ledger.plan_text import parse_plan, plan_id_of, spell_plan
 from conclave.privacy.ledger.reading.verification import least_price, shown
-from conclave.protocol.charges import PlannedCharges, charges_of
+from conclave.protocol.charges import SIDES, Kind, PlannedCharges, charges_of
 from conclave.protocol.plan import Plan
 
 _NOT_STATED = "not stated"
@@ -27,10 +27,12 @@ class PlanAudit:
 
     def __init__(self, plan: Plan, genesis: Genesis, codes: frozenset[str] | None) -> None:
         self._plan, self._genesis, self._codes = plan, genesis, codes
-        every = charges_of(plan, "", seeded=genesis.mode == "simulation")
-        self._planned = {item.charge.kind: item for item in every if item.side == genesis.side}
-        self._others = {item.charge.kind for item in every} - self._planned.keys()
-        self._by_releases = {item.charge.releases_json(): item.charge.kind for item in every}
+        every = charges_of(plan)
+        self._planned = {kind: planned for kind, planned in every.items() if planned.side == genesis.side}
+        self._others = every.keys() - self._planned.keys()
+        seeded = genesis.mode == "simulation"
+        self._charges = {kind: planned.request("", seeded=seeded) for kind, planned in every.items()}
+        self._by_releases = {charge.releases_json(): kind for kind, charge in self._charges.items()}
         self._known: dict[tuple[str, ...], list[str]] = {}
         self._admitted: set[str] = set()
         self._found: dict[str, list[int]] = defaultdict(list)
@@ -52,9 +54,9 @@ class PlanAudit:
             known = " or ".join(sorted(self._codes))
             self._say(entry, [f"code is {shown(entry.code_hash)}, the run's is {known}"])
 
-    def kind(self, entry: Entry) -> str | None:
+    def kind(self, entry: Entry) -> Kind | None:
         """Return the kind that a charge's name is the hash of; None where it is of no kind that a plan can have."""
-        for kind in ("train", "choose", "evaluate"):
+        for kind in SIDES:
             named = charge_id_of(
                 kind,
                 ledger_id=self._genesis.ledger_id,
@@ -94,7 +96,7 @@ class PlanAudit:
             found.append("its plan was not admitted before it was charged")
         stated = (kind, entry.mechanism, entry.releases, entry.rng, entry.rdp_charge)
         if stated not in self._known:  # equal statements are compared once
-            self._known[stated] = differences(entry, planned.charge, float(self._genesis.order))
+            self._known[stated] = differences(entry, self._charges[kind], float(self._genesis.order))
         return found + self._known[stated]
 
     def _of_no_charge(self, entry: Entry) -> Iterator[str]:
@@ -111,13 +113,13 @@ class PlanAudit:
             if (said := getattr(entry, name)) != value:
                 yield f"{name} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
 
-    def _rounds(self, kind: str, planned: PlannedCharges) -> str:
+    def _rounds(self, kind: Kind, planned: PlannedCharges) -> str:
         if kind == "train":
             return f"rounds 1 to {self._plan.rounds}"
         return f"{planned.count} of kind {kind} in rounds 1 to {self._plan.rounds}, and none there"
 
     def _admission(self, entry: Entry) -> list[str]:
-        expected = [(item.charge.mechanism_json(), item.count) for item in self._planned.values()]
+        expected = [(self._charges[kind].mechanism_json(), planned.count) for kind, planned in self._planned.items()]
         if not expected:
             return ["admits a plan that charges nothing on this side"]
         try:
@@ -129,15 +131,15 @@ class PlanAudit:
             if place >= len(stated):
                 found.append(f"admits no {count} charges of {mechanism}, which the plan has")
                 continue
-            said, charges = stated[place]
-            if charges != count:
-                found.append(f"admits {charges} charges, the plan has {count}")
+            said, times = stated[place]
+            if times != count:
+                found.append(f"admits {times} charges, the plan has {count}")
             found += [f"admits charges whose {what}" for what in _mechanism_differences(said, mechanism)]
         beyond = stated[len(expected) :]
-        found += [f"admits {charges} charges of {shown(said)}, the plan has none" for said, charges in beyond]
+        found += [f"admits {times} charges of {shown(said)}, the plan has none" for said, times in beyond]
         if not found and entry.mechanism != (spelled := spell_plan(expected, str(units))):
             found.append(f"admission is spelled {shown(entry.mechanism)}, the plan's is {spelled}")
-        first = next(iter(self._planned.values())).charge
+        first = self._charges[next(iter(self._planned))]
         for name, said, planned in (
             ("releases", entry.releases, first.releases_json()),
             ("rng", entry.rng, first.rng),

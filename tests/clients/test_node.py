@@ -30,7 +30,7 @@ from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.ledger import Ledger, SignedHead
 from conclave.privacy.ledger.witness import Witness
 from conclave.privacy.randomness import derive
-from conclave.protocol.charges import charged_mechanism
+from conclave.protocol.charges import charges_of
 from conclave.protocol.codec import body_of, encode, unpack
 from conclave.protocol.encodings import WireForm
 from conclave.protocol.messages import AdmitRequest, CloseRequest, ProtocolError
@@ -285,7 +285,7 @@ def admit(node: Node, **changes) -> None:
 
 def test_admission_sets_the_budget_of_all_rounds_aside_before_round_one(tmp_path):
     node = make_node(tmp_path)
-    price = charge_units(charged_mechanism(plan()), 3.4)
+    price = charge_units(charges_of(plan())["train"].mechanism, 3.4)
     assert node.admit(AdmitRequest(run_id="1", scenario="test", plan=plan())).plan_hash == plan().hash
     assert node.ledger.units_set_aside == 10 * price
     admit(node)  # asked again: nothing more

@@ -6,12 +6,12 @@ with. What an entry says about itself is compared with that, field by field; tha
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, Genesis, charge_id_of
-from conclave.privacy.ledger.plan_text import parse_plan, plan_id_of, spell_plan
+from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, charge_id_of, plan_id_of
+from conclave.privacy.ledger.genesis import Genesis
+from conclave.privacy.ledger.mechanism_text import PLAN_END, fields_of, parse_plan, spell_plan
 from conclave.privacy.ledger.reading.verification import least_price, shown
 from conclave.protocol.charges import SIDES, Kind, PlannedCharges, charges_of
 from conclave.protocol.plan import Plan
@@ -94,7 +94,7 @@ class PlanAudit:
         # Version 1 had no admissions; what states the code of a run never wrote it.
         if (entry.version > 1 or self._codes is not None) and entry.run_id not in self._admitted:
             found.append("its plan was not admitted before it was charged")
-        stated = (kind, entry.mechanism, entry.releases, entry.rng, entry.rdp_charge)
+        stated = (kind, entry.mechanism_text, entry.releases, entry.rng, entry.rdp_charge)
         if stated not in self._known:  # equal statements are compared once
             self._known[stated] = differences(entry, self._charges[kind], float(self._genesis.order))
         return found + self._known[stated]
@@ -108,10 +108,10 @@ class PlanAudit:
             "output_hash": "",
         }
         if entry.state == "CLOSED":
-            wanted |= {"code_hash": "", "releases": "[]", "rng": "", "mechanism": '{"kind":"plan-end"}'}
+            wanted |= {"code_hash": "", "releases": "[]", "rng": "", "mechanism_text": PLAN_END}
         for name, value in wanted.items():
             if (said := getattr(entry, name)) != value:
-                yield f"{name} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
+                yield f"{name.removesuffix('_text')} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
 
     def _rounds(self, kind: Kind, planned: PlannedCharges) -> str:
         if kind == "train":
@@ -123,22 +123,22 @@ class PlanAudit:
         if not expected:
             return ["admits a plan that charges nothing on this side"]
         try:
-            units, stated = parse_plan(entry.mechanism)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            aside = parse_plan(entry.mechanism_text)
+        except ValueError:
             return ["admits what cannot be read, must be what the plan charges"]
         found = []
         for place, (mechanism, count) in enumerate(expected):
-            if place >= len(stated):
+            if place >= len(aside.planned):
                 found.append(f"admits no {count} charges of {mechanism}, which the plan has")
                 continue
-            said, times = stated[place]
+            said, times = aside.planned[place]
             if times != count:
                 found.append(f"admits {times} charges, the plan has {count}")
             found += [f"admits charges whose {what}" for what in _mechanism_differences(said, mechanism)]
-        beyond = stated[len(expected) :]
+        beyond = aside.planned[len(expected) :]
         found += [f"admits {times} charges of {shown(said)}, the plan has none" for said, times in beyond]
-        if not found and entry.mechanism != (spelled := spell_plan(expected, str(units))):
-            found.append(f"admission is spelled {shown(entry.mechanism)}, the plan's is {spelled}")
+        if not found and entry.mechanism_text != (spelled := spell_plan(expected, str(aside.units))):
+            found.append(f"admission is spelled {shown(entry.mechanism_text)}, the plan's is {spelled}")
         first = self._charges[next(iter(self._planned))]
         for name, said, planned in (
             ("releases", entry.releases, first.releases_json()),
@@ -155,7 +155,7 @@ def differences(entry: Entry, charge: ChargeRequest, order: float) -> list[str]:
     Args:
         order: RDP order of the ledger.
     """
-    found = _mechanism_differences(entry.mechanism, charge.mechanism_json())
+    found = _mechanism_differences(entry.mechanism_text, charge.mechanism_json())
     for name, stated, planned in (
         ("releases", entry.releases, charge.releases_json()),
         ("rng", entry.rng, charge.rng),
@@ -181,16 +181,12 @@ def _mechanism_differences(stated: str, planned: str) -> list[str]:
     """Compare two spellings of a mechanism; each field that differs is a finding."""
     if stated == planned:
         return []
-    wanted = json.loads(planned)
-    try:
-        said = json.loads(stated)
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
+    said, wanted = fields_of(stated), fields_of(planned) or {}
+    if said is None:
         return [f"mechanism is {shown(stated)}, the plan says {planned}"]
-    if said.get("kind") != wanted["kind"]:
-        return [f"kind of mechanism is {shown(str(said.get('kind')))}, the plan says {wanted['kind']}"]
-    found = list(_differences(_flat(said), _flat(wanted)))
+    if (kind := said.get("kind", "None")) != wanted["kind"]:
+        return [f"kind of mechanism is {shown(kind)}, the plan says {wanted['kind']}"]
+    found = list(_differences(said, wanted))
     return found or [f"mechanism is spelled {shown(stated)}, the plan's is {planned}"]
 
 
@@ -199,14 +195,3 @@ def _differences(said: Mapping[str, str], wanted: Mapping[str, str]) -> Iterator
         one, other = said.get(name, _NOT_STATED), wanted.get(name, "nothing of it")
         if one != other:
             yield f"{shown(name)[1:-1]} is {one if one == _NOT_STATED else shown(one)[1:-1]}, the plan says {other}"
-
-
-def _flat(document: Mapping[str, object]) -> dict[str, str]:
-    """Return name → value as text; the σ of each part under a name of its own."""
-    values = {name: str(value) for name, value in document.items() if name != "parts"}
-    parts = document.get("parts")
-    if isinstance(parts, dict):
-        values |= {f"sigma of {name}": str(noise) for name, noise in parts.items()}
-    elif parts is not None:
-        values["parts"] = str(parts)
-    return values

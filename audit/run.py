@@ -16,10 +16,10 @@ from conclave.base.canonical import canonical_json, decimal
 from conclave.base.errors import BadInputError
 from conclave.base.verdict import Verdict
 from conclave.privacy.accounting.filter import fixed_order
-from conclave.privacy.ledger.entry import Entry, Genesis, Side
+from conclave.privacy.ledger.entry import Entry
+from conclave.privacy.ledger.genesis import Genesis, Side, check_pair
 from conclave.privacy.ledger.reading.history import History, open_history
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history, shown
-from conclave.privacy.ledger.sides import check_pair
 from conclave.protocol.charges import METRICS, SIDES
 from conclave.server.node_level.account import plan_hash_of, published_charge
 from conclave.server.replies.receipts import KeptReceipt, read_receipts

@@ -24,7 +24,7 @@ from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
 from conclave.model.records import Records
 from conclave.privacy.ledger import ChargeRequest, Ledger, StoredReply, state_of
-from conclave.privacy.ledger.sides import check_pair
+from conclave.privacy.ledger.genesis import check_pair
 from conclave.privacy.randomness import derive
 from conclave.privacy.releases.release import release
 from conclave.protocol.charges import PlannedCharges, charges_of

@@ -15,7 +15,7 @@ from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, Mechanism, SampledGaussian
 from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.releases.load_histogram import release_shares
 from conclave.privacy.releases.private_metrics import SENSITIVITY
 from conclave.protocol.plan import Plan

@@ -14,7 +14,7 @@ from conclave.base.errors import ConclaveError
 from conclave.base.frozen import Frozen
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
-from conclave.privacy.ledger.entry import ledger_id_of
+from conclave.privacy.ledger.genesis import ledger_id_of
 from conclave.privacy.ledger.heads import KeyRotation, SignedHead, current_key
 from conclave.protocol.plan import Plan
 

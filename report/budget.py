@@ -8,7 +8,7 @@ from pathlib import Path
 from conclave.base.errors import BadInputError
 from conclave.base.whole_file import new_file, write_atomically
 from conclave.clients.folder.node_directory import NodeDirectory
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.ledger.reading.history import History, LedgerFile, open_history, write_export
 from conclave.privacy.ledger.reading.spending import Budget, Forecast, budget_of, forecast
 from conclave.protocol.charges import whole_cost

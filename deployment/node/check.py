@@ -24,7 +24,7 @@ from conclave.deployment.host.fixed_layout import check_layout
 from conclave.deployment.host.outward_proxy import check_outward_proxy
 from conclave.deployment.node.loading import read_data
 from conclave.privacy.accounting.sensible_budget import check_delta, doubts
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.spending import budget_of, forecast
 from conclave.privacy.ledger.upkeep.data_place import fingerprint

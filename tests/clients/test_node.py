@@ -216,7 +216,7 @@ def test_the_owner_decides(tmp_path, policy, changes):
 )
 def test_the_ledger_names_the_numeric_level(node, privacy, level):
     train(node, request(held=HELD, plan=plan(privacy=PRIVACY | privacy)), body())
-    assert json.loads(node.ledger.entries()[-1].mechanism)["numeric"] == level
+    assert json.loads(node.ledger.entries()[-1].mechanism_text)["numeric"] == level
 
 
 def test_experts_learn_slower_where_few_are_held(tmp_path):

@@ -51,7 +51,7 @@ def test_a_choice_is_charged_as_many_choices_and_answers_an_order(tmp_path):
     assert {name: len(ids) for name, ids in load(body).items()} == {"choice/0": 3}
     admitted, reserved, committed = node.ledger.entries()
     assert [entry.state for entry in (admitted, reserved, committed)] == ["ADMITTED", "RESERVED", "COMMITTED"]
-    assert json.loads(reserved.mechanism) == {"choices": 3, "epsilon": "0.2", "kind": "exponential"}
+    assert json.loads(reserved.mechanism_text) == {"choices": 3, "epsilon": "0.2", "kind": "exponential"}
     order = float(node.ledger.genesis.order)
     assert int(reserved.rdp_charge) == charge_units(ExponentialChoice(epsilon=0.2, choices=3), order)
     assert (reserved.releases, reserved.charge_id) == ('["choice"]', reply.charge_id)
@@ -63,7 +63,7 @@ def test_every_layer_is_paid_for(tmp_path):
     node = make_node(tmp_path, releases=RELEASES)
     _, body = ask(node, two)
     assert load(body).keys() == {"choice/0", "choice/1"}
-    assert json.loads(node.ledger.entries()[1].mechanism)["choices"] == 6
+    assert json.loads(node.ledger.entries()[1].mechanism_text)["choices"] == 6
 
 
 @pytest.mark.parametrize("round_number", [1, 2, 4, 11])

@@ -82,7 +82,7 @@ def test_the_held_out_side_pays_and_the_training_side_does_not(tmp_path):
     order = float(node.held_out.ledger.genesis.order)
     price = charge_units(SampledGaussian(sampling_rate=1.0, noise_multiplier=2.0, steps=1), order)
     assert int(reserved.rdp_charge) == price
-    assert json.loads(admitted.mechanism)["units"] == str(3 * price)  # after rounds 4, 8 and 10
+    assert json.loads(admitted.mechanism_text)["units"] == str(3 * price)  # after rounds 4, 8 and 10
     assert (reserved.releases, reserved.charge_id) == ('["metrics"]', reply.charge_id)
     assert (reply.receipt.ledger_id, reply.receipt.hash) == (node.held_out.ledger.genesis.ledger_id, committed.hash)
 

@@ -14,8 +14,8 @@ import pytest
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, nodes
 
 from conclave.privacy.ledger.reading.verification import LedgerAudit
-from conclave.report import report
 from conclave.protocol.charges import choice_share
+from conclave.report import report
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
 from conclave.simulations.shipped import find

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,7 +9,9 @@ from conclave.base.errors import BadInputError
 from conclave.privacy.accounting.accountants import epsilon_by_accountant
 from conclave.privacy.accounting.filter import charge_units, epsilon_of
 from conclave.privacy.accounting.mechanisms import Mechanism
-from conclave.privacy.ledger.entry import INFINITE, Entry, Genesis
+from conclave.privacy.ledger.entry import INFINITE, Entry
+from conclave.privacy.ledger.genesis import Genesis
+from conclave.privacy.ledger.mechanism_text import parse_plan
 from conclave.privacy.ledger.reading.history import History
 
 
@@ -133,7 +134,7 @@ class _Tally:
             return
         run.last = entry.time
         if entry.state == "ADMITTED":
-            self.plans[plan] = int(json.loads(entry.mechanism)["units"])
+            self.plans[plan] = parse_plan(entry.mechanism_text).units
         elif entry.state == "RESERVED":
             run.charges += 1
             units = self._spend(entry)

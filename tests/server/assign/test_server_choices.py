@@ -206,8 +206,8 @@ def test_choices_are_charged_before_training_within_the_same_budget(finished):
         chosen = [entry for entry in entries if entry.state == "RESERVED" and entry.releases == '["choice"]']
         assert [entry.round for entry in chosen] == [3, 5]
         assert [int(entry.rdp_charge) for entry in chosen] == [price, price]
-        assert all("parts" not in entry.mechanism for entry in entries)  # one release a sample: nothing to tell apart
-        admitted = json.loads(entries[0].mechanism)
+        assert not any("parts" in entry.mechanism_text for entry in entries)  # one release a sample
+        admitted = json.loads(entries[0].mechanism_text)
         assert admitted["also"] == [{"charges": 2, "mechanism": '{"choices":4,"epsilon":"0.3","kind":"exponential"}'}]
         assert int(admitted["units"]) == int(entries[-1].rdp_total)  # what was set aside was spent, to the last unit
     estimate = work_out(scenario)

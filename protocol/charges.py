@@ -11,8 +11,8 @@ from functools import partial
 from typing import Literal
 
 from conclave.privacy.accounting.calibration import PlannedChoices, calibrate_noise
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, Mechanism, SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest
 from conclave.privacy.ledger.genesis import Side

@@ -11,7 +11,8 @@ from conclave.model import parameters
 from conclave.model.building import build, from_state
 from conclave.model.experts.config import HeldExperts
 from conclave.privacy.accounting.accountants import epsilon_by_accountant
-from conclave.privacy.accounting.filter import charge_units, epsilon_of, fixed_order
+from conclave.privacy.accounting.filter import epsilon_of, fixed_order
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.randomness import derive
 from conclave.privacy.training.dpsgd import train_privately
 from conclave.privacy.training.dpsgd_mechanism import DpSgd

@@ -8,7 +8,8 @@ import pytest
 from lying_ledgers import Told, copy_to_lie_in
 
 from conclave.audit.run import audit_run
-from conclave.privacy.accounting.filter import budget_units, charge_units
+from conclave.privacy.accounting.filter import budget_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Entry, Genesis, SignedHead
 from conclave.privacy.ledger.entry import add_units, charge_id_of
 from conclave.privacy.ledger.reading.history import LedgerFile, write_export

@@ -26,7 +26,7 @@ from conclave.clients.policy import Policy
 from conclave.model import parameters
 from conclave.model.building import build
 from conclave.model.network import Network
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Ledger, SignedHead
 from conclave.privacy.ledger.witness import Witness
 from conclave.privacy.randomness import derive

@@ -14,8 +14,9 @@ from safetensors.torch import load
 import conclave.clients.node
 from conclave.model import parameters
 from conclave.model.building import build
-from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice
+from conclave.privacy.accounting.prices import charge_units
 from conclave.protocol.charges import release_costs
 from conclave.protocol.codec import body_of, decode, encode
 from conclave.protocol.messages import AdmitRequest, ChooseReply, ChooseRequest, ProtocolError

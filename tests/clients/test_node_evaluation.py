@@ -23,8 +23,8 @@ from conclave.data.values.schema import ImageSchema
 from conclave.model import parameters
 from conclave.model.building import from_state
 from conclave.model.network import Network
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.gradients.physical_batch import Room
 from conclave.privacy.ledger import Ledger, SignedHead
 from conclave.privacy.ledger.heads import public_hex

@@ -10,8 +10,9 @@ from node_samples import HELD, body, code_of, make_node, train
 from plan_samples import plan, request
 
 from conclave.clients.policy import Policy
-from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import SampledGaussian, joint_noise
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger.reading.history import open_history
 from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.protocol.codec import unpack

@@ -11,7 +11,8 @@ import pytest
 from plan_samples import plan
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import budget_units, charge_units, fixed_order
+from conclave.privacy.accounting.filter import budget_units, fixed_order
+from conclave.privacy.accounting.prices import charge_units
 from conclave.protocol.charges import calibrated_noise, charges_of, choice_share, release_costs, whole_cost
 from conclave.protocol.plan import Plan
 

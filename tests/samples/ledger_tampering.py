@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import KEY, MACHINE, Lines, genesis, request
 
 from conclave.base.canonical import canonical_json, sha256
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import ChargeAbandonedError, ChargeRequest, Entry, Genesis, KeyRotation, Ledger, SignedHead
 from conclave.privacy.ledger.entry import add_units
 from conclave.privacy.ledger.genesis import FORMAT_VERSION

@@ -11,7 +11,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from conclave.base.canonical import canonical_json
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Entry, Genesis, SignedHead
 from conclave.privacy.ledger.entry import INFINITE, add_units, charge_id_of
 from conclave.privacy.ledger.reading.history import LedgerFile, write_export

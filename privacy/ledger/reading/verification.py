@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.accountants import accountant_report
-from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, epsilon_of, rdp_at
+from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, epsilon_of
 from conclave.privacy.accounting.mechanisms import Mechanism, SampledGaussian
 from conclave.privacy.ledger.entry import ENTRY_TYPES, INFINITE
 from conclave.privacy.ledger.genesis import FORMAT_VERSION, Genesis, ledger_id_of
@@ -395,6 +394,8 @@ class _Audit:
             if mechanism is not None:
                 counts[mechanism] += count
         if not found.findings and found.epsilon <= _LARGEST_EPSILON:
+            from conclave.privacy.accounting.accountants import accountant_report  # takes longer to load than all else
+
             report = accountant_report(counts, self.delta)
             found.accountants, found.grid = report.epsilon, report.grid
         return found
@@ -452,6 +453,8 @@ def least_price(mechanism: Mechanism, order: float) -> int:
     Raises:
         BadInputError: no budget could pay for it.
     """
+    from conclave.privacy.accounting.prices import rdp_at  # a ledger without charges needs none
+
     return math.floor(rdp_at(mechanism, order) * UNITS_PER_NAT)
 
 

@@ -47,7 +47,7 @@ from mortal_node import (
 
 import conclave.clients.trainer
 from conclave.base.canonical import sha256
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Ledger
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import Lines, genesis, new_ledger, request
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import BudgetExhaustedError, Entry, KeyRotation
 from conclave.privacy.ledger.mechanism_text import (
     Charged,

@@ -11,8 +11,9 @@ from server_samples import be_the_server, describe, key_of, make_plan
 from conclave.audit.run import audit_run
 from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.entry import Entry
 from conclave.privacy.ledger.reading.history import open_history

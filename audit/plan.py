@@ -6,14 +6,14 @@ with. What an entry says about itself is compared with that, field by field; tha
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, Genesis, charge_id_of
-from conclave.privacy.ledger.plan_text import parse_plan, plan_id_of, spell_plan
+from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, charge_id_of, plan_id_of
+from conclave.privacy.ledger.genesis import Genesis
+from conclave.privacy.ledger.mechanism_text import PLAN_END, fields_of, parse_plan, spell_plan
 from conclave.privacy.ledger.reading.verification import least_price, shown
-from conclave.protocol.charges import PlannedCharges, charges_of
+from conclave.protocol.charges import SIDES, Kind, PlannedCharges, charges_of
 from conclave.protocol.plan import Plan
 
 _NOT_STATED = "not stated"
@@ -27,10 +27,12 @@ class PlanAudit:
 
     def __init__(self, plan: Plan, genesis: Genesis, codes: frozenset[str] | None) -> None:
         self._plan, self._genesis, self._codes = plan, genesis, codes
-        every = charges_of(plan, "", seeded=genesis.mode == "simulation")
-        self._planned = {item.charge.kind: item for item in every if item.side == genesis.side}
-        self._others = {item.charge.kind for item in every} - self._planned.keys()
-        self._by_releases = {item.charge.releases_json(): item.charge.kind for item in every}
+        every = charges_of(plan)
+        self._planned = {kind: planned for kind, planned in every.items() if planned.side == genesis.side}
+        self._others = every.keys() - self._planned.keys()
+        seeded = genesis.mode == "simulation"
+        self._charges = {kind: planned.request("", seeded=seeded) for kind, planned in every.items()}
+        self._by_releases = {charge.releases_json(): kind for kind, charge in self._charges.items()}
         self._known: dict[tuple[str, ...], list[str]] = {}
         self._admitted: set[str] = set()
         self._found: dict[str, list[int]] = defaultdict(list)
@@ -52,9 +54,9 @@ class PlanAudit:
             known = " or ".join(sorted(self._codes))
             self._say(entry, [f"code is {shown(entry.code_hash)}, the run's is {known}"])
 
-    def kind(self, entry: Entry) -> str | None:
+    def kind(self, entry: Entry) -> Kind | None:
         """Return the kind that a charge's name is the hash of; None where it is of no kind that a plan can have."""
-        for kind in ("train", "choose", "evaluate"):
+        for kind in SIDES:
             named = charge_id_of(
                 kind,
                 ledger_id=self._genesis.ledger_id,
@@ -92,9 +94,9 @@ class PlanAudit:
         # Version 1 had no admissions; what states the code of a run never wrote it.
         if (entry.version > 1 or self._codes is not None) and entry.run_id not in self._admitted:
             found.append("its plan was not admitted before it was charged")
-        stated = (kind, entry.mechanism, entry.releases, entry.rng, entry.rdp_charge)
+        stated = (kind, entry.mechanism_text, entry.releases, entry.rng, entry.rdp_charge)
         if stated not in self._known:  # equal statements are compared once
-            self._known[stated] = differences(entry, planned.charge, float(self._genesis.order))
+            self._known[stated] = differences(entry, self._charges[kind], float(self._genesis.order))
         return found + self._known[stated]
 
     def _of_no_charge(self, entry: Entry) -> Iterator[str]:
@@ -106,38 +108,38 @@ class PlanAudit:
             "output_hash": "",
         }
         if entry.state == "CLOSED":
-            wanted |= {"code_hash": "", "releases": "[]", "rng": "", "mechanism": '{"kind":"plan-end"}'}
+            wanted |= {"code_hash": "", "releases": "[]", "rng": "", "mechanism_text": PLAN_END}
         for name, value in wanted.items():
             if (said := getattr(entry, name)) != value:
-                yield f"{name} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
+                yield f"{name.removesuffix('_text')} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
 
-    def _rounds(self, kind: str, planned: PlannedCharges) -> str:
+    def _rounds(self, kind: Kind, planned: PlannedCharges) -> str:
         if kind == "train":
             return f"rounds 1 to {self._plan.rounds}"
         return f"{planned.count} of kind {kind} in rounds 1 to {self._plan.rounds}, and none there"
 
     def _admission(self, entry: Entry) -> list[str]:
-        expected = [(item.charge.mechanism_json(), item.count) for item in self._planned.values()]
+        expected = [(self._charges[kind].mechanism_json(), planned.count) for kind, planned in self._planned.items()]
         if not expected:
             return ["admits a plan that charges nothing on this side"]
         try:
-            units, stated = parse_plan(entry.mechanism)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            aside = parse_plan(entry.mechanism_text)
+        except ValueError:
             return ["admits what cannot be read, must be what the plan charges"]
         found = []
         for place, (mechanism, count) in enumerate(expected):
-            if place >= len(stated):
+            if place >= len(aside.planned):
                 found.append(f"admits no {count} charges of {mechanism}, which the plan has")
                 continue
-            said, charges = stated[place]
-            if charges != count:
-                found.append(f"admits {charges} charges, the plan has {count}")
+            said, times = aside.planned[place]
+            if times != count:
+                found.append(f"admits {times} charges, the plan has {count}")
             found += [f"admits charges whose {what}" for what in _mechanism_differences(said, mechanism)]
-        beyond = stated[len(expected) :]
-        found += [f"admits {charges} charges of {shown(said)}, the plan has none" for said, charges in beyond]
-        if not found and entry.mechanism != (spelled := spell_plan(expected, str(units))):
-            found.append(f"admission is spelled {shown(entry.mechanism)}, the plan's is {spelled}")
-        first = next(iter(self._planned.values())).charge
+        beyond = aside.planned[len(expected) :]
+        found += [f"admits {times} charges of {shown(said)}, the plan has none" for said, times in beyond]
+        if not found and entry.mechanism_text != (spelled := spell_plan(expected, str(aside.units))):
+            found.append(f"admission is spelled {shown(entry.mechanism_text)}, the plan's is {spelled}")
+        first = self._charges[next(iter(self._planned))]
         for name, said, planned in (
             ("releases", entry.releases, first.releases_json()),
             ("rng", entry.rng, first.rng),
@@ -153,7 +155,7 @@ def differences(entry: Entry, charge: ChargeRequest, order: float) -> list[str]:
     Args:
         order: RDP order of the ledger.
     """
-    found = _mechanism_differences(entry.mechanism, charge.mechanism_json())
+    found = _mechanism_differences(entry.mechanism_text, charge.mechanism_json())
     for name, stated, planned in (
         ("releases", entry.releases, charge.releases_json()),
         ("rng", entry.rng, charge.rng),
@@ -179,16 +181,12 @@ def _mechanism_differences(stated: str, planned: str) -> list[str]:
     """Compare two spellings of a mechanism; each field that differs is a finding."""
     if stated == planned:
         return []
-    wanted = json.loads(planned)
-    try:
-        said = json.loads(stated)
-    except (ValueError, RecursionError):
-        said = None
-    if not isinstance(said, dict):
+    said, wanted = fields_of(stated), fields_of(planned) or {}
+    if said is None:
         return [f"mechanism is {shown(stated)}, the plan says {planned}"]
-    if said.get("kind") != wanted["kind"]:
-        return [f"kind of mechanism is {shown(str(said.get('kind')))}, the plan says {wanted['kind']}"]
-    found = list(_differences(_flat(said), _flat(wanted)))
+    if (kind := said.get("kind", "None")) != wanted["kind"]:
+        return [f"kind of mechanism is {shown(kind)}, the plan says {wanted['kind']}"]
+    found = list(_differences(said, wanted))
     return found or [f"mechanism is spelled {shown(stated)}, the plan's is {planned}"]
 
 
@@ -197,14 +195,3 @@ def _differences(said: Mapping[str, str], wanted: Mapping[str, str]) -> Iterator
         one, other = said.get(name, _NOT_STATED), wanted.get(name, "nothing of it")
         if one != other:
             yield f"{shown(name)[1:-1]} is {one if one == _NOT_STATED else shown(one)[1:-1]}, the plan says {other}"
-
-
-def _flat(document: Mapping[str, object]) -> dict[str, str]:
-    """Return name → value as text; the σ of each part under a name of its own."""
-    values = {name: str(value) for name, value in document.items() if name != "parts"}
-    parts = document.get("parts")
-    if isinstance(parts, dict):
-        values |= {f"sigma of {name}": str(noise) for name, noise in parts.items()}
-    elif parts is not None:
-        values["parts"] = str(parts)
-    return values

@@ -16,13 +16,16 @@ from conclave.base.canonical import canonical_json, decimal
 from conclave.base.errors import BadInputError
 from conclave.base.verdict import Verdict
 from conclave.privacy.accounting.filter import fixed_order
-from conclave.privacy.ledger.entry import Entry, Genesis, Side
+from conclave.privacy.ledger.entry import Entry
+from conclave.privacy.ledger.genesis import Genesis, Side, check_pair
 from conclave.privacy.ledger.reading.history import History, open_history
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history, shown
-from conclave.privacy.ledger.sides import check_pair
+from conclave.protocol.charges import METRICS, SIDES
 from conclave.server.node_level.account import plan_hash_of, published_charge
 from conclave.server.replies.receipts import KeptReceipt, read_receipts
 from conclave.server.run_directory import RunDirectory
+
+_METRICS = canonical_json([METRICS]).decode()
 
 
 @dataclass
@@ -127,8 +130,8 @@ class _RunAudit:
 
     def _match(self, name: str, history: History, kept: Sequence[KeptReceipt], *, unproven: bool) -> None:
         """Find each receipt's charge, and each charge's receipt."""
-        is_held_out = history.genesis.side == "held-out"
-        if any((item.kind == "evaluate") != is_held_out for item in kept):
+        side = history.genesis.side
+        if any(SIDES[item.kind] != side for item in kept):
             self.findings.append(f"{name}: paid for what the units of its side do not take part in")
         wanted = {item.charge_id: item for item in kept}
         if len(wanted) < len(kept):
@@ -144,7 +147,7 @@ class _RunAudit:
                     f"{name}: entry {entry.seq} is charged for another plan than the run's scenario makes: "
                     f"{shown(entry.plan_hash)}, must be {self.plan_hash}"
                 )
-            if (entry.releases == '["metrics"]') != is_held_out:
+            if (entry.releases == _METRICS) != (side == "held-out"):
                 self.findings.append(f"{name}: entry {entry.seq} releases what its side is not for")
             if entry.state == "COMMITTED":
                 committed.add(entry.charge_id)
@@ -292,7 +295,7 @@ class _RunAudit:
         if len(self.run_ids) > 1:
             self.findings.append(f"the receipts are of {len(self.run_ids)} runs, must be of one")
         absent = [found[0] for ledger, found in self.by_ledger.items() if ledger not in self.seen]
-        missing = sorted(f"{kept.node}{' (held-out units)' * (kept.kind == 'evaluate')}" for kept in absent)
+        missing = sorted(f"{kept.node}{' (held-out units)' * (SIDES[kept.kind] == 'held-out')}" for kept in absent)
         modes = {genesis.mode for genesis in self.genesis.values()}
         if len(modes) > 1:
             self.findings.append("some ledgers are of a simulation, others are not; a run is the one or the other")

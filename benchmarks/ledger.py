@@ -30,8 +30,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from conclave.base.canonical import canonical_json
 from conclave.privacy.accounting.accountants import epsilon_by_accountant
 from conclave.privacy.accounting.calibration import calibrate_noise
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import ChargeRequest, Genesis, Ledger, Reservation, SignedHead
 from conclave.privacy.ledger.heads import public_hex
 from conclave.privacy.ledger.reading.history import LedgerExport, open_history, write_export

@@ -12,7 +12,7 @@ from conclave.cli.options import Json, NodeFolder, Overrides, scenario_of
 from conclave.cli.output import print_json
 
 if TYPE_CHECKING:
-    from conclave.privacy.ledger.entry import Side
+    from conclave.privacy.ledger.genesis import Side
 
 app = typer.Typer()
 

@@ -14,7 +14,8 @@ from conclave.base.errors import BadInputError
 from conclave.base.reading import parse_json
 from conclave.base.whole_file import new_file, write_atomically
 from conclave.clients.hours import within
-from conclave.privacy.releases.load_histogram import release_shares
+from conclave.privacy.accounting.mechanisms import ExponentialChoice
+from conclave.protocol.charges import charges_of
 from conclave.protocol.messages import ProtocolError
 from conclave.protocol.plan import Plan
 
@@ -33,11 +34,12 @@ class WaitingPlan:
 
 def released(plan: Plan) -> list[str]:
     """Say everything that a plan asks a node to let out, what other ledgers pay for too."""
-    said = list(release_shares(plan.load_share))
-    if plan.affinity is not None:
-        said.append(f"choices of experts (epsilon {plan.affinity.epsilon:g} each)")
-    if plan.evaluation is not None:
-        said.append(f"metrics of held-out units ({plan.evaluation.count(plan.rounds)} times, from their own budget)")
+    planned = charges_of(plan)
+    said = list(planned["train"].releases)
+    if isinstance(choice := planned["choose"].mechanism if "choose" in planned else None, ExponentialChoice):
+        said.append(f"choices of experts (epsilon {choice.epsilon:g} each)")
+    if "evaluate" in planned:
+        said.append(f"metrics of held-out units ({planned['evaluate'].count} times, from their own budget)")
     return said
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from flwr.app import RecordDict
 
-from conclave.base.canonical import sha256
 from conclave.clients.approvals import Approvals
 from conclave.clients.capacity import room_for
 from conclave.clients.chooser import choice, choice_shapes
@@ -24,11 +23,11 @@ from conclave.model import parameters
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
 from conclave.model.records import Records
-from conclave.privacy.ledger import Ledger, StoredReply, state_of
-from conclave.privacy.ledger.sides import check_pair
+from conclave.privacy.ledger import ChargeRequest, Ledger, StoredReply, state_of
+from conclave.privacy.ledger.genesis import check_pair
 from conclave.privacy.randomness import derive
 from conclave.privacy.releases.release import release
-from conclave.protocol.charges import charges_of, choice_charge, evaluation_charge, for_message, training_charge
+from conclave.protocol.charges import PlannedCharges, charges_of
 from conclave.protocol.codec import body_of, encode, tensors_of
 from conclave.protocol.encodings import encodings_of, wire_form
 from conclave.protocol.messages import (
@@ -134,8 +133,7 @@ class Node:
         check_receipt(self.ledger, request.receipt)
         expected = plan.travelling(request.held)  # of what comes; what leaves is in plan.reply_shapes
         tensors = tensors_of(content, expected, encodings_of(plan.traffic.model, expected))
-        charge = training_charge(plan, request.run_id, seeded=self.policy.simulation)
-        charge = for_message(charge, request, body_of(content))
+        charge = self._charge(charges_of(plan)["train"], request, content)
         clip_name, experts_name = f"{state_of(request.run_id)}{plan.hash}/clip", state_name(request.run_id, plan)
 
         set_aside = partial(self._set_aside, plan, request.run_id)
@@ -182,20 +180,20 @@ class Node:
         self.policy.check_evaluation(plan)
         if self.held_out is None:
             raise ProtocolError("not-allowed", "this node holds no units out of training")
-        if plan.evaluation is None or not plan.evaluation.due(request.round, plan.rounds):
+        planned = charges_of(plan).get("evaluate")
+        if planned is None or not planned.is_due(request.round):
             raise ProtocolError("bad-request", "the plan has no evaluation after this round")
         ledger = self.held_out.ledger
         check_receipt(ledger, request.receipt)
         expected = plan.travelling(request.held)
         tensors = tensors_of(content, expected, encodings_of(plan.traffic.model, expected))
-        common = evaluation_charge(plan, plan.evaluation, request.run_id, seeded=self.policy.simulation)
-        charge = for_message(common, request, body_of(content))
-        count = plan.evaluation.count(plan.rounds)
+        charge = self._charge(planned, request, content)
 
         def set_aside() -> None:
             # When the first evaluation is asked for follows how long the training before it took.
+            each = planned.request(request.run_id, seeded=self.policy.simulation)
             with as_codes():
-                ledger.admit(common, count, time=self.ledger.admitted_at(request.run_id, plan.hash))
+                ledger.admit(each, planned.count, time=self.ledger.admitted_at(request.run_id, plan.hash))
 
         def state() -> LocalState:
             return (self.ledger.local_state(state_name(request.run_id, plan)),)
@@ -217,17 +215,14 @@ class Node:
         """
         plan = request.plan
         self._check_plan(plan, request.scenario, request.run_id)
-        if plan.affinity is None or request.round > plan.rounds or not plan.affinity.due(request.round):
+        planned = charges_of(plan).get("choose")
+        if planned is None or not planned.is_due(request.round):
             raise ProtocolError("bad-request", "the plan has no choice before this round")
         if sum(shape.numel() for shape in plan.choosing_shapes.values()) > self.policy.max_parameters:
             raise ProtocolError("not-allowed", "the model is larger than this node allows")
         check_receipt(self.ledger, request.receipt)
         tensors = tensors_of(content, plan.choosing_shapes)
-        charge = replace(
-            choice_charge(plan, plan.affinity, request.run_id, seeded=self.policy.simulation),
-            round=request.round,
-            model_in_hash=sha256(body_of(content)),
-        )
+        charge = self._charge(planned, request, content)
         set_aside = partial(self._set_aside, plan, request.run_id)
         self._begin(plan, request.scenario, request.run_id)
         with paid(self.ledger, charge, self.new_secret, set_aside) as (reservation, _):
@@ -237,6 +232,17 @@ class Node:
             chosen = choice(plan, tensors, self.records, capacity, reservation.secret)
             with as_codes():
                 return _reply(ChooseReply, release(self.ledger, reservation, chosen, choice_shapes(plan, capacity)))
+
+    def _charge(
+        self, planned: PlannedCharges, request: TrainRequest | EvaluateRequest | ChooseRequest, content: RecordDict
+    ) -> ChargeRequest:
+        """Return the charge for one message: its round, and what came with it."""
+        return planned.request(
+            request.run_id,
+            seeded=self.policy.simulation,
+            round_number=request.round,
+            model_in_hash=request.model_in_hash(body_of(content)),
+        )
 
     def _check_request(self, request: TrainRequest | EvaluateRequest) -> None:
         """Check a request that a model comes with."""
@@ -289,8 +295,11 @@ class Node:
         return {layer: ids[: plan.model.experts.top_k] for layer, ids in plan.model.all_experts.items()}
 
     def _set_aside(self, plan: Plan, run_id: str) -> None:
-        planned = charges_of(plan, run_id, seeded=self.policy.simulation)
-        training, *also = [(item.charge, item.count) for item in planned if item.side == "training"]
+        training, *also = [
+            (planned.request(run_id, seeded=self.policy.simulation), planned.count)
+            for planned in charges_of(plan).values()
+            if planned.side == "training"
+        ]
         with as_codes():
             self._give_back_unapproved(plan, run_id)
             self.ledger.admit(*training, also)

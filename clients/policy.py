@@ -10,6 +10,7 @@ from conclave.base.frozen import Frozen
 from conclave.clients.capacity import experts_that_fit, experts_within, process_memory
 from conclave.model.config import ModelConfig
 from conclave.model.parameters import shapes
+from conclave.protocol.charges import METRICS, release_costs
 from conclave.protocol.messages import ProtocolError
 from conclave.protocol.plan import Plan
 
@@ -100,7 +101,7 @@ class Policy(Frozen):
                 raise ProtocolError("not-allowed", f"{name} is {value}, must be at most {most}")
         if plan.model.source is None:  # else its code would run, before the owner has approved the plan
             self.check_size(plan)
-        for name, share in plan.releases(order).items():
+        for name, share in release_costs(plan, order).items():
             allowed = self.releases.get(name, 0.0)
             if share > allowed:
                 raise ProtocolError(
@@ -125,7 +126,7 @@ class Policy(Frozen):
     @property
     def evaluates(self) -> bool:
         """Whether the owner lets out what is measured on held-out units."""
-        return self.releases.get("metrics", 0.0) > 0.0
+        return self.releases.get(METRICS, 0.0) > 0.0
 
     def check_evaluation(self, plan: Plan) -> None:
         """Check what a plan asks of held-out units, before anything is charged.
@@ -136,7 +137,7 @@ class Policy(Frozen):
         if plan.evaluation is None:
             raise ProtocolError("bad-request", "the plan has no evaluation")
         if not self.evaluates:
-            raise ProtocolError("not-allowed", "policy.releases does not name metrics")
+            raise ProtocolError("not-allowed", f"policy.releases does not name {METRICS}")
         noise = plan.evaluation.noise_multiplier
         if not self.simulation and (noise is None or noise < self.min_noise_multiplier):
             raise ProtocolError("not-allowed", "the noise of metrics is below policy.min_noise_multiplier")

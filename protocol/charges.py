@@ -1,123 +1,178 @@
-"""What a plan charges a node's ledgers, message by message. Nodes draw it, and audits compare ledgers with it."""
+"""What a plan charges a node's ledgers, message by message: the one place where that is written down.
+
+Nodes draw it, servers calibrate σ and estimate with it, owners are told of it, and audits compare ledgers with it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from conclave.privacy.accounting.mechanisms import Mechanism, SampledGaussian
+from conclave.privacy.accounting.calibration import PlannedChoices, calibrate_noise
+from conclave.privacy.accounting.mechanisms import ExponentialChoice, Mechanism, SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest
-from conclave.privacy.ledger.entry import Side
-from conclave.privacy.releases.choice_config import ChoicePlan
-from conclave.privacy.releases.evaluation_config import EvaluationPlan
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.releases.load_histogram import release_shares
 from conclave.privacy.releases.private_metrics import SENSITIVITY
 from conclave.protocol.plan import Plan
 
-if TYPE_CHECKING:
-    from conclave.protocol.messages import EvaluateRequest, TrainRequest
+Kind = Literal["train", "choose", "evaluate"]
+"""What a message asks of a node's data."""
+
+CHOICE, METRICS = "choice", "metrics"
+"""What leaves a node, besides what its training releases."""
+
+SIDES: dict[Kind, Side] = {"train": "training", "choose": "training", "evaluate": "held-out"}
+"""Whose ledger pays: of the units that train, or of those held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCharges:
-    """What a plan charges one side's ledger for one kind of message.
+    """What a plan charges for one kind of message.
 
-    charge: what all of them have in common; round and model are those of each message.
-    count: how many there are in a run. is_due: whether a round has one.
+    mechanism: of one charge; None without privacy.
+    releases: what leaves, by name. parts: σ of each, where several are made from one sample.
+    count: how many charges there are in a run. is_due: whether a round has one.
     """
 
-    charge: ChargeRequest
-    side: Side
+    plan: Plan
+    kind: Kind
+    mechanism: Mechanism | None
+    clip: float
+    releases: tuple[str, ...]
+    parts: tuple[tuple[str, float], ...] = ()
     count: int
     is_due: Callable[[int], bool]
 
+    @property
+    def side(self) -> Side:
+        """Whose ledger pays."""
+        return SIDES[self.kind]
 
-def charges_of(plan: Plan, run_id: str, *, seeded: bool) -> tuple[PlannedCharges, ...]:
-    """Return everything that a plan charges a node, training first."""
-    rounds = plan.rounds
-
-    def planned(charge: ChargeRequest, side: Side, count: int, due: Callable[[int], bool]) -> PlannedCharges:
-        return PlannedCharges(
-            charge=charge, side=side, count=count, is_due=lambda number: 1 <= number <= rounds and due(number)
+    def request(self, run_id: str, *, seeded: bool, round_number: int = 0, model_in_hash: str = "") -> ChargeRequest:
+        """Return one charge; without a round and a model, what all of them in a run have in common."""
+        return ChargeRequest(
+            kind=self.kind,
+            run_id=run_id,
+            round=round_number,
+            plan_hash=self.plan.hash,
+            model_in_hash=model_in_hash,
+            code_hash=code_hash(),
+            mechanism=self.mechanism,
+            clip=self.clip,
+            releases=self.releases,
+            numeric=_numeric_level(self.plan),
+            rng="seeded" if seeded else "os-entropy",
+            parts=self.parts,
         )
 
-    every = [planned(training_charge(plan, run_id, seeded=seeded), "training", rounds, lambda _: True)]
-    if (affinity := plan.affinity) is not None:
-        charge = choice_charge(plan, affinity, run_id, seeded=seeded)
-        every.append(planned(charge, "training", affinity.count(rounds), affinity.due))
-    if (evaluation := plan.evaluation) is not None:
-        charge = evaluation_charge(plan, evaluation, run_id, seeded=seeded)
-        every.append(planned(charge, "held-out", evaluation.count(rounds), partial(evaluation.due, rounds=rounds)))
-    return tuple(every)
 
+def charges_of(plan: Plan) -> dict[Kind, PlannedCharges]:
+    """Return everything that a plan charges a node, by the kind of message, training first."""
+    rounds, clip, sigma = plan.rounds, plan.privacy.clip, plan.noise_multiplier
 
-def training_charge(plan: Plan, run_id: str, *, seeded: bool) -> ChargeRequest:
-    """Return what every round's training of a plan has in common."""
-    return ChargeRequest(
-        kind="train",
-        run_id=run_id,
-        round=0,
-        plan_hash=plan.hash,
-        model_in_hash="",
-        code_hash=code_hash(),
-        mechanism=charged_mechanism(plan),
-        clip=plan.privacy.clip,
-        releases=tuple(release_shares(plan.load_share)),
-        numeric=_numeric_level(plan),
-        rng="seeded" if seeded else "os-entropy",
-        parts=tuple(plan.noise_parts.items()) if plan.load_share else (),
-    )
+    def within(due: Callable[[int], bool]) -> Callable[[int], bool]:
+        return lambda number: 1 <= number <= rounds and due(number)
 
-
-def choice_charge(plan: Plan, affinity: ChoicePlan, run_id: str, *, seeded: bool) -> ChargeRequest:
-    """Return what every choice of experts of a plan has in common."""
-    return replace(
-        training_charge(plan, run_id, seeded=seeded),
-        kind="choose",
-        mechanism=affinity.mechanism(plan.model.layers),
-        releases=("choice",),
-        parts=(),
-    )
-
-
-def evaluation_charge(plan: Plan, evaluation: EvaluationPlan, run_id: str, *, seeded: bool) -> ChargeRequest:
-    """Return what every evaluation of a plan has in common; the held-out side's ledger pays."""
-    return replace(
-        training_charge(plan, run_id, seeded=seeded),
-        kind="evaluate",
-        mechanism=evaluation.mechanism,
-        clip=SENSITIVITY,
-        releases=("metrics",),
-        parts=(),
-    )
-
-
-def for_message(charge: ChargeRequest, request: TrainRequest | EvaluateRequest, body: bytes) -> ChargeRequest:
-    """Return the charge for one message: its round, and the model that came with it."""
-    return replace(charge, round=request.round, model_in_hash=request.model_in_hash(body))
-
-
-def charged_mechanism(plan: Plan) -> SampledGaussian | None:
-    """Return what one round of a plan is charged as; None without privacy."""
-    if plan.noise_multiplier is None:
-        return None
-    return SampledGaussian(
-        sampling_rate=plan.privacy.sampling_rate,
-        noise_multiplier=plan.noise_multiplier,
-        steps=plan.training.steps,
-    )
-
-
-def planned_charges(plan: Plan, side: Side) -> dict[Mechanism, int]:
-    """Return what a whole plan is charged as on one side's ledger: mechanism → how often. Nothing without privacy."""
-    return {
-        planned.charge.mechanism: planned.count
-        for planned in charges_of(plan, "", seeded=False)
-        if planned.side == side and planned.count and planned.charge.mechanism is not None
+    step = _gaussian(plan.privacy.sampling_rate, sigma, plan.training.steps)
+    planned: dict[Kind, PlannedCharges] = {
+        "train": PlannedCharges(
+            plan=plan,
+            kind="train",
+            mechanism=step,
+            clip=clip,
+            releases=tuple(release_shares(plan.load_share)),
+            parts=tuple(plan.noise_parts.items()) if plan.load_share else (),
+            count=rounds,
+            is_due=within(lambda _: True),
+        )
     }
+    if (affinity := plan.affinity) is not None:
+        planned["choose"] = PlannedCharges(
+            plan=plan,
+            kind="choose",
+            mechanism=ExponentialChoice(epsilon=affinity.epsilon, choices=affinity.experts * plan.model.layers),
+            clip=clip,
+            releases=(CHOICE,),
+            count=affinity.count(rounds),
+            is_due=within(affinity.due),
+        )
+    if (evaluation := plan.evaluation) is not None:
+        planned["evaluate"] = PlannedCharges(
+            plan=plan,
+            kind="evaluate",
+            mechanism=_gaussian(1.0, evaluation.noise_multiplier, 1),  # every held-out unit takes part
+            clip=SENSITIVITY,
+            releases=(METRICS,),
+            count=evaluation.count(rounds),
+            is_due=within(partial(evaluation.due, rounds=rounds)),
+        )
+    return planned
+
+
+def whole_cost(plan: Plan, side: Side) -> dict[Mechanism, int]:
+    """Return what a whole plan is charged as on one side's ledger: mechanism → how often. Nothing without privacy."""
+    cost: dict[Mechanism, int] = {}
+    for planned in charges_of(plan).values():
+        if planned.side == side and planned.count and planned.mechanism is not None:
+            cost[planned.mechanism] = cost.get(planned.mechanism, 0) + planned.count
+    return cost
+
+
+def release_costs(plan: Plan, order: float) -> dict[str, float]:
+    """Return what leaves a node besides metrics, and each one's share of what the plan costs at an RDP order.
+
+    What training releases from one sample shares its precision, and a choice takes its share of all RDP.
+
+    Args:
+        order: of the ledger that pays. The plan's own (ε, δ) say nothing: at another order, choices look cheaper.
+    """
+    choice = {} if plan.affinity is None else {CHOICE: choice_share(plan, order)}
+    return release_shares(plan.load_share) | choice
+
+
+def choice_share(plan: Plan, order: float) -> float:
+    """Return what share of the plan's RDP at ``order`` its choices of experts take; 0 with none."""
+    units = {type(mechanism): count * charge_units(mechanism, order)
+             for mechanism, count in whole_cost(plan, "training").items()}  # fmt: skip
+    return units.get(ExponentialChoice, 0) / sum(units.values()) if units else 0.0
+
+
+def calibrated_noise(draft: Plan, side: Side, *, epsilon: float, delta: float) -> float:
+    """Return the smallest σ with which all that a plan charges one side's ledger passes the filter of (ε, δ).
+
+    What has its price, choices, is paid first.
+
+    Args:
+        draft: the plan with any σ; what it states on that side is not looked at.
+
+    Raises:
+        BadInputError: there is none.
+    """
+    cost = whole_cost(draft, side)
+    ((noised, charges),) = ((one, count) for one, count in cost.items() if isinstance(one, SampledGaussian))
+    return calibrate_noise(
+        epsilon=epsilon,
+        delta=delta,
+        sampling_rate=noised.sampling_rate,
+        steps_per_charge=noised.steps,
+        charges=charges,
+        choices=tuple(
+            PlannedChoices(mechanism=one, charges=count)
+            for one, count in cost.items()
+            if isinstance(one, ExponentialChoice)
+        ),
+    )
+
+
+def _gaussian(sampling_rate: float, noise_multiplier: float | None, steps: int) -> SampledGaussian | None:
+    if noise_multiplier is None:
+        return None
+    return SampledGaussian(sampling_rate=sampling_rate, noise_multiplier=noise_multiplier, steps=steps)
 
 
 def _numeric_level(plan: Plan) -> Literal["strict", "fast", "uncertified"]:

@@ -14,7 +14,7 @@ from conclave.base.errors import ConclaveError
 from conclave.base.frozen import Frozen
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
-from conclave.privacy.ledger.entry import ledger_id_of
+from conclave.privacy.ledger.genesis import ledger_id_of
 from conclave.privacy.ledger.heads import KeyRotation, SignedHead, current_key
 from conclave.protocol.plan import Plan
 
@@ -141,8 +141,12 @@ class ChooseRequest(Frozen):
     plan: Plan
     receipt: SignedHead | None = None
 
+    def model_in_hash(self, body: bytes) -> str:
+        """Identify what is chosen by: the tensors, their ``body`` on the wire."""
+        return sha256(body)
 
-class _Committed(Frozen):
+
+class Committed(Frozen):
     """A committed release, which travels beside it.
 
     receipt: the paying ledger's head when it was committed; the server keeps it.
@@ -153,15 +157,15 @@ class _Committed(Frozen):
     receipt: SignedHead
 
 
-class ChooseReply(_Committed):
+class ChooseReply(Committed):
     """For each layer, ids of experts travel beside it, the most wanted first."""
 
 
-class TrainReply(_Committed):
+class TrainReply(Committed):
     """The delta for exactly what was sent travels beside it."""
 
 
-class EvaluateReply(_Committed):
+class EvaluateReply(Committed):
     """The noised sums travel beside it; the ledger is that of the held-out side."""
 
 

@@ -1,4 +1,7 @@
-"""What a run asks of every node, all of it: the document that is hashed, admitted and charged."""
+"""What a run asks of every node, all of it: the document that is hashed, admitted and charged.
+
+What it costs: :mod:`conclave.protocol.charges`.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,8 @@ from conclave.base.frozen import Frozen
 from conclave.model.config import ModelConfig
 from conclave.model.experts.config import HeldExperts
 from conclave.model.parameters import owner, shapes
-from conclave.privacy.accounting.filter import charge_units
-from conclave.privacy.accounting.mechanisms import LARGEST_NOISE, SampledGaussian
-from conclave.privacy.releases.choice_config import ChoicePlan
-from conclave.privacy.releases.evaluation_config import EvaluationPlan
-from conclave.privacy.releases.load_histogram import load_shapes, noise_parts, release_shares
+from conclave.privacy.accounting.mechanisms import LARGEST_NOISE
+from conclave.privacy.releases.load_histogram import load_shapes, noise_parts
 from conclave.privacy.training.config import PrivacyConfig
 from conclave.privacy.training.local_optimizers import OptimizerConfig, SgdConfig
 from conclave.protocol.encodings import TrafficConfig
@@ -33,6 +33,50 @@ class TrainingConfig(Frozen):
     learning_rate: float = Field(gt=0.0, le=1e4)
     optimizer: OptimizerConfig = SgdConfig()
     expert_learning_rate: Literal["same", "held"] = "same"
+
+
+class ChoicePlan(Frozen):
+    """Every ``every`` rounds, a node chooses ``experts`` of each layer by what they are worth to its records.
+
+    epsilon: of one choice by the exponential mechanism; ``experts`` choices a layer are as many charges.
+    """
+
+    epsilon: float = Field(gt=0.0, le=10.0)
+    every: int = Field(ge=1, le=1_000_000)
+    experts: int = Field(ge=1, le=4096)
+
+    def due(self, round_number: int) -> bool:
+        """Whether nodes choose before this round; never before the first, when no router has learned anything."""
+        return round_number > 1 and (round_number - 1) % self.every == 0
+
+    def count(self, rounds: int) -> int:
+        """Return how often nodes choose in a run."""
+        return (rounds - 1) // self.every
+
+
+class EvaluationSchedule(Frozen):
+    """When nodes evaluate, and with which experts.
+
+    every: rounds from one evaluation to the next; the last round always ends with one.
+    experts: those that a node is ``assigned`` in that round, or ``all`` where the node can hold them.
+    """
+
+    every: int = Field(default=10, ge=1, le=1_000_000)
+    experts: Literal["assigned", "all"] = "assigned"
+
+    def due(self, round_number: int, rounds: int) -> bool:
+        """Whether nodes evaluate after this round of a run."""
+        return round_number % self.every == 0 or round_number == rounds
+
+    def count(self, rounds: int) -> int:
+        """Return how often nodes evaluate in a run."""
+        return -(-rounds // self.every)
+
+
+class EvaluationPlan(EvaluationSchedule):
+    """What a plan says of evaluation. noise_multiplier: σ of each; None only without privacy."""
+
+    noise_multiplier: float | None = Field(gt=0.0, le=LARGEST_NOISE)
 
 
 class Plan(Frozen):
@@ -118,15 +162,6 @@ class Plan(Frozen):
         """SHA-256 of the plan's JSON, which names every field in a fixed order."""
         return sha256(self.json_for_hash().encode())
 
-    def releases(self, order: float) -> dict[str, float]:
-        """Return what leaves a node under this plan, and each one's share of what the plan costs at an RDP order.
-
-        Args:
-            order: of the ledger that pays. The plan's own (ε, δ) say nothing: at another order, choices look cheaper.
-        """
-        choice = {} if self.affinity is None else {"choice": self.choice_share(order)}
-        return release_shares(self.load_share) | choice
-
     @property
     def noise_parts(self) -> dict[str, float]:
         """σ of each release, relative to its own sensitivity.
@@ -139,18 +174,6 @@ class Plan(Frozen):
         if self.noise_multiplier is None:
             raise ValueError("there is no noise without privacy")
         return noise_parts(self.noise_multiplier, self.load_share)
-
-    def choice_share(self, order: float) -> float:
-        """Return what share of the plan's RDP at ``order`` its choices of experts take; 0 with none."""
-        if self.affinity is None or self.noise_multiplier is None:
-            return 0.0
-        choices = self.affinity.count(self.rounds) * charge_units(self.affinity.mechanism(self.model.layers), order)
-        step = SampledGaussian(
-            sampling_rate=self.privacy.sampling_rate,
-            noise_multiplier=self.noise_multiplier,
-            steps=self.training.steps,
-        )
-        return choices / (choices + self.rounds * charge_units(step, order))
 
     @property
     def choosing_shapes(self) -> dict[str, Size]:

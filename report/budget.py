@@ -8,10 +8,10 @@ from pathlib import Path
 from conclave.base.errors import BadInputError
 from conclave.base.whole_file import new_file, write_atomically
 from conclave.clients.folder.node_directory import NodeDirectory
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.ledger.reading.history import History, LedgerFile, open_history, write_export
 from conclave.privacy.ledger.reading.spending import Budget, Forecast, budget_of, forecast
-from conclave.protocol.charges import planned_charges
+from conclave.protocol.charges import whole_cost
 from conclave.protocol.messages import ProtocolError
 from conclave.server.scenario import Scenario
 
@@ -86,7 +86,7 @@ def _planned(source: Path, history: History, budget: Budget, scenario: Scenario)
     plan = scenario.plan()
     if history.genesis.side == "held-out" and plan.evaluation is None:
         raise BadInputError(f"--plan {scenario.name}: measures nothing on held-out units, must have [evaluation]")
-    charges = planned_charges(plan, history.genesis.side)
+    charges = whole_cost(plan, history.genesis.side)
     if not charges:
         raise BadInputError(f"--plan {scenario.name}: trains without privacy, so no budget allows it")
     expected = forecast(budget, history.genesis, charges)

@@ -15,6 +15,7 @@ from conclave.base.reading import read_text
 from conclave.base.whole_file import write_atomically
 from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.ledger.reading.verification import LedgerAudit
+from conclave.protocol.charges import choice_share
 from conclave.report import charts
 from conclave.report.tables import said_of_held_out
 from conclave.server.metrics import dropped_by, unchanged
@@ -91,7 +92,7 @@ def contents_of(run: RunDirectory) -> dict[str, Any]:
         "toml": read_text(run.path / "scenario.toml", "the run's scenario"),
         "environment": _environment_of(run),
         "plan": plan,
-        "choice_share": plan.choice_share(fixed_order(scenario.privacy.epsilon, scenario.privacy.delta)),
+        "choice_share": choice_share(plan, fixed_order(scenario.privacy.epsilon, scenario.privacy.delta)),
         "last": last,
         "rounds": last["round"],
         "private": private,

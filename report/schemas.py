@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 from conclave.audit.ledger import LedgersAudit
 from conclave.audit.run import RunAudit
 from conclave.base.errors import BadInputError
-from conclave.privacy.ledger.entry import Entry, Genesis
+from conclave.privacy.ledger.entry import Entry
+from conclave.privacy.ledger.genesis import Genesis
 from conclave.privacy.ledger.heads import SignedHead
 from conclave.privacy.ledger.upkeep.recovery import Recovery
 from conclave.report.budget import BudgetReport

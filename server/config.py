@@ -1,4 +1,4 @@
-"""Configuration of the federation: rounds, cohorts, assignment of experts, aggregation."""
+"""Configuration of the federation: rounds, cohorts, assignment of experts, aggregation, evaluation by nodes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from conclave.base.frozen import Frozen
+from conclave.protocol.plan import EvaluationSchedule
 from conclave.server.aggregate.config import (
     AggregationConfig,
     AverageConfig,
@@ -85,3 +86,15 @@ class FederationConfig(Frozen):
         if isinstance(self.cohort, FixedCohort) and self.min_replies > self.cohort.size:
             raise ValueError(f"min_replies is {self.min_replies}, must be at most cohort.size {self.cohort.size}")
         return self
+
+
+class EvaluationConfig(EvaluationSchedule):
+    """Nodes measure the model on units that never train, and release the result noised, against a budget of its own.
+
+    held_out: the share of each node's units that is kept out of training. In a deployment each owner decided it.
+    epsilon: of all evaluations together, for a unit that is held out; the training's where it is not given. A unit is
+        on one side only, so its whole ε is the larger of the two, not their sum.
+    """
+
+    held_out: float = Field(default=0.2, ge=0.01, le=0.9)
+    epsilon: float | None = Field(default=None, gt=0.0, le=1e6)

@@ -11,11 +11,12 @@ from conclave.model import parameters
 from conclave.model.building import build, from_state
 from conclave.model.experts.config import HeldExperts
 from conclave.privacy.accounting.accountants import epsilon_by_accountant
-from conclave.privacy.accounting.filter import charge_units, epsilon_of, fixed_order
-from conclave.privacy.accounting.mechanisms import Mechanism, SampledGaussian
+from conclave.privacy.accounting.filter import epsilon_of, fixed_order
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.randomness import derive
 from conclave.privacy.training.dpsgd import train_privately
 from conclave.privacy.training.dpsgd_mechanism import DpSgd
+from conclave.protocol.charges import charges_of, choice_share, whole_cost
 from conclave.protocol.codec import encode
 from conclave.protocol.encodings import encodings_of, wire_form
 from conclave.protocol.messages import TrainReply, TrainRequest
@@ -89,16 +90,12 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
     rounds, privacy = scenario.federation.rounds, scenario.privacy
     order = fixed_order(privacy.epsilon, privacy.delta)
     epsilon, accountants = float("inf"), dict[str, float]()
-    if plan.noise_multiplier is not None:
-        charge = SampledGaussian(
-            sampling_rate=privacy.sampling_rate, noise_multiplier=plan.noise_multiplier, steps=plan.training.steps
-        )
-        charges: dict[Mechanism, int] = {charge: rounds}
-        if plan.affinity is not None:
-            charges |= {item.mechanism: item.charges for item in plan.affinity.planned(rounds, plan.model.layers)}
-        units = sum(count * charge_units(mechanism, order) for mechanism, count in charges.items())
+    counts = {kind: planned.count for kind, planned in charges_of(plan).items()}
+    cost = whole_cost(plan, "training")
+    if cost:
+        units = sum(count * charge_units(mechanism, order) for mechanism, count in cost.items())
         epsilon = epsilon_of(units, order, privacy.delta)
-        accountants = epsilon_by_accountant(charges, privacy.delta)
+        accountants = epsilon_by_accountant(cost, privacy.delta)
     everything = scenario.model.all_experts
     held = {layer: ids[: scenario.federation.experts_per_node] for layer, ids in everything.items()}
     down, up, full = exchange_bytes_of(scenario)
@@ -131,10 +128,10 @@ def estimate(scenario: Scenario, *, units_per_node: int) -> PlanEstimate:
         short_of_holders=expected.short,
         seconds_per_node_round=seconds,
         seconds_total=seconds * rounds * _expected_cohort(scenario),
-        evaluations=0 if plan.evaluation is None else plan.evaluation.count(rounds),
+        evaluations=counts.get("evaluate", 0),
         evaluation_noise=None if plan.evaluation is None else plan.evaluation.noise_multiplier,
-        choices=0 if plan.affinity is None else plan.affinity.count(rounds),
-        choice_share=plan.choice_share(order),
+        choices=counts.get("choose", 0),
+        choice_share=choice_share(plan, order),
         node_noise_multiplier=None if node_mechanism is None else node_mechanism.noise_multiplier,
         node_epsilon=node_epsilon,
         node_delta=None if node_level is None else node_level.delta,

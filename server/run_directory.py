@@ -19,7 +19,7 @@ from conclave.base.whole_file import append_durably, write_atomically
 from conclave.model.config import ModelConfig
 from conclave.model.store import save_model
 from conclave.privacy.code_identity import code_hash
-from conclave.privacy.ledger.entry import Mode
+from conclave.privacy.ledger.genesis import Mode
 from conclave.server.metrics import lacking, why_no_metrics
 from conclave.server.scenario import Scenario, read_scenario
 

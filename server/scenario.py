@@ -21,14 +21,13 @@ from conclave.data.sources import schema_of
 from conclave.model.config import ModelConfig
 from conclave.privacy.accounting.calibration import calibrate_noise
 from conclave.privacy.accounting.mechanisms import SampledGaussian
-from conclave.privacy.releases.choice_config import ChoicePlan
-from conclave.privacy.releases.evaluation_config import EvaluationConfig, EvaluationPlan
 from conclave.privacy.training.config import PrivacyConfig
+from conclave.protocol.charges import calibrated_noise
 from conclave.protocol.encodings import TrafficConfig
-from conclave.protocol.plan import Plan, TrainingConfig
+from conclave.protocol.plan import ChoicePlan, EvaluationPlan, Plan, TrainingConfig
 from conclave.server.aggregate.balancing import BalancingConfig
 from conclave.server.assign.config import ChoiceConfig, PoissonCohort
-from conclave.server.config import FederationConfig
+from conclave.server.config import EvaluationConfig, FederationConfig
 from conclave.server.coverage import shortage
 from conclave.server.node_level.config import NodePrivacyConfig
 
@@ -195,17 +194,18 @@ class Scenario(Frozen):
         Raises:
             BadInputError: no noise multiplier satisfies (ε, δ).
         """
-        noise = None
-        affinity = self._choice_plan
-        if self.privacy.mechanism == "gaussian":
-            noise = calibrate_noise(
-                epsilon=self.privacy.epsilon,
-                delta=self.privacy.delta,
-                sampling_rate=self.privacy.sampling_rate,
-                steps_per_charge=self.training.steps,
-                charges=self.federation.rounds,
-                choices=() if affinity is None else affinity.planned(self.federation.rounds, self.model.layers),
-            )
+        if self.privacy.mechanism == "none":
+            return self._plan(None, None)
+        aside, draft, delta = self.evaluation, self._plan(1.0, 1.0), self.privacy.delta
+        noise = calibrated_noise(draft, "training", epsilon=self.privacy.epsilon, delta=delta)
+        if aside is None:
+            return self._plan(noise, None)
+        epsilon = self.privacy.epsilon if aside.epsilon is None else aside.epsilon
+        return self._plan(noise, calibrated_noise(draft, "held-out", epsilon=epsilon, delta=delta))
+
+    def _plan(self, noise: float | None, noise_aside: float | None) -> Plan:
+        """Return the plan with σ of what training releases, and of each evaluation of held-out units."""
+        evaluation = self.evaluation
         return Plan(
             model=self.model,
             privacy=self.privacy,
@@ -213,26 +213,13 @@ class Scenario(Frozen):
             rounds=self.federation.rounds,
             noise_multiplier=noise,
             local_experts=self._local_experts,
-            affinity=affinity,
+            affinity=self._choice_plan,
             traffic=self.traffic,
             load_share=0.0 if self.balancing is None else self.balancing.share,
-            evaluation=self._evaluation_plan(),
+            evaluation=None
+            if evaluation is None
+            else EvaluationPlan(every=evaluation.every, experts=evaluation.experts, noise_multiplier=noise_aside),
         )
-
-    def _evaluation_plan(self) -> EvaluationPlan | None:
-        evaluation = self.evaluation
-        if evaluation is None:
-            return None
-        noise = None
-        if self.privacy.mechanism == "gaussian":
-            noise = calibrate_noise(
-                epsilon=self.privacy.epsilon if evaluation.epsilon is None else evaluation.epsilon,
-                delta=self.privacy.delta,
-                sampling_rate=1.0,
-                steps_per_charge=1,
-                charges=evaluation.count(self.federation.rounds),
-            )
-        return EvaluationPlan(every=evaluation.every, experts=evaluation.experts, noise_multiplier=noise)
 
     @property
     def _choice_plan(self) -> ChoicePlan | None:

@@ -325,7 +325,7 @@ class ExpertStrategy(Strategy):
             name, description = asked.pop(node)
             try:
                 self.choices.take(server_round, description, self.run_id, sent, reply.content, self.receipts)
-            except ProtocolError as error:
+            except (DroppedError, ProtocolError) as error:
                 log.warning("node %s did not choose: %s", name, error)
         self.receipts.save()
         self.choices.finish(server_round)

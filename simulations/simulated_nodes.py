@@ -17,7 +17,7 @@ from conclave.data.partition import partition
 from conclave.data.sources import GROUP, DataSet, declared_size, load
 from conclave.model.records import Records
 from conclave.privacy.ledger import Genesis, Ledger
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.ledger.heads import public_hex
 from conclave.privacy.randomness import derive
 from conclave.protocol.messages import ProtocolError

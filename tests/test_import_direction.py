@@ -123,8 +123,9 @@ def test_no_folder_holds_more_files_than_one_can_keep_in_mind(folder):
 
 
 @pytest.mark.parametrize("module", ["conclave.privacy.ledger.reading.verification", "conclave.base.errors"])
-def test_who_checks_a_ledger_loads_no_torch(module):
-    code = f"import sys, {module}; print(sorted({{'torch', 'opacus', 'flwr'}} & set(sys.modules)))"
+def test_who_reads_a_ledger_loads_no_torch_and_nothing_that_prices(module):
+    heavy = {"torch", "opacus", "flwr", "dp_accounting", "scipy"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
 

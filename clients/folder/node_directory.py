@@ -26,7 +26,7 @@ from conclave.clients.folder.node_key import create_node_key
 from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.sensible_budget import check_delta
 from conclave.privacy.ledger import Genesis, Ledger
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.ledger.machine import machine_id
 from conclave.privacy.ledger.upkeep.recovery import Recovery
 from conclave.privacy.ledger.upkeep.registry import Owner, claim, default_registry, withdraw

@@ -24,11 +24,11 @@ from conclave.deployment.host.fixed_layout import check_layout
 from conclave.deployment.host.outward_proxy import check_outward_proxy
 from conclave.deployment.node.loading import read_data
 from conclave.privacy.accounting.sensible_budget import check_delta, doubts
-from conclave.privacy.ledger.entry import Side
+from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.spending import budget_of, forecast
 from conclave.privacy.ledger.upkeep.data_place import fingerprint
-from conclave.protocol.charges import planned_charges
+from conclave.protocol.charges import whole_cost
 from conclave.protocol.messages import ProtocolError
 from conclave.protocol.plan import Plan
 from conclave.server.scenario import Scenario
@@ -171,7 +171,7 @@ def _evaluation(directory: NodeDirectory, scenario: Scenario) -> str:
 
 
 def _share(directory: NodeDirectory, scenario: str, plan: Plan, side: Side) -> str:
-    charges = planned_charges(plan, side)
+    charges = whole_cost(plan, side)
     if not charges:
         raise BadInputError(f"scenario {scenario} asks for a release without privacy: no node makes one")
     ledger = LedgerFile(directory.files(side).path)

@@ -9,8 +9,9 @@ from fractions import Fraction
 from functools import lru_cache
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import budget_units, charge_units, epsilon_of, fixed_order
+from conclave.privacy.accounting.filter import budget_units, epsilon_of, fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian, joint_noise, split_noise
+from conclave.privacy.accounting.prices import charge_units
 
 _LARGEST_NOISE = 1e6
 _PRECISION = 1e-6  # of σ
@@ -87,7 +88,7 @@ def calibrate_plan(
     Choices have their price and are paid first; the releases divide the rest by their shares. What the rounding of σ
     leaves of a share goes to the release with the next smaller one.
 
-    Guarantee: the charges, made as planned and priced by :func:`~conclave.privacy.accounting.filter.charge_units` at
+    Guarantee: the charges, made as planned and priced by :func:`~conclave.privacy.accounting.prices.charge_units` at
     the fixed order of (ε, δ), sum to at most :func:`~conclave.privacy.accounting.filter.budget_units`.
 
     Raises:

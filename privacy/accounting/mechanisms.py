@@ -7,11 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
-import dp_accounting as dpa
-
 from conclave.base.errors import BadInputError
 
-NEIGHBORS = dpa.NeighboringRelation.ADD_OR_REMOVE_ONE
 SMALLEST_NOISE = 1e-2  # below it the RDP overflows, and no real budget could pay
 SMALLEST_RATE, LARGEST_NOISE, MOST_STEPS = 1e-9, 1e9, 10**9
 """Beyond them accountants lose their footing; no ledger takes such a charge, and no audit accepts one."""
@@ -39,13 +36,6 @@ class SampledGaussian:
         if not 0.0 < self.noise_multiplier < math.inf:
             raise BadInputError(f"noise_multiplier is {self.noise_multiplier}, must be finite and above 0")
         _at_least_one("steps", self.steps)
-
-    @property
-    def event(self) -> dpa.DpEvent:
-        """The mechanism as a dp-accounting event."""
-        gaussian = dpa.GaussianDpEvent(self.noise_multiplier)
-        sampled = dpa.PoissonSampledDpEvent(self.sampling_rate, gaussian)
-        return dpa.SelfComposedDpEvent(sampled if self.sampling_rate < 1.0 else gaussian, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
 
 from conclave.privacy.accounting.curve_cache import CurveCache
-from conclave.privacy.accounting.mechanisms import NEIGHBORS
+from conclave.privacy.accounting.prices import NEIGHBORS
 from conclave.privacy.accounting.rdp_curves import Pair, epsilon_from_curve, rdp_curves
 
 _FINEST_INTERVAL = 1e-4  # dp-accounting's default

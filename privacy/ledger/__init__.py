@@ -1,6 +1,6 @@
 """The owner's ledger: charge before release, release once, and anyone can check it."""
 
-from conclave.privacy.ledger.entry import ChargeRequest, Entry, Genesis
+from conclave.privacy.ledger.entry import ChargeRequest, Entry
 from conclave.privacy.ledger.errors import (
     AlreadyChargedError,
     BudgetExhaustedError,
@@ -12,6 +12,7 @@ from conclave.privacy.ledger.errors import (
     ReplyExpiredError,
     WitnessUnavailableError,
 )
+from conclave.privacy.ledger.genesis import Genesis
 from conclave.privacy.ledger.heads import KeyRotation, SignedHead
 from conclave.privacy.ledger.ledger import Ledger, Reservation, StoredReply, state_of
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from conclave.base.canonical import canonical_json
 from conclave.privacy.ledger.entry import INFINITE
 from conclave.privacy.ledger.heads import KeyRotation
+from conclave.privacy.ledger.mechanism_text import Restored, parse_plan, parse_rotation
 
 _RESERVED = '"state":"RESERVED"'
 _NOTHING_DERIVES_FROM = ('"state":"COMMITTED"', '"state":"ABANDONED"', '"state":"MIGRATED"')
@@ -41,16 +42,13 @@ class Derived:
             if is_open and entry["rdp_charge"] != INFINITE:
                 self.plans[plan] = (set_aside, drawn + int(entry["rdp_charge"]), True)
         elif state == "ADMITTED":
-            self.plans[plan] = (int(json.loads(entry["mechanism"])["units"]), 0, True)
+            self.plans[plan] = (parse_plan(entry["mechanism"]).units, 0, True)
         elif state == "CLOSED":
             self.plans[plan] = (*self.plans[plan][:2], False)
         elif state == "ROTATED":
-            document = json.loads(entry["mechanism"])
-            self.rotations.append(
-                KeyRotation.model_validate({name: value for name, value in document.items() if name != "kind"})
-            )
+            self.rotations.append(parse_rotation(entry["mechanism"]))
         elif state == "RESTORED":
-            self.machine = str(json.loads(entry["mechanism"])["machine"])
+            self.machine = Restored.parse(entry["mechanism"]).machine
             self.plans = {name: (*value[:2], False) for name, value in self.plans.items()}
 
     def store(self, db: sqlite3.Connection) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from conclave.base.canonical import canonical_json
 from conclave.privacy.ledger.entry import ChargeRequest, charge_id_of
-from conclave.privacy.ledger.plan_text import most_charges, parse_plan
+from conclave.privacy.ledger.mechanism_text import parse_plan
 
 
 class _Charge(NamedTuple):
@@ -32,7 +32,7 @@ class Drawn:
     _rounds: dict[int, list[_Charge]] = field(default_factory=lambda: defaultdict(list))
     _abandoned: set[str] = field(default_factory=set)
     _charges: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _most: dict[str, dict[str, int]] = field(default_factory=dict)
+    _most: dict[str, Counter[str]] = field(default_factory=dict)
 
     def catch_up(self, db: sqlite3.Connection) -> None:
         """Take note of what was appended since; call it inside the transaction that appends."""
@@ -47,7 +47,7 @@ class Drawn:
     def _take(self, entry: dict[str, str | int]) -> None:
         plan_hash, mechanism = str(entry["plan_hash"]), str(entry["mechanism"])
         if entry["state"] == "ADMITTED":
-            self._most[plan_hash] = most_charges(parse_plan(mechanism)[1])
+            self._most[plan_hash] = parse_plan(mechanism).most
         elif entry["state"] == "ABANDONED":
             self._abandoned.add(str(entry["charge_id"]))
         elif entry["state"] == "RESERVED":
@@ -68,7 +68,7 @@ class Drawn:
     def is_left(self, request: ChargeRequest) -> bool:
         """Whether the plan was admitted with more such charges than it drew; abandoned ones are spent."""
         mechanism = request.mechanism_json()
-        most = self._most.get(request.plan_hash, {}).get(mechanism, 0)
+        most = self._most[request.plan_hash][mechanism] if request.plan_hash in self._most else 0
         return self._charges[request.plan_hash, mechanism] < most
 
     def _named(self, request: ChargeRequest, charge: _Charge) -> str:

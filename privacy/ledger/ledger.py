@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units, epsilon_of
+from conclave.privacy.accounting.filter import epsilon_of
 from conclave.privacy.ledger.drawn import Drawn
-from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units
+from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, State, add_units, plan_id_of
 from conclave.privacy.ledger.errors import (
     AlreadyChargedError,
     BudgetExhaustedError,
@@ -31,7 +31,7 @@ from conclave.privacy.ledger.errors import (
     ReplyExpiredError,
 )
 from conclave.privacy.ledger.heads import SignedHead
-from conclave.privacy.ledger.plan_text import plan_id_of, spell_plan
+from conclave.privacy.ledger.mechanism_text import PLAN_END, spell_plan
 from conclave.privacy.ledger.schema import bound_to
 from conclave.privacy.ledger.store import Store
 from conclave.privacy.ledger.witness import Witness
@@ -174,7 +174,7 @@ class Ledger(Store):
 
     def _close(self, run_id: str, plan_hash: str) -> None:
         plan_id = plan_id_of(self.genesis.ledger_id, run_id, plan_hash)
-        self._append("CLOSED", plan_id, '{"kind":"plan-end"}', run_id=run_id, plan_hash=plan_hash)
+        self._append("CLOSED", plan_id, PLAN_END, run_id=run_id, plan_hash=plan_hash)
         self._db.execute("UPDATE plans SET open = 0 WHERE run_id = ? AND plan_hash = ?", (run_id, plan_hash))
 
     def reserve(
@@ -280,6 +280,8 @@ class Ledger(Store):
     def _price(self, request: ChargeRequest) -> str:
         if request.mechanism is None:
             return INFINITE
+        from conclave.privacy.accounting.prices import charge_units  # who only reads a ledger does without
+
         return str(charge_units(request.mechanism, float(self.genesis.order)))
 
     def _charge(self, request: ChargeRequest, charge_id: str) -> None:
@@ -385,6 +387,6 @@ def state_of(run_id: str) -> str:
 
 
 def _refuse_other_content(entry: Entry, request: ChargeRequest) -> None:
-    stored = (entry.mechanism, entry.releases, entry.rng)
+    stored = (entry.mechanism_text, entry.releases, entry.rng)
     if stored != (request.mechanism_json(), request.releases_json(), request.rng):
         raise ChargeConflictError

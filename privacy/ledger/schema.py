@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import cache
 
 from conclave.base.canonical import canonical_json, sha256
-from conclave.privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION
+from conclave.privacy.ledger.entry import ENTRY_FIELDS
+from conclave.privacy.ledger.genesis import FORMAT_VERSION
 
 TABLES = f"""
 CREATE TABLE genesis (document TEXT NOT NULL, signature TEXT NOT NULL);

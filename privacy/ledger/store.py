@@ -19,9 +19,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from conclave.base.canonical import canonical_json, sha256
 from conclave.base.errors import BadInputError
 from conclave.privacy.ledger.derived import Derived
-from conclave.privacy.ledger.entry import FORMAT_VERSION, Entry, Genesis, State, add_units, ledger_id_of, utc_now
+from conclave.privacy.ledger.entry import Entry, State, add_units
 from conclave.privacy.ledger.errors import LedgerMismatchError
+from conclave.privacy.ledger.genesis import FORMAT_VERSION, Genesis, ledger_id_of, utc_now
 from conclave.privacy.ledger.heads import KeyRotation, SignedHead, current_key, public_hex
+from conclave.privacy.ledger.mechanism_text import spell_migration, spell_rotation
 from conclave.privacy.ledger.schema import TABLES, format_version, has_plain_tables, is_ours, migrate, run_script
 from conclave.privacy.ledger.witness import Witness
 
@@ -165,8 +167,7 @@ class Store:
                 if rotation.new_key in {self.genesis.public_key, *(item.new_key for item in self.rotations)}:
                     raise BadInputError(f"{self.path}: has been signed with this key before, must get a new one")
                 self._key = new_key
-                document = {"kind": "key-rotation", **rotation.model_dump()}
-                self._append("ROTATED", sha256(rotation.new_key.encode()), canonical_json(document).decode())
+                self._append("ROTATED", sha256(rotation.new_key.encode()), spell_rotation(rotation))
                 rotations = [item.model_dump() for item in [*self.rotations, rotation]]
                 self._stand("rotations", canonical_json(rotations).decode())
         except BaseException:
@@ -236,8 +237,8 @@ class Store:
             migrate(self._db, lambda seq, head_hash: self._sign(seq, head_hash).signature)
             head = self._sign(0, self.genesis.hash)
             self._db.execute("UPDATE genesis SET signature = ?", (head.signature,))
-            document = {"kind": "migration", "from": found, "to": FORMAT_VERSION}
-            self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), canonical_json(document).decode())
+            said = spell_migration(found, FORMAT_VERSION)
+            self._append("MIGRATED", sha256(f"to {FORMAT_VERSION}".encode()), said)
             check_whole(self._db, self.path)
 
     def _check_unsigned(self, version: int, machine: str | None) -> None:
@@ -293,7 +294,7 @@ class Store:
             prev_hash=prev_hash,
             charge_id=charge_id,
             state=state,
-            mechanism=mechanism,
+            mechanism_text=mechanism,
             rdp_charge=charge,
             rdp_total=add_units(total, charge),
             rdp_budget=self.genesis.rdp_budget,

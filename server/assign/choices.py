@@ -11,17 +11,16 @@ import torch
 from flwr.app import RecordDict
 from torch import Size
 
-from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
 from conclave.base.reading import parse_json
 from conclave.base.whole_file import write_atomically
 from conclave.model.experts.config import HeldExperts
-from conclave.privacy.ledger.entry import charge_id_of
 from conclave.protocol.codec import body_of, decode, tensors_of
-from conclave.protocol.messages import ChooseReply, Description, ProtocolError
+from conclave.protocol.messages import ChooseReply, Description
 from conclave.protocol.plan import Plan
 from conclave.server.assign.gaps import fill_gaps
-from conclave.server.replies.receipts import KeptReceipt, ReceiptBook
+from conclave.server.replies.receipts import ReceiptBook
+from conclave.server.replies.validation import AskedCharge, DroppedError, accept_charge, dropping
 
 log = logging.getLogger("conclave.server")
 
@@ -70,45 +69,30 @@ class Choices:
             sent: SHA-256 of the tensors that went with the question: the charge must be for them.
 
         Raises:
-            ProtocolError: it refused, or what it sent is no choice of experts; what it chose before stands.
+            DroppedError: what it sent is no choice of experts, or was not paid for; what it chose before stands.
+            ProtocolError: it refused.
         """
         plan = self._plan
         if plan.affinity is None:
             raise ValueError("the plan has no choices")
-        answer = decode(content, ChooseReply)
         count = min(plan.affinity.experts, node.expert_capacity)
-        chosen = tensors_of(content, {f"choice/{layer}": Size([count]) for layer in range(plan.model.layers)})
-        wrong = receipts.why_refused(node, answer.receipt)
-        if wrong is not None:
-            raise ProtocolError("bad-request", f"its receipt was refused: {wrong}")
-        charge_id = charge_id_of(
-            "choose",
-            ledger_id=node.ledger_id,
+        charge = AskedCharge(
+            kind="choose",
+            node=node.fingerprint,
+            ledger=node,
             run_id=run_id,
-            round_number=round_number,
+            round=round_number,
             plan_hash=plan.hash,
             model_in_hash=sent,
         )
-        if answer.charge_id != charge_id:
-            raise ProtocolError("bad-request", "its charge is not for what was asked")
-        receipts.keep(
-            KeptReceipt(
-                round=round_number,
-                node=node.fingerprint,
-                run_id=run_id,
-                plan_hash=plan.hash,
-                charge_id=answer.charge_id,
-                output_hash=sha256(body_of(content)),
-                signing_key=node.signing_key,
-                receipt=answer.receipt,
-                kind="choose",
-            )
-        )
+        with dropping():
+            accept_charge(charge, decode(content, ChooseReply), body_of(content), receipts)
+            chosen = tensors_of(content, {f"choice/{layer}": Size([count]) for layer in range(plan.model.layers)})
         choice = [chosen[f"choice/{layer}"] for layer in range(plan.model.layers)]
         for ids in choice:
             whole = bool((ids == ids.round()).all()) and bool(((ids >= 0) & (ids < plan.model.experts.routed)).all())
             if not whole or len(torch.unique(ids)) != len(ids):
-                raise ProtocolError("bad-request", "its choice is not of different experts")
+                raise DroppedError("document", "its choice is not of different experts")
         self._of[node.fingerprint] = [[int(expert) for expert in ids] for ids in choice]
 
     def finish(self, round_number: int) -> None:

@@ -16,7 +16,7 @@ from conclave.protocol.codec import body_of, decode, tensors_of
 from conclave.protocol.messages import EvaluateReply, HeldOutSide, ProtocolError
 from conclave.protocol.plan import Plan
 from conclave.server.replies.receipts import ReceiptBook
-from conclave.server.replies.validation import Asked, ChargeChecker, DroppedError, Reason
+from conclave.server.replies.validation import Asked, ChargeChecker, DroppedError, Reason, dropping
 
 log = logging.getLogger("conclave.server")
 
@@ -107,14 +107,10 @@ def collect(
 def _sums(reply: Message, asked: Asked, side: HeldOutSide, checker: ChargeChecker, plan: Plan) -> tuple[float, float]:
     if not reply.has_content():
         raise DroppedError("no-answer", "it failed to answer")
-    try:
+    with dropping():
         answer = decode(reply.content, EvaluateReply)
         checker.accept(answer, body_of(reply.content), asked, side)
         (sums,) = tensors_of(reply.content, plan.metric_shapes).values()
-    except ProtocolError as error:
-        if error.code != "bad-request":
-            raise
-        raise DroppedError(error.flaw, str(error)) from error
     units = asked.node.declared_size * side.share / (1.0 - side.share)
     noise = _DEVIATIONS * _noise(plan) + 1.0
     first, second = sums.tolist()

@@ -11,7 +11,7 @@ from conclave.base.errors import BadInputError
 from conclave.privacy.accounting.mechanisms import SampledGaussian
 from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest, Genesis, Ledger, Reservation, StoredReply
-from conclave.privacy.ledger.entry import Mode
+from conclave.privacy.ledger.genesis import Mode
 from conclave.privacy.ledger.heads import public_hex
 from conclave.privacy.ledger.keys import create_key, load_key
 from conclave.privacy.ledger.machine import machine_id

@@ -11,7 +11,6 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -21,13 +20,11 @@ from conclave.base.reading import read_text
 from conclave.base.whole_file import append_durably
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.heads import HEX_KEY
+from conclave.protocol.charges import Kind
 from conclave.protocol.messages import LedgerIdentity
 
 EMPTY_RECEIPT = SignedHead(ledger_id="0" * 32, seq=0, hash="0" * 64, signature="0" * 128)
 """Stands for a receipt where only the size of a message matters."""
-
-
-ChargeKind = Literal["train", "choose", "evaluate"]
 
 
 class KeptReceipt(Frozen):
@@ -46,7 +43,7 @@ class KeptReceipt(Frozen):
     output_hash: str = Field(pattern=HEX_KEY)
     signing_key: str = Field(pattern=HEX_KEY)
     receipt: SignedHead
-    kind: ChargeKind = "train"
+    kind: Kind = "train"
 
 
 class ReceiptBook:

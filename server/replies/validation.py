@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +17,11 @@ from conclave.privacy.gradients.clipping import AdaptiveClip
 from conclave.privacy.ledger.entry import charge_id_of
 from conclave.privacy.releases.load_histogram import DELTA
 from conclave.privacy.training.local_optimizers import AdamConfig
+from conclave.protocol.charges import Kind
 from conclave.protocol.codec import body_of, decode, norms, tensors_of
 from conclave.protocol.encodings import encodings_of, norm_growth
 from conclave.protocol.messages import (
+    Committed,
     Description,
     EvaluateReply,
     EvaluateRequest,
@@ -30,7 +34,7 @@ from conclave.protocol.messages import (
 from conclave.protocol.plan import Plan
 from conclave.server.aggregate.balancing import load_bound, plausible, split_loads
 from conclave.server.replies.noise_likeness import NoiseTest
-from conclave.server.replies.receipts import ChargeKind, KeptReceipt, ReceiptBook
+from conclave.server.replies.receipts import KeptReceipt, ReceiptBook
 
 Reason = (
     Flaw
@@ -57,6 +61,83 @@ class DroppedError(ConclaveError):
         self.reason: Reason = reason
 
 
+@contextmanager
+def dropping() -> Iterator[None]:
+    """Drop a message that is not what it must be. A node's refusal passes: that is an answer."""
+    try:
+        yield
+    except ProtocolError as error:
+        if error.code != "bad-request":
+            raise
+        raise DroppedError(error.flaw, str(error)) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedCharge:
+    """The one charge that pays for the answer to what a node was asked, as the node works it out, too.
+
+    node: its fingerprint. ledger: the one that pays, of the side that the kind of message is for.
+    model_in_hash: of exactly what went with the question.
+    """
+
+    kind: Kind
+    node: str
+    ledger: LedgerIdentity
+    run_id: str
+    round: int
+    plan_hash: str
+    model_in_hash: str
+
+    @property
+    def id(self) -> str:
+        """The charge's name, which is the hash of all this."""
+        return charge_id_of(
+            self.kind,
+            ledger_id=self.ledger.ledger_id,
+            run_id=self.run_id,
+            round_number=self.round,
+            plan_hash=self.plan_hash,
+            model_in_hash=self.model_in_hash,
+        )
+
+
+def accept_charge(asked: AskedCharge, answer: Committed, body: bytes, receipts: ReceiptBook) -> None:
+    """Check that an answer of any kind is paid for by the charge for exactly what was asked; keep its receipt.
+
+    One charge pays for one answer: whose receipt is of another charge, or whose charge has another receipt, was not
+    charged for this.
+
+    Args:
+        body: the answer's tensors as they arrived.
+
+    Raises:
+        DroppedError: it is not.
+    """
+    wrong = receipts.why_refused(asked.ledger, answer.receipt)
+    if wrong is not None:
+        raise DroppedError("bad-receipt", f"its receipt was refused: {wrong}")
+    ledger = asked.ledger.fingerprint
+    if not receipts.is_new_or_same(ledger, answer.charge_id, answer.receipt):
+        raise DroppedError("replay", "its receipt is of another charge, or its charge has another receipt")
+    if answer.charge_id != asked.id:
+        if receipts.has_charge(ledger, answer.charge_id):
+            raise DroppedError("replay", "its charge was answered before")
+        raise DroppedError("wrong-charge", "its charge is not for what was asked")
+    receipts.keep(
+        KeptReceipt(
+            round=asked.round,
+            node=asked.node,
+            run_id=asked.run_id,
+            plan_hash=asked.plan_hash,
+            charge_id=answer.charge_id,
+            output_hash=sha256(body),
+            signing_key=asked.ledger.signing_key,
+            receipt=answer.receipt,
+            kind=asked.kind,
+        )
+    )
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a node was asked in a round: the request and the message that carries it."""
@@ -67,57 +148,33 @@ class Asked:
 
 
 class ChargeChecker:
-    """Compares what replies were charged for with what was asked in a round, and keeps their receipts."""
+    """Works out the charges for a model that went to several nodes, and compares replies with them."""
 
-    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: ChargeKind) -> None:
+    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: Kind) -> None:
         self._plan_hash = plan.hash
         self._receipts = receipts
-        self._kind: ChargeKind = kind
+        self._kind: Kind = kind
         self._model_in: dict[str, str] = {}  # of a broadcast, once for all nodes that got it
 
     def accept(self, answer: TrainReply | EvaluateReply, body: bytes, asked: Asked, ledger: LedgerIdentity) -> None:
-        """Check that an answer's charge is the one of ``ledger`` for exactly what was asked; keep its receipt.
+        """Check that ``ledger`` paid for an answer to a request, see :func:`accept_charge`.
 
         Raises:
-            DroppedError: it is not.
+            DroppedError: it did not.
         """
-        wrong = self._receipts.why_refused(ledger, answer.receipt)
-        if wrong is not None:
-            raise DroppedError("bad-receipt", f"its receipt was refused: {wrong}")
-        name = ledger.fingerprint
-        if not self._receipts.is_new_or_same(name, answer.charge_id, answer.receipt):
-            raise DroppedError("replay", "its receipt is of another charge, or its charge has another receipt")
-        if answer.charge_id != self._charge_id(asked, ledger):
-            if self._receipts.has_charge(name, answer.charge_id):
-                raise DroppedError("replay", "its charge was answered before")
-            raise DroppedError("wrong-charge", "its charge is not for what was asked")
-        self._receipts.keep(
-            KeptReceipt(
-                round=asked.request.round,
-                node=asked.node.fingerprint,
-                run_id=asked.request.run_id,
-                plan_hash=self._plan_hash,
-                charge_id=answer.charge_id,
-                output_hash=sha256(body),
-                signing_key=ledger.signing_key,
-                receipt=answer.receipt,
-                kind=self._kind,
-            )
-        )
-
-    def _charge_id(self, asked: Asked, ledger: LedgerIdentity) -> str:
-        """Return the charge of a ledger for exactly this round, plan and model, as the node works it out."""
         held = str(asked.request.held)
         if held not in self._model_in:
             self._model_in[held] = asked.request.model_in_hash(body_of(asked.content))
-        return charge_id_of(
-            self._kind,
-            ledger_id=ledger.ledger_id,
+        charge = AskedCharge(
+            kind=self._kind,
+            node=asked.node.fingerprint,
+            ledger=ledger,
             run_id=asked.request.run_id,
-            round_number=asked.request.round,
+            round=asked.request.round,
             plan_hash=self._plan_hash,
             model_in_hash=self._model_in[held],
         )
+        accept_charge(charge, answer, body, self._receipts)
 
 
 class ReplyChecker:
@@ -147,17 +204,13 @@ class ReplyChecker:
         """
         if not reply.has_content():
             raise DroppedError("no-answer", "it failed to answer")
-        try:
+        held = asked.request.held
+        expected = self._plan.travelling(held)
+        encodings = encodings_of(self._plan.traffic.delta, expected)
+        with dropping():
             answer = decode(reply.content, TrainReply)
             self._charges.accept(answer, body_of(reply.content), asked, asked.node)
-            held = asked.request.held
-            expected = self._plan.travelling(held)
-            encodings = encodings_of(self._plan.traffic.delta, expected)
             delta, loads = split_loads(tensors_of(reply.content, self._plan.reply_shapes(held), encodings), held)
-        except ProtocolError as error:
-            if error.code != "bad-request":
-                raise
-            raise DroppedError(error.flaw, str(error)) from error
         count, size = sum(shape.numel() for shape in expected.values()), asked.node.declared_size
         bound = norm_bound(self._plan, count, size, asked.request.round) * norm_growth(expected, encodings)
         if self._bounded and math.hypot(*norms(delta)) > bound:

@@ -8,10 +8,10 @@ import pytest
 from lying_ledgers import Told, copy_to_lie_in
 
 from conclave.audit.run import audit_run
-from conclave.privacy.accounting.filter import budget_units, charge_units
+from conclave.privacy.accounting.filter import budget_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Entry, Genesis, SignedHead
 from conclave.privacy.ledger.entry import add_units, charge_id_of
-from conclave.privacy.ledger.mechanism_text import parse
 from conclave.privacy.ledger.reading.history import LedgerFile, write_export
 from conclave.server.node_level.account import KIND, _seeded_key
 from conclave.server.run_directory import RunDirectory
@@ -64,7 +64,7 @@ def findings_after(run, change=lambda entry: entry, **constants: str) -> list[st
                 model_in_hash=entry.model_in_hash,
             )
             entry = replace(entry, charge_id=name)
-        price = str(charge_units(parse(entry.mechanism), order)) if entry.state == "RESERVED" else "0"
+        price = str(charge_units(entry.mechanism, order)) if entry.state == "RESERVED" else "0"
         total = add_units(total, price)
         told.append(replace(entry, prev_hash=previous, rdp_charge=price, rdp_total=total, rdp_budget=budget))
         previous = told[-1].hash
@@ -107,9 +107,13 @@ ENTRIES = {
     "another model": ({"model_in_hash": "7" * 64}, "its charge id is not that of its run, round"),
     "another name": ({"charge_id": lambda e: e.charge_id[::-1]}, "its charge id is not that of its run, round"),
     "another code": ({"code_hash": "c" * 64}, "code is 'cccc"),
-    "more noise": ({"mechanism": lambda e: e.mechanism.replace('"sigma":"', '"sigma":"9')}, "sigma is 9"),
-    "a smaller sample": ({"mechanism": lambda e: e.mechanism.replace('"q":"0.5"', '"q":"0.05"')}, "q is 0.05"),
-    "another level": ({"mechanism": lambda e: e.mechanism.replace('"fast"', '"strict"')}, "numeric is strict"),
+    "more noise": ({"mechanism_text": lambda e: e.mechanism_text.replace('"sigma":"', '"sigma":"9')}, "sigma is 9"),
+    "a smaller sample": (
+        {"mechanism_text": lambda e: e.mechanism_text.replace('"q":"0.5"', '"q":"0.05"')}, "q is 0.05",
+    ),
+    "another level": (
+        {"mechanism_text": lambda e: e.mechanism_text.replace('"fast"', '"strict"')}, "numeric is strict",
+    ),
     "other releases": ({"releases": '["delta"]'}, """releases is '["delta"]', the plan says ["model"]"""),
     "no seed": ({"rng": "os-entropy"}, "rng is 'os-entropy', the plan says seeded"),
     "a plan's end": (

@@ -14,8 +14,7 @@ from conclave.audit.run import audit_run
 from conclave.base.canonical import canonical_json
 from conclave.privacy.accounting.mechanisms import SampledGaussian
 from conclave.privacy.ledger import Entry
-from conclave.privacy.ledger.mechanism_text import spell
-from conclave.privacy.ledger.plan_text import spell_plan
+from conclave.privacy.ledger.mechanism_text import spell, spell_plan
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
 from conclave.simulations.shipped import find
@@ -103,7 +102,7 @@ def admitting(**fields):
     def change(entry):
         if entry.state != "ADMITTED":
             return entry
-        return replace(entry, mechanism=canonical_json(json.loads(entry.mechanism) | fields).decode())
+        return replace(entry, mechanism_text=canonical_json(json.loads(entry.mechanism_text) | fields).decode())
 
     return change
 
@@ -193,7 +192,10 @@ LIES = {
     "another run": (everywhere(run_id="8"), 0, ("were received, but no committed charges paid for them",)),
     # What begins and ends a plan.
     **{
-        f"{state} with another {name}": (of_state(state, **{name: value}), place, (f"{name} is {value!r}", said))
+        f"{state} with another {name}": (
+            of_state(state, **{"mechanism_text" if name == "mechanism" else name: value}), place,
+            (f"{name} is {value!r}", said),
+        )
         for state, name, value, place, said in (
             ("ADMITTED", "charge_id", "5555", 0, "where it is ADMITTED"),
             ("ADMITTED", "round", "2", 0, "must be 0"),
@@ -207,6 +209,10 @@ LIES = {
     },
     "ADMITTED by another code": (of_state("ADMITTED", code_hash="c" * 64), 0, ("code is 'cccc", "the run's is ")),
     "an admission that says more": (admitting(note="x"), 0, ("admission is spelled", "the plan's is")),
+    "an admission of numbers without end": (
+        of_state("ADMITTED", mechanism_text='{"charges":1e999,"kind":"plan","mechanism":"x","units":"1"}'), 0,
+        ("admits what cannot be read",),
+    ),
     "an older version": (everywhere(version=1), 0, ("format version 1, must be 2",)),
     "older entries without an admission": (
         lambda entry: [] if entry.state in ("ADMITTED", "CLOSED") else replace(entry, version=1), 0,
@@ -291,16 +297,16 @@ def after_an_earlier_run(plan_hash, mechanism):
             return entry
         admitted = spell_plan([(mechanism, 1)], "0")
         fields = {"run_id": "8", "plan_hash": plan_hash, "charge_id": "8" * 64}
-        earlier = replace(entry, **fields, mechanism=admitted)
+        earlier = replace(entry, **fields, mechanism_text=admitted)
         charge = replace(
-            earlier, mechanism=mechanism, model_in_hash="7" * 64, round=1, releases='["delta"]', rdp_charge="0"
+            earlier, mechanism_text=mechanism, model_in_hash="7" * 64, round=1, releases='["delta"]', rdp_charge="0"
         )
         first = renamed(charge, "train")
         return [
             earlier,
             replace(first, state="RESERVED"),
             replace(first, state="COMMITTED", output_hash="0" * 64),
-            replace(earlier, state="CLOSED", mechanism='{"kind":"plan-end"}', charge_id="7" * 64),
+            replace(earlier, state="CLOSED", mechanism_text='{"kind":"plan-end"}', charge_id="7" * 64),
             entry,
         ]
 

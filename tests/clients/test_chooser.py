@@ -14,6 +14,7 @@ from conclave.model import parameters
 from conclave.model.building import build
 from conclave.model.network import Network
 from conclave.privacy.gradients.physical_batch import Room
+from conclave.protocol.charges import charges_of
 
 AFFINITY = {"epsilon": 0.5, "every": 2, "experts": 3}
 
@@ -150,7 +151,7 @@ def test_layers_choose_independently():
     assert of.model.experts.routed == 4
     orders = [choice(of, sent(of), records, 4, bytes([number]) * 32) for number in range(10)]
     assert not all(torch.equal(chosen["choice/0"], chosen["choice/1"]) for chosen in orders)
-    assert of.affinity.mechanism(of.model.layers).choices == 8
+    assert charges_of(of)["choose"].mechanism.choices == 8
 
 
 def test_exploration_does_not_show_in_a_worth():
@@ -171,7 +172,7 @@ def test_with_much_epsilon_the_most_useful_come_first():
 
 def test_the_charge_names_every_choice_and_not_before_round_two():
     of = asked()
-    assert of.affinity.mechanism(of.model.layers).choices == 3
+    assert charges_of(of)["choose"].mechanism.choices == 3
     assert [number for number in range(1, 8) if of.affinity.due(number)] == [3, 5, 7]
     assert of.affinity.count(7) == 3
     assert of.affinity.count(6) == 2

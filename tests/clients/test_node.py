@@ -26,11 +26,11 @@ from conclave.clients.policy import Policy
 from conclave.model import parameters
 from conclave.model.building import build
 from conclave.model.network import Network
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Ledger, SignedHead
 from conclave.privacy.ledger.witness import Witness
 from conclave.privacy.randomness import derive
-from conclave.protocol.charges import charged_mechanism
+from conclave.protocol.charges import charges_of
 from conclave.protocol.codec import body_of, encode, unpack
 from conclave.protocol.encodings import WireForm
 from conclave.protocol.messages import AdmitRequest, CloseRequest, ProtocolError
@@ -216,7 +216,7 @@ def test_the_owner_decides(tmp_path, policy, changes):
 )
 def test_the_ledger_names_the_numeric_level(node, privacy, level):
     train(node, request(held=HELD, plan=plan(privacy=PRIVACY | privacy)), body())
-    assert json.loads(node.ledger.entries()[-1].mechanism)["numeric"] == level
+    assert json.loads(node.ledger.entries()[-1].mechanism_text)["numeric"] == level
 
 
 def test_experts_learn_slower_where_few_are_held(tmp_path):
@@ -285,7 +285,7 @@ def admit(node: Node, **changes) -> None:
 
 def test_admission_sets_the_budget_of_all_rounds_aside_before_round_one(tmp_path):
     node = make_node(tmp_path)
-    price = charge_units(charged_mechanism(plan()), 3.4)
+    price = charge_units(charges_of(plan())["train"].mechanism, 3.4)
     assert node.admit(AdmitRequest(run_id="1", scenario="test", plan=plan())).plan_hash == plan().hash
     assert node.ledger.units_set_aside == 10 * price
     admit(node)  # asked again: nothing more

@@ -14,8 +14,10 @@ from safetensors.torch import load
 import conclave.clients.node
 from conclave.model import parameters
 from conclave.model.building import build
-from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice
+from conclave.privacy.accounting.prices import charge_units
+from conclave.protocol.charges import release_costs
 from conclave.protocol.codec import body_of, decode, encode
 from conclave.protocol.messages import AdmitRequest, ChooseReply, ChooseRequest, ProtocolError
 from conclave.protocol.tensor_array import pack
@@ -50,7 +52,7 @@ def test_a_choice_is_charged_as_many_choices_and_answers_an_order(tmp_path):
     assert {name: len(ids) for name, ids in load(body).items()} == {"choice/0": 3}
     admitted, reserved, committed = node.ledger.entries()
     assert [entry.state for entry in (admitted, reserved, committed)] == ["ADMITTED", "RESERVED", "COMMITTED"]
-    assert json.loads(reserved.mechanism) == {"choices": 3, "epsilon": "0.2", "kind": "exponential"}
+    assert json.loads(reserved.mechanism_text) == {"choices": 3, "epsilon": "0.2", "kind": "exponential"}
     order = float(node.ledger.genesis.order)
     assert int(reserved.rdp_charge) == charge_units(ExponentialChoice(epsilon=0.2, choices=3), order)
     assert (reserved.releases, reserved.charge_id) == ('["choice"]', reply.charge_id)
@@ -62,7 +64,7 @@ def test_every_layer_is_paid_for(tmp_path):
     node = make_node(tmp_path, releases=RELEASES)
     _, body = ask(node, two)
     assert load(body).keys() == {"choice/0", "choice/1"}
-    assert json.loads(node.ledger.entries()[1].mechanism)["choices"] == 6
+    assert json.loads(node.ledger.entries()[1].mechanism_text)["choices"] == 6
 
 
 @pytest.mark.parametrize("round_number", [1, 2, 4, 11])
@@ -83,7 +85,7 @@ def test_an_owner_who_does_not_allow_it_is_not_asked_twice(tmp_path):
 
 
 def test_a_share_above_what_the_owner_allows_is_refused(tmp_path):
-    share = PLAN.releases(ORDER)["choice"]
+    share = release_costs(PLAN, ORDER)["choice"]
     assert 0.0 < share < 0.5
     assert refusal(make_node(tmp_path / "a", releases={"delta": 1.0, "choice": 0.9 * share})) == "not-allowed"
     assert ask(make_node(tmp_path / "b", releases={"delta": 1.0, "choice": 1.1 * share}))
@@ -91,9 +93,9 @@ def test_a_share_above_what_the_owner_allows_is_refused(tmp_path):
 
 def test_a_plan_that_asks_for_less_epsilon_does_not_make_its_choices_look_cheaper(tmp_path):
     """At the order of a small epsilon, sampled steps are dear; what counts is the order of the ledger that pays."""
-    share = PLAN.releases(ORDER)["choice"]
+    share = release_costs(PLAN, ORDER)["choice"]
     modest = PLAN.model_copy(update={"privacy": PLAN.privacy.model_copy(update={"epsilon": 0.1})})
-    assert modest.releases(fixed_order(0.1, 1e-5))["choice"] < 0.5 * share
+    assert release_costs(modest, fixed_order(0.1, 1e-5))["choice"] < 0.5 * share
     for number, asked in enumerate((PLAN, modest)):
         node = make_node(tmp_path / str(number), releases={"delta": 1.0, "choice": 0.9 * share})
         assert refusal(node, asked) == "not-allowed"

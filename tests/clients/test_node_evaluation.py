@@ -23,8 +23,8 @@ from conclave.data.values.schema import ImageSchema
 from conclave.model import parameters
 from conclave.model.building import from_state
 from conclave.model.network import Network
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.gradients.physical_batch import Room
 from conclave.privacy.ledger import Ledger, SignedHead
 from conclave.privacy.ledger.heads import public_hex
@@ -82,7 +82,7 @@ def test_the_held_out_side_pays_and_the_training_side_does_not(tmp_path):
     order = float(node.held_out.ledger.genesis.order)
     price = charge_units(SampledGaussian(sampling_rate=1.0, noise_multiplier=2.0, steps=1), order)
     assert int(reserved.rdp_charge) == price
-    assert json.loads(admitted.mechanism)["units"] == str(3 * price)  # after rounds 4, 8 and 10
+    assert json.loads(admitted.mechanism_text)["units"] == str(3 * price)  # after rounds 4, 8 and 10
     assert (reserved.releases, reserved.charge_id) == ('["metrics"]', reply.charge_id)
     assert (reply.receipt.ledger_id, reply.receipt.hash) == (node.held_out.ledger.genesis.ledger_id, committed.hash)
 

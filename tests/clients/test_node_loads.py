@@ -10,8 +10,9 @@ from node_samples import HELD, body, code_of, make_node, train
 from plan_samples import plan, request
 
 from conclave.clients.policy import Policy
-from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import SampledGaussian, joint_noise
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger.reading.history import open_history
 from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.protocol.codec import unpack
@@ -32,7 +33,7 @@ def test_loads_leave_with_the_delta_in_one_release_under_one_charge(tmp_path):
     assert bool((tensors["load/0"] != 0).all())
     _, reserved, committed = node.ledger.entries()
     assert reserved.releases == '["delta","loads"]'
-    mechanism = json.loads(reserved.mechanism)
+    mechanism = json.loads(reserved.mechanism_text)
     assert mechanism["sigma"] == "2"
     assert mechanism["parts"].keys() == {"delta", "loads"}
     assert 2.0 <= joint_noise(map(float, mechanism["parts"].values())) <= 2.0 * (1 + 1e-15)
@@ -58,7 +59,7 @@ def test_training_leaves_the_node_only_as_was_asked(tmp_path):
     node = make_node(tmp_path, **ALLOWED)
     _, sent = train(node, request(held=HELD, plan=plan(model=CONFIG)), body(config=CONFIG))
     assert not any(name.startswith("load") for name in unpack(sent, plan(model=CONFIG).reply_shapes(HELD)))
-    assert "parts" not in node.ledger.entries()[1].mechanism
+    assert "parts" not in node.ledger.entries()[1].mechanism_text
 
 
 def test_loads_of_a_replay_are_the_same_bits(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from conclave.deployment.node import loading as node_loading
 from conclave.deployment.node.loading import open_node, read_data
 from conclave.model import parameters
 from conclave.model.building import build
-from conclave.protocol.charges import training_charge
+from conclave.protocol.charges import charges_of
 from conclave.protocol.codec import encode
 from conclave.protocol.messages import EvaluateRequest, TrainRequest
 from conclave.protocol.tensor_array import pack
@@ -79,7 +79,7 @@ def sides(folder):
 def work(folder):
     """Let the node's ledger have an entry."""
     node = open_node(NodeDirectory(folder))
-    node.ledger.admit(training_charge(scenario().plan(), "1", seeded=False), 1)
+    node.ledger.admit(charges_of(scenario().plan())["train"].request("1", seeded=False), 1)
     return node
 
 

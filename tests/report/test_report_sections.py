@@ -14,6 +14,7 @@ import pytest
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, nodes
 
 from conclave.privacy.ledger.reading.verification import LedgerAudit
+from conclave.protocol.charges import choice_share
 from conclave.report import report
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
@@ -133,7 +134,7 @@ def test_every_optional_section_can_be_there_and_not_there(everything):
 def test_what_is_chosen_released_and_measured_is_said(everything):
     page = report.render(everything)
     plan, order = everything["plan"], 3.4
-    share = plan.choice_share(order)
+    share = choice_share(plan, order)
     assert 0.0 < share < 1.0
     for text in (
         f"1 times {plan.affinity.experts} choices of experts a layer by the exponential mechanism, ε = 0.05 each, "

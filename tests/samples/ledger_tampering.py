@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ledger_samples import KEY, MACHINE, Lines, genesis, request
 
 from conclave.base.canonical import canonical_json, sha256
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import ChargeAbandonedError, ChargeRequest, Entry, Genesis, KeyRotation, Ledger, SignedHead
-from conclave.privacy.ledger.entry import FORMAT_VERSION, add_units
+from conclave.privacy.ledger.entry import add_units
+from conclave.privacy.ledger.genesis import FORMAT_VERSION
 from conclave.privacy.ledger.reading.history import open_history, write_export
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history
 from conclave.privacy.ledger.upkeep.recovery import recover
@@ -72,7 +73,7 @@ class Forger:
             "prev_hash": last.hash if last else self.genesis.hash,
             "charge_id": charge_id,
             "state": state,
-            "mechanism": mechanism,
+            "mechanism_text": mechanism,
             "rdp_charge": charge,
             "rdp_total": add_units(last.rdp_total if last else "0", charge),
             "rdp_budget": self.genesis.rdp_budget,

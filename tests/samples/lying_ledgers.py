@@ -11,10 +11,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from conclave.base.canonical import canonical_json
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Entry, Genesis, SignedHead
 from conclave.privacy.ledger.entry import INFINITE, add_units, charge_id_of
-from conclave.privacy.ledger.mechanism_text import parse
 from conclave.privacy.ledger.reading.history import LedgerFile, write_export
 from conclave.privacy.randomness import derive
 from conclave.server.run_directory import RunDirectory
@@ -102,8 +101,9 @@ def _charged(before: Entry, entry: Entry, genesis: Genesis) -> Entry:
         return entry
     if entry.charge_id == before.charge_id:
         entry = renamed(entry, kind_of(before), genesis.ledger_id)
-    if before.state == "RESERVED" and entry.rdp_charge == before.rdp_charge and entry.mechanism != before.mechanism:
-        mechanism = parse(entry.mechanism)
+    respelled = entry.mechanism_text != before.mechanism_text
+    if before.state == "RESERVED" and respelled and entry.rdp_charge == before.rdp_charge:
+        mechanism = entry.mechanism
         price = INFINITE if mechanism is None else str(charge_units(mechanism, float(genesis.order)))
         entry = replace(entry, rdp_charge=price)
     return entry
@@ -138,13 +138,13 @@ def stating(kind: str, **fields: object) -> Change:
 
     def change(entry: Entry) -> Entry:
         if entry.state in CHARGE_STATES and kind_of(entry) == kind:
-            return replace(entry, mechanism=respell(entry.mechanism))
+            return replace(entry, mechanism_text=respell(entry.mechanism_text))
         if entry.state != "ADMITTED":
             return entry
-        document = json.loads(entry.mechanism)
+        document = json.loads(entry.mechanism_text)
         item = document["also"][0] if kind == "choose" else document
         item["mechanism"] = respell(item["mechanism"])
-        return replace(entry, mechanism=canonical_json(document).decode())
+        return replace(entry, mechanism_text=canonical_json(document).decode())
 
     return change
 

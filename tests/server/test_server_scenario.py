@@ -11,8 +11,9 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.rdp import RdpAccountant
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import budget_units, charge_units, fixed_order
+from conclave.privacy.accounting.filter import budget_units, fixed_order
 from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.server.scenario import Scenario, parse_override, parse_scenario, read_scenario
 
 GOOD = {

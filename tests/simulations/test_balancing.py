@@ -78,7 +78,7 @@ def test_every_charge_pays_for_both_releases_at_the_price_of_one(finished):
         assert len(audit.ledgers[str(path)].joint) == 1
         for entry in entries_of(path):
             if entry.state == "RESERVED":
-                mechanism = json.loads(entry.mechanism)
+                mechanism = json.loads(entry.mechanism_text)
                 assert float(mechanism["sigma"]) == sigma
                 assert mechanism["parts"].keys() == {"delta", "loads"}
                 assert sigma <= joint_noise(map(float, mechanism["parts"].values())) <= sigma * (1 + 1e-15)

@@ -24,7 +24,7 @@ def test_the_plan_is_what_the_run_comes_to(tmp_path):
     reserved = [entry for entry in entries_of(run.ledgers[0]) if entry.state == "RESERVED"]
     assert (estimate.rounds, estimate.steps) == (3, 6)
     assert estimate.epsilon == pytest.approx(summary.epsilon, abs=1e-9)
-    assert f'"sigma":"{estimate.noise_multiplier}"' in reserved[0].mechanism
+    assert f'"sigma":"{estimate.noise_multiplier}"' in reserved[0].mechanism_text
     assert estimate.order == float(ledger.genesis.order)
     line = run.metrics()[-1]
     # lengths of numbers in the documents differ by a few bytes; tensors and their names do not

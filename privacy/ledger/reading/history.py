@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from conclave.base.canonical import canonical_json
 from conclave.base.errors import BadInputError
 from conclave.base.reading import other_encoding, without_mark
-from conclave.privacy.ledger.entry import FORMAT_VERSION, Genesis
+from conclave.privacy.ledger.genesis import FORMAT_VERSION, Genesis
 from conclave.privacy.ledger.heads import SignedHead
 from conclave.privacy.ledger.schema import format_version, has_plain_tables
 from conclave.privacy.ledger.store import UNREADABLE, altered, read_genesis, read_head

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.accountants import epsilon_by_accountant
-from conclave.privacy.accounting.filter import charge_units, epsilon_of
+from conclave.privacy.accounting.filter import epsilon_of
 from conclave.privacy.accounting.mechanisms import Mechanism
-from conclave.privacy.ledger.entry import INFINITE, Entry, Genesis
+from conclave.privacy.ledger.entry import INFINITE, Entry
+from conclave.privacy.ledger.genesis import Genesis
+from conclave.privacy.ledger.mechanism_text import parse_plan
 from conclave.privacy.ledger.reading.history import History
 
 
@@ -99,6 +99,9 @@ def forecast(budget: Budget, genesis: Genesis, charges: Mapping[Mechanism, int])
     Raises:
         BadInputError: a mechanism costs more than any budget.
     """
+    from conclave.privacy.accounting.accountants import epsilon_by_accountant  # who only sums up does without
+    from conclave.privacy.accounting.prices import charge_units
+
     most = int(genesis.rdp_budget)
     cost = sum(count * charge_units(mechanism, budget.order) for mechanism, count in charges.items())
     after = most - budget.free_units + cost
@@ -133,7 +136,7 @@ class _Tally:
             return
         run.last = entry.time
         if entry.state == "ADMITTED":
-            self.plans[plan] = int(json.loads(entry.mechanism)["units"])
+            self.plans[plan] = parse_plan(entry.mechanism_text).units
         elif entry.state == "RESERVED":
             run.charges += 1
             units = self._spend(entry)

@@ -18,13 +18,12 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.accountants import accountant_report
-from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, epsilon_of, rdp_at
+from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, epsilon_of
 from conclave.privacy.accounting.mechanisms import Mechanism, SampledGaussian
-from conclave.privacy.ledger.entry import ENTRY_TYPES, FORMAT_VERSION, INFINITE, Genesis, ledger_id_of
-from conclave.privacy.ledger.heads import KeyRotation, SignedHead
-from conclave.privacy.ledger.mechanism_text import check_named, parse, parts_of
-from conclave.privacy.ledger.plan_text import most_charges, parse_plan
+from conclave.privacy.ledger.entry import ENTRY_TYPES, INFINITE
+from conclave.privacy.ledger.genesis import FORMAT_VERSION, Genesis, ledger_id_of
+from conclave.privacy.ledger.heads import SignedHead
+from conclave.privacy.ledger.mechanism_text import Charged, Restored, check_named, parse, parse_plan, parse_rotation
 from conclave.privacy.ledger.reading.history import History
 
 _MOST_FINDINGS = 50
@@ -133,12 +132,12 @@ class _Audit:
         self.open: dict[str, tuple[object, ...]] = {}
         self.ended: set[str] = set()
         self.plans: dict[tuple[str, str], int] = {}
-        self.left: dict[tuple[str, str], dict[str, int]] = {}
+        self.left: dict[tuple[str, str], Counter[str]] = {}
         self.closed: set[tuple[str, str]] = set()
         self.charged: dict[tuple[str, str], set[int]] = defaultdict(set)
         self.set_aside = 0
         self.mechanisms: Counter[str] = Counter()
-        self.parsed: dict[str, tuple[int, Mechanism | None]] = {}
+        self.parsed: dict[str, tuple[int, Charged]] = {}
         self.keys = [(0, genesis.public_key)]
         self.restored_at: list[int] = []
         self.beyond: dict[str, list[int]] = defaultdict(list)
@@ -258,14 +257,15 @@ class _Audit:
                 self.say(f"entry {position}: seeded randomness, must not exist outside simulation")
         text = entry["mechanism"]
         try:
-            price, mechanism = self._look_up(text)
+            price, charged = self._look_up(text)
             if "," in entry["releases"]:
-                check_named(mechanism, [ascii(name)[1:-1] for name in json.loads(entry["releases"])], parts_of(text))
+                names = [ascii(name)[1:-1] for name in json.loads(entry["releases"])]
+                check_named(charged.mechanism, names, charged.parts)
         except BadInputError as error:
             self.say(f"entry {position}: {error}")
             return 0
         self.mechanisms[text] += 1
-        if mechanism is None:
+        if charged.mechanism is None:
             self.without_privacy = True
             if self.genesis.mode != "simulation":
                 self.say(f"entry {position}: a charge without privacy, must not exist outside simulation")
@@ -300,39 +300,37 @@ class _Audit:
         else:
             left[text] -= 1
 
-    def _look_up(self, text: str) -> tuple[int, Mechanism | None]:
-        """Return price and mechanism of a spelling; equal spellings are worked out once."""
+    def _look_up(self, text: str) -> tuple[int, Charged]:
+        """Return price and meaning of a spelling; equal spellings are worked out once."""
         known = self.parsed.get(text)
         if known is None:
-            mechanism = parse(text)
-            price = 0 if mechanism is None else least_price(mechanism, self.order)
-            known = self.parsed[text] = (price, mechanism)
+            charged = parse(text)
+            price = 0 if charged.mechanism is None else least_price(charged.mechanism, self.order)
+            known = self.parsed[text] = (price, charged)
         return known
 
     def _admitted(self, position: int, entry: dict[str, Any]) -> None:
         plan = (entry["run_id"], entry["plan_hash"])
-        units, planned = parse_plan(entry["mechanism"])
+        aside = parse_plan(entry["mechanism"])
         if plan in self.plans or plan in self.closed:
             self.say(f"entry {position}: admits a plan for the second time")
-        self.left[plan] = most_charges(planned)
+        self.left[plan] = aside.most
         needed = 0
-        for mechanism, charges in planned:
+        for mechanism, charges in aside.planned:
             try:
                 needed += self._look_up(mechanism)[0] * charges
             except BadInputError as error:
                 self.say(f"entry {position}: {error}")
-        if units < needed:
-            self.say(f"entry {position}: sets {units} aside, must be at least {needed} for its charges")
-        self.set_aside += units - self.plans.get(plan, 0)
-        self.plans[plan] = units
+        if aside.units < needed:
+            self.say(f"entry {position}: sets {aside.units} aside, must be at least {needed} for its charges")
+        self.set_aside += aside.units - self.plans.get(plan, 0)
+        self.plans[plan] = aside.units
         if self.total + self.set_aside > self.budget:
             self.say(f"entry {position}: sets more aside than the budget of {self.genesis.epsilon} has left")
 
     def _rotated(self, position: int, entry: dict[str, Any]) -> None:
-        document = json.loads(entry["mechanism"])
-        del document["kind"]
         try:
-            rotation = KeyRotation.model_validate(document)
+            rotation = parse_rotation(entry["mechanism"])
         except ValidationError:
             rotation = None
         if rotation is None or not rotation.holds(self.found.ledger_id, self.keys[-1][1]):
@@ -346,7 +344,7 @@ class _Audit:
         self.closed.update(self.plans)
         self.plans.clear()
         self.set_aside = 0
-        if json.loads(entry["mechanism"])["proven"] is True:
+        if Restored.parse(entry["mechanism"]).proven:
             return 0
         self.found.unproven = True
         self.restored_at.append(position)
@@ -392,20 +390,23 @@ class _Audit:
             found.epsilon = float("inf")
         counts: Counter[Mechanism] = Counter()
         for text, count in self.mechanisms.items():
-            mechanism = self.parsed[text][1]
+            mechanism = self.parsed[text][1].mechanism
             if mechanism is not None:
                 counts[mechanism] += count
         if not found.findings and found.epsilon <= _LARGEST_EPSILON:
+            from conclave.privacy.accounting.accountants import accountant_report  # takes longer to load than all else
+
             report = accountant_report(counts, self.delta)
             found.accountants, found.grid = report.epsilon, report.grid
         return found
 
     def _joint(self, text: str, count: int) -> str | None:
-        mechanism = self.parsed[text][1]
-        if not isinstance(mechanism, SampledGaussian) or not (parts := parts_of(text)):
+        charged = self.parsed[text][1]
+        if not isinstance(charged.mechanism, SampledGaussian) or not charged.parts:
             return None
-        named = ", ".join(f"{ascii(name)[1:-1]} (sigma {noise:g})" for name, noise in parts.items())
-        return f"{count} charges of {named} from one sample each, as one event of sigma {mechanism.noise_multiplier:g}"
+        named = ", ".join(f"{ascii(name)[1:-1]} (sigma {noise:g})" for name, noise in charged.parts.items())
+        sigma = charged.mechanism.noise_multiplier
+        return f"{count} charges of {named} from one sample each, as one event of sigma {sigma:g}"
 
     def _check_head(self, head: SignedHead) -> None:
         entries = self.found.entries
@@ -452,6 +453,8 @@ def least_price(mechanism: Mechanism, order: float) -> int:
     Raises:
         BadInputError: no budget could pay for it.
     """
+    from conclave.privacy.accounting.prices import rdp_at  # a ledger without charges needs none
+
     return math.floor(rdp_at(mechanism, order) * UNITS_PER_NAT)
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from conclave.base.canonical import canonical_json, sha256
+from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
 from conclave.privacy.ledger.derived import rebuild
 from conclave.privacy.ledger.entry import INFINITE
 from conclave.privacy.ledger.heads import public_hex
+from conclave.privacy.ledger.mechanism_text import Restored
 from conclave.privacy.ledger.reading.history import LedgerExport
 from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.privacy.ledger.store import Store, transaction
@@ -112,11 +113,9 @@ class _Copy(Store):
             total = self._last()[1]
             left = 0 if total == INFINITE else max(0, int(self.genesis.rdp_budget) - int(total))
             charge = 0 if proven else left
-            document = {"kind": "restore", "machine": machine, "proven": proven}
             seq = self._last()[0]
-            self._append(
-                "RESTORED", sha256(f"restored after {seq}".encode()), canonical_json(document).decode(), str(charge)
-            )
+            said = Restored(machine, proven).spell()
+            self._append("RESTORED", sha256(f"restored after {seq}".encode()), said, str(charge))
             self._stand("machine", machine)
             self._db.execute("UPDATE plans SET open = 0")
             # Another machine, or an unknown history: no pending work could be repeated exactly.

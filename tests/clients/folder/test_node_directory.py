@@ -17,12 +17,12 @@ from conclave.clients.folder.node_config import BudgetConfig, DatasetConfig, Sto
 from conclave.clients.folder.node_directory import NodeDirectory, create_node
 from conclave.clients.policy import Policy
 from conclave.privacy.ledger import BudgetExhaustedError, Ledger, Reservation
+from conclave.privacy.ledger.genesis import check_pair
 from conclave.privacy.ledger.heads import public_hex
 from conclave.privacy.ledger.keys import load_key
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.spending import budget_of
 from conclave.privacy.ledger.reading.verification import audit_history
-from conclave.privacy.ledger.sides import check_pair
 
 
 @pytest.fixture

@@ -47,9 +47,8 @@ from mortal_node import (
 
 import conclave.clients.trainer
 from conclave.base.canonical import sha256
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Ledger
-from conclave.privacy.ledger.mechanism_text import parse
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history
 from conclave.privacy.ledger.store import Store, transaction
@@ -143,7 +142,7 @@ class Trial:
             assert (left.secret, self.trained, self.replies) == (None, [], [])
             return
         reserved = left.entry(self.charge_id, "RESERVED")
-        price = charge_units(parse(reserved.mechanism), float(self.genesis.order))
+        price = charge_units(reserved.mechanism, float(self.genesis.order))
         assert int(reserved.rdp_charge) == price > 0
         assert int(left.entries[-1].rdp_total) == price * self.round
         assert set(self.trained) <= {self.first_secret.hex()}

@@ -31,7 +31,8 @@ from conclave.privacy.ledger import (
     SignedHead,
     StoredReply,
 )
-from conclave.privacy.ledger.entry import ENTRY_FIELDS, FORMAT_VERSION
+from conclave.privacy.ledger.entry import ENTRY_FIELDS
+from conclave.privacy.ledger.genesis import FORMAT_VERSION
 from conclave.privacy.ledger.reading.history import LedgerFile, write_export
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history
 from conclave.privacy.ledger.schema import format_version

@@ -35,8 +35,8 @@ from plan_samples import plan
 import conclave.clients.node
 from conclave.clients.trainer import train
 from conclave.model import parameters
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.protocol.codec import unpack

@@ -16,6 +16,7 @@ from conclave.base.errors import BadInputError
 from conclave.privacy.accounting import accountants, pld_epsilon, prv_epsilon
 from conclave.privacy.accounting.accountants import accountant_report, epsilon_by_accountant
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian
+from conclave.privacy.accounting.prices import event_of
 
 DELTA = 1e-5
 
@@ -82,7 +83,7 @@ def test_accountants_agree_on_random_plans(seed):
 def test_values_are_those_of_the_libraries_themselves(seed):
     plan, delta = random_plan(seed)
     got = epsilon_by_accountant(plan, delta)
-    event = ComposedDpEvent([one.event for one in plan])
+    event = ComposedDpEvent([event_of(one) for one in plan])
     assert got["pld"] == pytest.approx(PLDAccountant().compose(event).get_epsilon(delta), rel=1e-6)
     opacus = PRVAccountant()
     opacus.history = [(one.noise_multiplier, one.sampling_rate, one.steps) for one in plan]

@@ -11,16 +11,9 @@ from hypothesis import strategies as st
 from opacus.accountants.analysis.rdp import compute_rdp
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import (
-    UNITS_PER_NAT,
-    budget_units,
-    charge_units,
-    conversion,
-    epsilon_of,
-    fixed_order,
-    rdp_at,
-)
+from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, conversion, epsilon_of, fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian
+from conclave.privacy.accounting.prices import charge_units, event_of, rdp_at
 
 DELTA = 1e-5
 
@@ -64,7 +57,7 @@ def test_no_charge_is_free_or_gives_something_back(noise, order):
 
 def test_filter_and_dp_accounting_convert_alike():
     order, item = 3.4, charge(0.5, 2.0, 30)
-    accountant = rdp.RdpAccountant(orders=[order]).compose(item.event)
+    accountant = rdp.RdpAccountant(orders=[order]).compose(event_of(item))
     assert epsilon_of(charge_units(item, order), order, DELTA) == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-6)
     assert epsilon_of(0, order, DELTA) == 0.0
     assert epsilon_of(budget_units(8.0, DELTA, order), order, DELTA) <= 8.0
@@ -112,5 +105,5 @@ def test_choices_by_the_exponential_mechanism_are_charged_by_their_closed_form()
 def test_what_the_filter_charges_is_not_below_the_best_rdp():
     for q, sigma, steps in ((0.02, 0.8, 300), (0.2, 3.0, 50), (0.5, 2.0, 30), (1.0, 5.0, 5)):
         order = fixed_order(8.0, DELTA)
-        best = rdp.RdpAccountant().compose(charge(q, sigma, steps).event).get_epsilon(DELTA)
+        best = rdp.RdpAccountant().compose(event_of(charge(q, sigma, steps))).get_epsilon(DELTA)
         assert epsilon_of(charge_units(charge(q, sigma, steps), order), order, DELTA) >= best - 1e-9

@@ -11,8 +11,9 @@ from dp_accounting.rdp import RdpAccountant
 
 from conclave.base.errors import BadInputError
 from conclave.privacy.accounting.calibration import PlannedChoices, PlannedRelease, calibrate_noise, calibrate_plan
-from conclave.privacy.accounting.filter import budget_units, charge_units, epsilon_of, fixed_order
+from conclave.privacy.accounting.filter import budget_units, epsilon_of, fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian, joint_noise
+from conclave.privacy.accounting.prices import charge_units
 
 DELTA = 1e-5
 

@@ -12,9 +12,10 @@ from dp_accounting import pld
 from scipy.special import logsumexp
 
 from conclave.privacy.accounting.calibration import calibrate_noise
-from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, charge_units, fixed_order, rdp_at
+from conclave.privacy.accounting.filter import UNITS_PER_NAT, budget_units, fixed_order
 from conclave.privacy.accounting.mechanisms import SampledGaussian
 from conclave.privacy.accounting.order_bound import rdp_bound
+from conclave.privacy.accounting.prices import charge_units, rdp_at
 from conclave.privacy.accounting.rdp_curves import ORDERS, rdp_curves
 
 DELTA = 1e-5

@@ -12,12 +12,13 @@ from dp_accounting.rdp import RdpAccountant
 from conclave.privacy.accounting import rdp_curves as module
 from conclave.privacy.accounting.mechanisms import SampledGaussian
 from conclave.privacy.accounting.order_bound import or_bound, rdp_bound
+from conclave.privacy.accounting.prices import event_of
 from conclave.privacy.accounting.rdp_curves import ORDERS, epsilon_from_curve, rdp_curves
 
 
 def by_dp_accounting(q, sigma):
     logging.set_verbosity(logging.ERROR)
-    event = SampledGaussian(sampling_rate=q, noise_multiplier=sigma, steps=1).event
+    event = event_of(SampledGaussian(sampling_rate=q, noise_multiplier=sigma, steps=1))
     return RdpAccountant().compose(event)
 
 
@@ -69,7 +70,7 @@ def test_epsilon_is_that_of_dp_accounting(pairs):
     for q, sigma in pairs[:5]:
         curve = 50 * rdp_curves([(q, sigma)])[0]
         theirs = by_dp_accounting(q, sigma).compose(
-            SampledGaussian(sampling_rate=q, noise_multiplier=sigma, steps=49).event
+            event_of(SampledGaussian(sampling_rate=q, noise_multiplier=sigma, steps=49))
         )
         assert epsilon_from_curve(curve, 1e-6) == pytest.approx(theirs.get_epsilon(1e-6), rel=1e-6, abs=1e-8)
     assert epsilon_from_curve(np.full(len(ORDERS), math.inf), 1e-6) == math.inf

@@ -12,8 +12,8 @@ from ledger_samples import KEY, genesis, new_ledger, open_ledger, request, spend
 
 from conclave.base.canonical import canonical_json, decimal, sha256
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import (
     BudgetExhaustedError,
     ChargeAbandonedError,

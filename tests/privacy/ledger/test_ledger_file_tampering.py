@@ -15,7 +15,7 @@ from ledger_tampering import STRANGER, Forger, copy_of, edit, ledger_length, lon
 
 from conclave.base.canonical import canonical_json, sha256
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import (
     BudgetExhaustedError,
     ChargeAbandonedError,

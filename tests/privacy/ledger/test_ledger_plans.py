@@ -10,7 +10,7 @@ import pytest
 from ledger_samples import new_ledger, open_ledger, request, spend
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,

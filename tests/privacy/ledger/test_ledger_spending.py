@@ -9,8 +9,8 @@ import pytest
 from ledger_samples import KEY, MACHINE, new_ledger, open_ledger, request, spend
 from ledger_tampering import Forger
 
-from conclave.privacy.accounting.filter import charge_units
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import BudgetExhaustedError
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.spending import budget_of, forecast

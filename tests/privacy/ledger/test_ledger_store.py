@@ -479,7 +479,8 @@ def test_a_version_1_file_is_brought_to_this_format_and_keeps_its_hashes(tmp_pat
     ledger = open_ledger(tmp_path)
     assert [entry.line for entry in ledger.entries()][:3] == lines
     migrated = ledger.entries()[3]
-    assert (migrated.state, json.loads(migrated.mechanism)) == ("MIGRATED", {"from": 1, "kind": "migration", "to": 2})
+    assert migrated.state == "MIGRATED"
+    assert json.loads(migrated.mechanism_text) == {"from": 1, "kind": "migration", "to": 2}
     assert (ledger.genesis.version, ledger.genesis.hash) == (1, json.loads(lines[0])["prev_hash"])
     assert ledger.holds(head)
     spent = Forger(ledger.genesis)

@@ -390,8 +390,8 @@ def test_loads_that_no_part_names_are_refused_and_found(tmp_path):
     assert line.startswith(
         "1 charges of delta (sigma 1.67705), loads (sigma 3.3541) from one sample each, as one event"
     )
-    stripped = {key: value for key, value in json.loads(entry.mechanism).items() if key != "parts"}
-    forged = replace(entry, mechanism=json.dumps(stripped, sort_keys=True, separators=(",", ":")))
+    stripped = {key: value for key, value in json.loads(entry.mechanism_text).items() if key != "parts"}
+    forged = replace(entry, mechanism_text=json.dumps(stripped, sort_keys=True, separators=(",", ":")))
     assert any("must each be a part" in finding for finding in audit_history(Lines(ledger.genesis, [forged])).findings)
 
 

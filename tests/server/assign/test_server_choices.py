@@ -11,8 +11,9 @@ from server_samples import be_the_server, describe, key_of, make_plan
 from conclave.audit.run import audit_run
 from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
-from conclave.privacy.accounting.filter import charge_units, fixed_order
+from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice
+from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.entry import Entry
 from conclave.privacy.ledger.reading.history import open_history
@@ -22,6 +23,7 @@ from conclave.protocol.messages import ChooseReply, ProtocolError, Refusal
 from conclave.protocol.tensor_array import pack
 from conclave.server.assign.choices import Choices
 from conclave.server.replies.receipts import ReceiptBook
+from conclave.server.replies.validation import DroppedError
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
 from conclave.simulations.plan import plan as work_out
@@ -96,7 +98,7 @@ def test_a_bad_choice_leaves_what_was_wished_before(content):
     be_the_server()
     choices = Choices(PLAN)
     take(choices, answer())
-    with pytest.raises(ProtocolError):
+    with pytest.raises((DroppedError, ProtocolError)):
         take(choices, content(), round_number=5)
     node = describe(1).fingerprint
     assert choices.assign({node: {0: (0, 1, 3)}}, 1) == {node: {0: (0, 2, 4)}}
@@ -109,8 +111,62 @@ def test_a_receipt_that_goes_back_or_is_not_signed_is_refused():
     for receipt in (SignedHead.sign(key_of(1), describe(1).ledger_id, 5, f"{5:064x}"), forged):
         reply = ChooseReply(charge_id=charge_of(1, 5), receipt=receipt)
         content = encode(reply, pack({"choice/0": torch.arange(3.0)}))
-        with pytest.raises(ProtocolError, match="its receipt was refused"):
+        with pytest.raises(DroppedError, match="its receipt was refused"):
             choices.take(5, describe(1), "1", SENT, content, book)
+
+
+def say(number, charge_id, seq, ids=(1, 3, 5)):
+    receipt = SignedHead.sign(key_of(number), describe(number).ledger_id, seq, f"{seq:064x}")
+    return encode(ChooseReply(charge_id=charge_id, receipt=receipt), pack({"choice/0": torch.tensor(ids).float()}))
+
+
+REPLAYED = {
+    "its answer to an earlier round": lambda: answer(),
+    "the earlier answer's receipt, under the charge of this round": lambda: say(1, charge_of(1, 5), seq=7),
+    "a training's receipt, under the charge of this round": lambda: say(1, charge_of(1, 5), seq=8),
+    "the earlier charge, with a receipt of its own": lambda: say(1, charge_of(1, 3), seq=9),
+    "another node's answer": lambda: answer(2, round_number=5),
+    "its own receipt, under another node's charge": lambda: say(1, charge_of(2, 5), seq=9),
+}
+
+
+@pytest.mark.parametrize("replayed", REPLAYED.values(), ids=REPLAYED.keys())
+def test_one_charge_pays_for_one_choice(replayed):
+    """A node that answers with what it was charged for before has not been charged for this choice."""
+    be_the_server()
+    choices, book = Choices(PLAN), ReceiptBook()
+    choices.take(3, describe(1), "1", SENT, answer(), book)
+    trained = SignedHead.sign(key_of(1), describe(1).ledger_id, 8, f"{8:064x}")
+    known = kept_of(book)[0]
+    book.keep(known.model_copy(update={"charge_id": "c" * 64, "receipt": trained, "kind": "train"}))
+    before, node = kept_of(book), describe(1).fingerprint
+    with pytest.raises(DroppedError):
+        choices.take(5, describe(1), "1", SENT, replayed(), book)
+    assert choices.assign({node: {0: (0, 1, 3)}}, 1) == {node: {0: (0, 2, 4)}}
+    assert kept_of(book) == before
+
+
+def test_a_question_that_is_put_again_takes_the_stored_answer_and_no_second_receipt_for_its_charge():
+    be_the_server()
+    choices, book = Choices(PLAN), ReceiptBook()
+    choices.take(3, describe(1), "1", SENT, answer(), book)
+    choices.take(3, describe(1), "1", SENT, answer(), book)
+    assert [kept.receipt.seq for kept in kept_of(book)] == [7]
+    with pytest.raises(DroppedError, match="its charge has another receipt"):
+        choices.take(3, describe(1), "1", SENT, answer(seq=9), book)
+
+
+@pytest.mark.parametrize("kind", ["an expert twice", "too few", "scores beside it"])
+def test_what_the_node_was_charged_for_has_its_receipt_kept(kind):
+    be_the_server()
+    choices, book = Choices(PLAN), ReceiptBook()
+    with pytest.raises(DroppedError):
+        choices.take(5, describe(1), "1", SENT, HOSTILE[kind](), book)
+    assert [kept.kind for kept in kept_of(book)] == ["choose"]
+
+
+def kept_of(book):
+    return sorted(book._known, key=lambda kept: kept.receipt.seq)
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -151,8 +207,8 @@ def test_choices_are_charged_before_training_within_the_same_budget(finished):
         chosen = [entry for entry in entries if entry.state == "RESERVED" and entry.releases == '["choice"]']
         assert [entry.round for entry in chosen] == [3, 5]
         assert [int(entry.rdp_charge) for entry in chosen] == [price, price]
-        assert all("parts" not in entry.mechanism for entry in entries)  # one release a sample: nothing to tell apart
-        admitted = json.loads(entries[0].mechanism)
+        assert not any("parts" in entry.mechanism_text for entry in entries)  # one release a sample
+        admitted = json.loads(entries[0].mechanism_text)
         assert admitted["also"] == [{"charges": 2, "mechanism": '{"choices":4,"epsilon":"0.3","kind":"exponential"}'}]
         assert int(admitted["units"]) == int(entries[-1].rdp_total)  # what was set aside was spent, to the last unit
     estimate = work_out(scenario)

@@ -367,8 +367,8 @@ def test_the_audit_finds_models_that_nothing_paid_for(tmp_path):
     run = RunDirectory.create(scenario, tmp_path / "run")
     simulate(scenario, run)
     for changes, sentence in (
-        ({"mechanism": lambda e: e.mechanism.replace('"clip":"', '"clip":"9')}, "entry 1: clip is 9"),
-        ({"mechanism": lambda e: e.mechanism.replace('"sigma":"', '"sigma":"9')}, "entry 1: sigma is 9"),
+        ({"mechanism_text": lambda e: e.mechanism_text.replace('"clip":"', '"clip":"9')}, "entry 1: clip is 9"),
+        ({"mechanism_text": lambda e: e.mechanism_text.replace('"sigma":"', '"sigma":"9')}, "entry 1: sigma is 9"),
         ({"rng": lambda e: "os-entropy"}, "rng is 'os-entropy', the plan says seeded"),
         ({"releases": lambda e: '["model","loads"]'}, """releases is '["model","loads"]', the plan says ["model"]"""),
         ({"plan_hash": lambda e: "9" * 64}, "entry 1: plan is '999"),

@@ -26,8 +26,8 @@ def audit_ledgers(given: Sequence[Path], *, witness: Path | None = None, receipt
     """Audit ledger files, exports, and those in folders.
 
     Args:
-        witness: of the one ledger that is given.
-        receipts: a run's ``receipts.jsonl``; those of other ledgers are left out.
+        witness: that of the ledger, if a single one is given.
+        receipts: a run's ``receipts.jsonl``; receipts of other ledgers are ignored.
 
     Raises:
         BadInputError: a file cannot be read, a folder holds no ledger, or a witness is given for several.

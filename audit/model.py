@@ -1,4 +1,4 @@
-"""The model of a scenario, or one of the caller's own, made ready for a model audit. No private data is needed."""
+"""The model of a scenario, or a model of the caller's own, prepared for a model audit. No private data is needed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _kind(value: object) -> str:
 
 
 def _wrong_with(batch: object) -> str | None:
-    """Say what is wrong with a batch, None where nothing is."""
+    """Say what is wrong with a batch; None if nothing is."""
     if not isinstance(batch, Mapping) or not batch:
         return f"is {'empty' if isinstance(batch, Mapping) else _kind(batch)}"
     for name, tensor in batch.items():
@@ -162,7 +162,7 @@ def _wrong_with(batch: object) -> str | None:
 
 
 def _some(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take examples from all over the batch, as values: whatever they were computed from is not trained."""
+    """Take examples from all over the batch, as values: what they were computed from is not trained."""
     examples = len(next(iter(batch.values())))
     chosen = torch.linspace(0, examples - 1, min(examples, _MOST)).long()
     return {name: tensor.detach()[chosen.to(tensor.device)] for name, tensor in batch.items()}

@@ -1,7 +1,7 @@
 """Whether the entries of a ledger state what the plan they name would have charged.
 
-The plan is public, and what it charges is worked out from it alone, by the function that a node draws its charges
-with. What an entry says about itself is compared with that, field by field; that it is consistent proves nothing.
+The plan is public, and what it charges is worked out from the plan alone, by the function that nodes draw charges
+with. What an entry says is compared with that, field by field; that an entry agrees with itself proves nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOT_STATED = "not stated"
 class PlanAudit:
     """Compares entries of one ledger with one plan.
 
-    codes: hashes of the code that the run is known to have run; None compares none.
+    codes: hashes of the code that is known to have run; with None they are not compared.
     """
 
     def __init__(self, plan: Plan, genesis: Genesis, codes: frozenset[str] | None) -> None:
@@ -55,7 +55,7 @@ class PlanAudit:
             self._say(entry, [f"code is {shown(entry.code_hash)}, the run's is {known}"])
 
     def kind(self, entry: Entry) -> Kind | None:
-        """Return the kind that a charge's name is the hash of; None where it is of no kind that a plan can have."""
+        """Return the kind whose hash a charge's name is; None if a plan can have no such kind."""
         for kind in SIDES:
             named = charge_id_of(
                 kind,
@@ -100,7 +100,7 @@ class PlanAudit:
         return found + self._known[stated]
 
     def _of_no_charge(self, entry: Entry) -> Iterator[str]:
-        """Compare what the beginning and the end of a plan state beside it with what every ledger writes there."""
+        """Compare what else the beginning and the end of a plan state with what every ledger writes there."""
         wanted: dict[str, str | int] = {
             "charge_id": plan_id_of(self._genesis.ledger_id, entry.run_id, entry.plan_hash),
             "round": 0,
@@ -150,7 +150,7 @@ class PlanAudit:
 
 
 def differences(entry: Entry, charge: ChargeRequest, order: float) -> list[str]:
-    """Compare what an entry states with a charge, except for its round and model; return one phrase a difference.
+    """Compare what an entry states with a charge, except for its round and model; return one phrase per difference.
 
     Args:
         order: RDP order of the ledger.

@@ -1,4 +1,4 @@
-"""Attack what leaves beside the training step: choices of experts, and metrics of held-out units."""
+"""Attack what leaves in addition to the training step: choices of experts, and metrics of held-out units."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _metric_sensitivity(plan: Plan, tensors: Mapping[str, Tensor], records: Batc
 
 
 def _metric_noise(plan: Plan, tensors: Mapping[str, Tensor], records: Batch) -> Finding:
-    """Subtract the sums that are known from those released, with everybody and nobody there."""
+    """Subtract the known sums from the released ones, with everybody and with nobody there."""
     if plan.evaluation is None or plan.evaluation.noise_multiplier is None:
         raise ValueError("the plan measures nothing under privacy")
     held, std = plan.model.all_experts, plan.evaluation.noise_multiplier * SENSITIVITY

@@ -32,18 +32,18 @@ _METRICS = canonical_json([METRICS]).decode()
 class RunAudit:
     """What the audit of one run found.
 
-    verdict: VIOLATED where anything contradicts the claim, INCOMPLETE where something is not at hand that it follows
-        from (a ledger, the receipts, another run's plan, the version of the code), else NOT_REFUTED. Nothing is ever
-        proved private by it.
-    receipts: kept by the server. matched: of these, found in the ledgers as committed charges with that very output.
+    verdict: VIOLATED if anything contradicts the claim, INCOMPLETE if something is not at hand that it depends on
+        (a ledger, the receipts, another run's plan, the version of the code), else NOT_REFUTED. This never proves a run
+        private.
+    receipts: those the server kept. matched: how many are in the ledgers as committed charges with that very output.
     lost: receipts of history that a ledger lost in a restore, for which the rest of its budget was charged.
     unreceived: committed charges of this run without a receipt: replies that were lost on the way. They are paid for.
     epsilon: the largest over the ledgers, ``inf`` without privacy.
     node_level: the server's own account, where the node is the unit too.
     held_out: audits of the ledgers of held-out units, and held_out_epsilon the largest of them. A unit is on one side
         only, so it bears the one or the other.
-    unexamined: ledger → its charges of plans that are not at hand. They are priced as they state themselves.
-    unknown_code: ledger → hashes of the code that it says it ran, which nobody vouches for.
+    unexamined: ledger → its charges of plans that are not at hand. They are priced as they state.
+    unknown_code: ledger → hashes of code that it says it ran and that nobody vouches for.
     """
 
     verdict: Verdict
@@ -76,9 +76,9 @@ def audit_run(
     """Compare receipts, ledgers and plan of a run.
 
     Args:
-        ledgers: ledger files or exports of the nodes, beside those that a simulation left in the run directory.
+        ledgers: ledger files or exports of the nodes, besides those that a simulation left in the run directory.
         also: other runs that the same ledgers paid for; their charges are compared with their plans.
-        codes: hashes of the code of nodes that are vouched for beside what ran in the run directory.
+        codes: trusted hashes of nodes' code, in addition to that of the code that ran in the run directory.
 
     Raises:
         BadInputError: not a run directory, or a file in it or a ledger cannot be read.
@@ -171,7 +171,7 @@ class _RunAudit:
             self.findings.append(f"{name}: {rounds} were received, but no committed charges paid for them")
 
     def _constants(self, genesis: Genesis) -> Iterator[str]:
-        """Compare what a ledger was begun with, as far as a plan fixes it."""
+        """Compare the constants that a ledger was created with, as far as a plan fixes them."""
         wanted = {"unit": self.plan.privacy.unit, "adjacency": "add-or-remove-one"}
         wanted["order"] = decimal(fixed_order(float(genesis.epsilon), float(genesis.delta)))
         if genesis.mode == "simulation":  # elsewhere the owner decides these
@@ -201,7 +201,7 @@ class _RunAudit:
         self.matched += len(self.findings) == sound
 
     def _check_metrics(self) -> None:
-        """Nothing may have been averaged that there is no receipt for."""
+        """Nothing without a receipt may have been averaged."""
         nodes: dict[tuple[str, int], set[str]] = defaultdict(set)
         for kept in self.receipts:
             nodes[kept.kind, kept.round].add(kept.node)
@@ -216,7 +216,7 @@ class _RunAudit:
                 )
 
     def _check_sides(self) -> None:
-        """No unit may be on both sides of a node: its two ledgers must divide one data set in one way."""
+        """No unit may be on both sides of a node: its two ledgers must divide one data set in the same way."""
         for node, ledger in {(k.node, k.receipt.ledger_id) for k in self.receipts if k.kind == "evaluate"}:
             training = next((found for name, found in self.genesis.items() if name.startswith(node)), None)
             if training is not None and ledger in self.genesis:
@@ -342,7 +342,7 @@ class _Comparing:
         self.unknown_code: set[str] = set()
 
     def relevant(self, line: bytes) -> Entry | None:
-        """Compare an entry with the plan that it names, and return it; None where it is of another run and plan."""
+        """Compare an entry with the plan that it names, and return it; None if it is of another run and plan."""
         if not any(named in line for named in self._named):
             self.unexamined += b'"state":"RESERVED"' in line
             return None
@@ -358,7 +358,7 @@ class _Comparing:
         return entry
 
     def kind(self, entry: Entry) -> str | None:
-        """Return the kind of a charge, which its name is the hash of."""
+        """Return the kind of a charge, whose hash its name is."""
         return self._own.kind(entry)
 
     def findings(self) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""What the options of a mechanism may be: words of a list, numbers of a range. Anything else is refused, never guessed.
+"""What a mechanism's options may be: words from a list, numbers in a range. Anything else is refused, never guessed.
 
 A word that is not in the list would select another guarantee than the one asked for; a number out of range would end
-in parameters that are no numbers.
+in parameters that are not numbers.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ def check_word(name: str, value: object, allowed: Sequence[str]) -> None:
     """Check a word.
 
     Raises:
-        BadInputError: it is not one of the allowed.
+        BadInputError: it is not one of the allowed words.
     """
     if not isinstance(value, str) or value not in allowed:
         raise BadInputError(f"{name} is {value!r}, must be {_listed(allowed)}")
 
 
 def check_number(name: str, value: object, least: float, most: float, *, above: bool = False) -> None:
-    """Check a number; true and false are none.
+    """Check a number; true and false are not numbers.
 
     Args:
         above: ``least`` itself is not allowed.
 
     Raises:
-        BadInputError: it is no number, or out of range.
+        BadInputError: it is not a number, or out of range.
     """
     low = f"above {least:g}" if above else f"at least {least:g}"
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
@@ -44,10 +44,10 @@ def check_number(name: str, value: object, least: float, most: float, *, above: 
 
 
 def check_whole(name: str, value: object, least: int, most: int, *, may_be_none: bool = False) -> None:
-    """Check a whole number; true and false are none.
+    """Check a whole number; true and false are not numbers.
 
     Raises:
-        BadInputError: it is no whole number, or out of range.
+        BadInputError: it is not a whole number, or out of range.
     """
     if value is None and may_be_none:
         return

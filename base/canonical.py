@@ -23,7 +23,7 @@ def canonical_json(document: object) -> bytes:
     """Return JSON with sorted keys and no spaces. Floats are refused: spell them with :func:`decimal`.
 
     Raises:
-        TypeError: the document holds a float or something JSON cannot carry.
+        TypeError: the document holds a float or something that JSON cannot carry.
         UnicodeEncodeError: a string in it holds a lone surrogate, as names and paths in other encodings do.
     """
     _refuse_floats(document)

@@ -11,7 +11,7 @@ class Frozen(BaseModel):
     """Base of every configuration: immutable; an unknown key is an error, and a value is never converted.
 
     ``younger`` names the keys that came after others had been hashed, each with a default that means what leaving it
-    out meant before. What asks for nothing new keeps its hash: a run goes on, and repeats itself, across versions.
+    out meant before. If it asks for nothing new, its hash stays: runs go on and repeat across versions.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -27,7 +27,7 @@ def read_text(path: Path, what: str) -> str:
         what: the file must be, for messages.
 
     Raises:
-        BadInputError: it cannot be read, is too large, or is no text in UTF-8.
+        BadInputError: it cannot be read, is too large, or is not text in UTF-8.
     """
     refusal = f"{path}: cannot be read, must be {what}"
     content = read_content(path, refusal, MOST_BYTES)
@@ -49,7 +49,7 @@ def without_mark(content: bytes) -> bytes:
 def other_encoding(content: bytes) -> str | None:
     """Return which other encoding of Unicode a file's first bytes name, if they name one.
 
-    UTF-16 without a mark is known by its zero bytes: what people write begins with a character of ASCII.
+    UTF-16 without a mark is recognised by its zero bytes: what people write begins with a character of ASCII.
     """
     for mark, encoding in _OTHERS:
         if content.startswith(mark):
@@ -61,7 +61,7 @@ def read_content(path: Path, refusal: str, most_bytes: int) -> bytes:
     """Read a file as a whole.
 
     Args:
-        refusal: what to say where that fails: which file cannot be read, and what it must be.
+        refusal: what to say if that fails: which file cannot be read, and what it must be.
 
     Raises:
         BadInputError: it cannot be read, or is larger than ``most_bytes``.
@@ -80,7 +80,7 @@ def parse_json(text: str | bytes) -> Any:
     """Parse a document that can be written again: whatever is wrong with it is one kind of error.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or has an integer or a text that nothing can print.
+        ValueError: it is not JSON, is nested too deeply, or has an integer or a text that cannot be printed.
     """
     try:
         document = json.loads(text)

@@ -29,7 +29,7 @@ def parse_toml(text: str, *, where: str) -> dict[str, Any]:
     """Parse a document; ``where`` names its origin in errors.
 
     Raises:
-        BadInputError: it is no TOML, or see :func:`load_toml`.
+        BadInputError: it is not TOML, or see :func:`load_toml`.
     """
     try:
         return load_toml(text, where=where)
@@ -38,10 +38,10 @@ def parse_toml(text: str, *, where: str) -> dict[str, Any]:
 
 
 def load_toml(text: str, *, where: str) -> dict[str, Any]:
-    """Parse what may be no TOML at all.
+    """Parse what may not be TOML at all.
 
     Raises:
-        TOMLDecodeError: it is none.
+        TOMLDecodeError: it is not TOML.
         BadInputError: see :func:`refuse_extremes`.
     """
     try:

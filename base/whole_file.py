@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 
 
 def append_durably(path: Path, content: bytes) -> None:
-    """Add to a file, which is created if need be, so that it survives a power cut once this returns."""
+    """Add to a file, which is created if need be, so that the addition survives a power cut once this returns."""
     is_new = not path.exists()
     try:
         with path.open("ab") as stream:
@@ -78,7 +78,7 @@ def _whole(path: Path, mode: int, name: Callable[[Path, Path], object]) -> Itera
 
 
 def naming(error: OSError, path: Path) -> OSError:
-    """Return an error of the system as one that names a file: of a full disk, it names none by itself."""
+    """Return an error of the system as one that names a file: the error of a full disk does not by itself."""
     return OSError(error.errno, error.strerror or str(error), str(path))
 
 

@@ -13,7 +13,7 @@ class DataConfig(Frozen):
     """The data set. ``test_records`` are held out, public, and used by the server for evaluation.
 
     ``nodes``: there are no public records; every node has its own, in whatever format, and they must suit the model.
-    What the model is worth only ``[evaluation]`` tells. Such a scenario is trained, not simulated.
+    Only ``[evaluation]`` tells how good the model is. Such a scenario is trained, not simulated.
 
     ``mnist`` needs the original files in the folder that the environment variable ``CONCLAVE_DATA`` names.
     ``window`` is the bytes in one record of text; images have none.
@@ -25,7 +25,7 @@ class DataConfig(Frozen):
 
 
 class _Partition(Frozen):
-    """What every scheme has: ``only`` leaves all nodes but that one out, their shares unread."""
+    """What every scheme has: with ``only``, all other nodes are left out and their shares are not read."""
 
     younger = frozenset({"only"})
     only: int | None = Field(default=None, ge=0)
@@ -63,7 +63,7 @@ class PathologicalPartition(_Partition):
 
 
 class GroupsPartition(_Partition):
-    """Whole groups of records (for text: packages), dealt so that the nodes' sizes come out alike."""
+    """Whole groups of records (for text: packages), dealt so that the nodes' sizes come out about equal."""
 
     scheme: Literal["groups"]
     nodes: int = Field(ge=1, le=1_000_000)

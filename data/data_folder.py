@@ -1,4 +1,4 @@
-"""Data sets that are not part of Conclave: where the user keeps them."""
+"""Data sets that are not part of Conclave, and where the user keeps them."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: f
     or leaves moves nobody, and with the same key and share no unit is ever on both sides.
 
     Args:
-        identities: what the unit of each record is known by. It must be the unit's for good. Units with one identity,
-            such as equal records, are on one side.
-        key: secret to whoever chooses records, or they could choose their side.
+        identities: what the unit of each record is known by. It must never change. Units with the same identity,
+            such as equal records, are on the same side.
+        key: must be secret from whoever chooses records, or they could choose their side.
         share: of units to hold out, in [0, 1); 0 holds nothing out.
     """
     held_out = torch.tensor([_is_held_out(key, identity, share) for identity in identities], dtype=torch.bool)
@@ -32,14 +32,14 @@ def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: f
 
 
 def by_group(records: Records) -> Iterator[bytes]:
-    """Yield the identity of each record's group: its number, which must be the group's for good."""
+    """Yield the identity of each record's group: its number, which must never change."""
     return (str(number).encode() for number in records[GROUP].tolist())
 
 
 def by_content(records: Records) -> Iterator[bytes]:
-    """Yield as the identity of each record what it holds, as simulations know theirs.
+    """Yield each record's content as its identity, as simulations do.
 
-    Not for a node's records: another version could read the same file otherwise. Theirs is
+    Not for a node's records: another version could read the same file differently. For those, see
     :mod:`conclave.data.values.identity`.
     """
     fields = [name for name in sorted(records) if name != GROUP]

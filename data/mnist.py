@@ -1,4 +1,4 @@
-"""The source ``mnist``: the original four IDX files, which the user brings along."""
+"""The source ``mnist``: the original four IDX files, which the user provides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_mnist(config: DataConfig) -> tuple[Mapping[str, Tensor], Mapping[str, T
 
 
 def mnist_records_if_absent() -> int | None:
-    """Return the published number of training records where the files are not here."""
+    """Return the published number of training records if the files are not here."""
     try:
         find_data("mnist", _file("train", "images"))
     except BadInputError:

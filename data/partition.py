@@ -46,7 +46,7 @@ def partition(records: Mapping[str, Tensor], config: PartitionConfig, seed: int)
 
 
 def _whole_groups(groups: np.ndarray, nodes: int) -> list[np.ndarray]:
-    """Give each group, the largest first, to the node that has least so far."""
+    """Give each group, the largest first, to the node that has the fewest records so far."""
     numbers, sizes = np.unique(groups, return_counts=True)
     if nodes > len(numbers):
         raise BadInputError(f"partition.nodes is {nodes}, must be at most the {len(numbers)} groups of records")

@@ -1,8 +1,8 @@
 """Private data from the files that their owner has.
 
-Privacy: which rows can be used is told from each row alone, so no unit decides about another's. Which could not, and
-how many, derives from private data: it goes to the node's own log and nowhere else, and no message repeats what a row
-holds. Only reads: no copy, no cache, no connection.
+Privacy: whether a row can be used depends on that row alone, so no unit decides about another's. Which could not, and
+how many, derives from private data: it goes to the node's own log and nowhere else, and no message repeats a row's
+content. It only reads: no copy, no cache, no connection.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PrivateData:
     bad: for the owner's eyes only.
     identity_N: uint8 [N, 32], what each record is known by, however it is read; see
         :mod:`conclave.data.values.identity`. It must not leave the node, and is neither logged nor stored.
-    stored_as: what identities of units, records or groups, depend on beside what is stored of each. Public.
+    stored_as: what identities of units, records or groups, depend on besides what is stored of each. Public.
     """
 
     records: Records
@@ -76,7 +76,7 @@ def read_private(path: Path, config: FormatConfig, unit: Literal["record", "grou
     """Read private data.
 
     Rows that cannot be used are left out, counted, and named in the log ``conclave.node``. A group's number is the
-    hash of its name: it stays the same whoever joins or leaves.
+    hash of its name: it stays the same whoever else joins or leaves.
 
     Args:
         path: a file or a folder, as the format says.
@@ -116,7 +116,7 @@ def _grouped(config: FormatConfig) -> bool:
 
 
 def _groups_named_by(config: FormatConfig) -> tuple[str, ...]:
-    """Return the parts of a format that say which name a group has."""
+    """Return the parts of a format that say how groups are named."""
     keys = {"group_by", "pattern", "columns", "delimiter"}
     return (NAMING, json.dumps(config.model_dump(mode="json", include=keys), sort_keys=True))
 
@@ -133,7 +133,7 @@ def _sort(reading: Reading) -> tuple[list[Row], list[BadRow]]:
 
 
 def _report_groups_alike(path: Path, rows: list[Row]) -> None:
-    """Tell the owner of groups like 007 and 7: a program that took the one for a number wrote the other."""
+    """Tell the owner about groups like 007 and 7: a program that took one for a number may have written the other."""
     names = {row.group for row in rows if row.group is not None}
     padded = [name for name in names if name.startswith("0") and len(name) > 1 and name.isdecimal()]
     alike = sum((name.lstrip("0") or "0") in names for name in padded)
@@ -157,7 +157,7 @@ def _report(path: Path, usable: int, bad: list[BadRow]) -> None:
 
 
 def _on_one_line(name: str) -> str:
-    """Files may have names with line breaks, which must not look like other lines of the log."""
+    """File names may have line breaks, which must not look like other lines of the log."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 

@@ -43,12 +43,12 @@ _SOURCES = {
 
 
 def schema_of(config: DataConfig) -> Schema | None:
-    """Return what a source's records look like, without loading it; None where only the nodes know."""
+    """Return what a source's records look like, without loading it; None if only the nodes know."""
     return None if config.source == "nodes" else _SOURCES[config.source].schema(config)
 
 
 def public_test(config: DataConfig) -> Records | None:
-    """Load a source's public test records; None where it has none.
+    """Load a source's public test records; None if it has none.
 
     Raises:
         BadInputError: the source cannot be split as asked.
@@ -70,9 +70,9 @@ def load(config: DataConfig) -> DataSet:
 
 
 def records_if_absent(config: DataConfig) -> int | None:
-    """Return how many training records a source is known to have, where its files are not here; None where they are.
+    """Return how many training records a source is known to have if its files are not here; None if they are.
 
-    For estimates: what a run would cost can be told before the data are there.
+    For estimates: what a run would cost can be said before the data are there.
     """
     return None if config.source == "nodes" else _SOURCES[config.source].absent_records()
 

@@ -22,7 +22,7 @@ _HELD_OUT_OF_256 = 26  # a tenth of the files
 def load_stdlib_text(config: DataConfig) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Cut the standard library's modules into disjoint windows of ``config.window`` bytes; a record is a window.
 
-    Windows are cut once, here: the privacy unit is a window, and neither a file nor an author. A tail shorter than
+    Windows are cut once, here: the privacy unit is a window, not a file or an author. A tail shorter than
     a window is dropped. Files are in the order of their paths, ``test`` packages left out. Whole files, a tenth of
     them chosen by a hash of their path, are held out; of their windows, ``test_records`` evenly spaced ones are the
     public test records.

@@ -1,4 +1,4 @@
-"""Ask a running node or server of this machine whether it is well."""
+"""Ask a running node or server on this machine whether all is well."""
 
 from __future__ import annotations
 

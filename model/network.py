@@ -69,7 +69,7 @@ def make_head(config: ModelConfig) -> ClassificationHead | NextByteHead:
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention where configured, then an MoE layer."""
+    """Pre-norm residual block: attention if configured, then an MoE layer."""
 
     def __init__(self, config: ModelConfig, held: tuple[int, ...]) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class Network(nn.Module):
         return self._loss_of_both(self.after_next, x_BTD, trunk, batch), trunk
 
     def _loss_of_both(self, after_next: AfterNext, x_BTD: Tensor, trunk: _Trunk, batch: Batch) -> Tensor:
-        """The loss of the next byte plus λ × that of the byte after it.
+        """The loss of the next byte plus λ × the loss of the byte after it.
 
         One head serves both, in one call: then its norm is a joint one also where calls are told apart (Opacus's
         ghost mode refuses a layer that is called twice).

@@ -6,7 +6,7 @@ Parameters named ``…layers.<layer>.experts.<id>.…`` belong to that expert, w
 may be there; all others are shared weights. A parameter that several layers use (``head.weight = embed.weight``) is one
 parameter: it travels once, under its first name, and is one parameter again wherever the model is built.
 
-Naming code is naming what runs beside private data. A node therefore builds only what its owner allows by name
+Naming code means naming what runs next to private data. A node therefore builds only what its owner allows by name
 (``policy.models``), and never because a server says so.
 """
 
@@ -86,7 +86,7 @@ class OwnNetwork(Network):
         return _IncompatibleKeys(missing, unexpected)
 
     def forward(self, batch: Batch, allowed: Mapping[int, Tensor] | None = None) -> Output:
-        """Return the module's scores; it has no auxiliary loss, and its routing is its own business.
+        """Return the module's scores; it has no auxiliary loss, and its routing is not looked at.
 
         Raises:
             BadInputError: they are not what the head needs.
@@ -169,7 +169,7 @@ def _check(network: OwnNetwork, config: ModelConfig, held: HeldExperts) -> None:
 
 
 def _check_shared(network: OwnNetwork, source: str | None) -> None:
-    """Refuse what could not be put together again: one parameter of two owners, two parameters of one memory."""
+    """Refuse what could not be put together again: a parameter with two owners, two parameters that share memory."""
     for name, first in _first_names(network).items():
         if _expert(name) != _expert(first):
             raise BadInputError(
@@ -192,7 +192,7 @@ def _expert(name: str) -> tuple[str, str] | None:
 
 
 def _first_names(network: OwnNetwork) -> dict[str, str]:
-    """Return the further names of parameters that have several, each with the first."""
+    """Return the further names of parameters that have several names, each with the first one."""
     first: dict[int, str] = {}
     further = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):

@@ -49,7 +49,7 @@ def load(folder: str | os.PathLike[str]) -> Network:
         folder: of a saved model (``model.safetensors`` beside ``model.json``), or a run directory, which holds one.
 
     Raises:
-        BadInputError: a file is missing, unreadable, or the two do not belong together.
+        BadInputError: a file is missing or unreadable, or the two do not belong together.
     """
     folder = Path(folder)
     folder = folder / "model" if (folder / "model").is_dir() else folder

@@ -124,7 +124,7 @@ def load(shares: Sequence[float], title: str, private: Sequence[float | None] | 
 
 
 def holders(mean: Sequence[float], without: Sequence[int], title: str) -> str:
-    """Mean holders a round of each expert of one layer; above the bar, in how many rounds it had none, if any."""
+    """Mean holders per round of each expert of one layer; above the bar, in how many rounds it had none, if any."""
     with mpl.rc_context(_STYLE):
         figure, axes = _new("expert", "holders a round")
         axes.bar(range(len(mean)), mean, color=_ACCENT, width=0.6)

@@ -19,7 +19,7 @@ _GAP = 2
 
 
 def can_show(text: str) -> bool:
-    """Whether the encoding of the output has all these characters; others are spelled out there."""
+    """Whether the output's encoding has all these characters; if not, they are spelled out."""
     try:
         text.encode(Console().encoding)
     except (UnicodeEncodeError, LookupError):
@@ -39,7 +39,7 @@ class Fields:
         self._rows: list[tuple[Text, Text]] = []
 
     def add(self, name: str, value: Cell) -> None:
-        """Add a field; one without a name goes on with the one before."""
+        """Add a field; one without a name continues the one before."""
         self._rows.append((_styled(name), _styled(value)))
 
     def print(self) -> None:
@@ -50,7 +50,7 @@ class Fields:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
-    """Print rows below one another; on a terminal that is too narrow for that, every row as fields."""
+    """Print rows below one another, or, on a terminal that is too narrow, every row as fields."""
     cells = [[_styled(cell) for cell in row] for row in rows]
     widths = [max(cell_len(name), *(row[i].cell_len for row in cells), 0) for i, name in enumerate(header)]
     console = Console()

@@ -46,7 +46,7 @@ def write_report(run: RunDirectory) -> Path:
 
 
 def render(contents: Mapping[str, Any]) -> str:
-    """Fill the template; a name that it asks for and ``contents`` has not is an error."""
+    """Fill the template; a name that it asks for and ``contents`` lacks is an error."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -54,7 +54,7 @@ def render(contents: Mapping[str, Any]) -> str:
 
 
 def contents_of(run: RunDirectory) -> dict[str, Any]:
-    """Return what the template asks for, by name. Raises as :func:`write_report`."""
+    """Return what the template asks for, by name. Raises like :func:`write_report`."""
     scenario, metrics = run.scenario, run.whole_metrics()
     audit = audit_run(run)
     nodes = [_node_row(Path(path), ledger) for path, ledger in audit.ledgers.items()]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a command loads what it works out, and not what the others 
 
 
 def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> None:
-    """Print what a simulation came to."""
+    """Print the results of a simulation."""
     fields = Fields()
     note = summary.baseline
     if note is not None:
@@ -67,7 +67,7 @@ def print_summary(scenario: Scenario, summary: Summary, report_path: Path) -> No
 
 
 def said_of_held_out(evaluation: Mapping[str, Any]) -> str:
-    """Say what a private evaluation came to, a sentence without its end."""
+    """Return the result of a private evaluation, as a sentence without its end."""
     metric = evaluation["metric"].replace("_", " ")
     told = sum(pair is not None for pair in evaluation["by_node"].values())
 

@@ -29,7 +29,7 @@ _PRECISE = {pa.float16(): np.float16, pa.float32(): np.float32}
 
 
 class Stored(NamedTuple):
-    """A row as it is stored: what it is known by, of all columns, and the values of those that are read."""
+    """A row as it is stored: its identity, from all columns, and the values of the columns that are read."""
 
     identity: bytes
     values: Values
@@ -60,13 +60,13 @@ def read_columns(
 
     Args:
         path: for errors.
-        names: of all columns, as they are called.
-        numbers: the columns that are features by default, as far as the file's own types tell and never its rows.
-        rows: given the columns to read, yields rows, and those that cannot even be taken apart.
-        stored_as: what identities depend on beside what a row holds.
+        names: those of all columns.
+        numbers: the columns that are features by default, judged by the file's own types and never by its rows.
+        rows: given the columns to read, yields rows, including those that cannot even be taken apart.
+        stored_as: what identities depend on besides the content of a row.
 
     Raises:
-        BadInputError: a column is missing or there twice; there is no feature.
+        BadInputError: a column is missing or appears twice; there is no feature.
     """
     columns = _columns(path, config, names, numbers)
     extra = tuple(name for name in (config.label, config.group_by) if name is not None)
@@ -81,7 +81,7 @@ def read_columns(
 
 
 def _other_delimiter(names: Sequence[str]) -> str:
-    """Return what may be the cause where the only name looks like several."""
+    """Return what may be the cause if the only name looks like several names."""
     several = [sign for sign in (";", "\t", ",", "|") if len(names) == 1 and sign in names[0]]
     return f", which looks like columns divided by {several[0]!r}: see delimiter" if several else ""
 
@@ -142,11 +142,11 @@ def rows_of(batches: Iterable[pa.RecordBatch], wanted: Sequence[str]) -> Iterato
     """Yield the rows of batches of all columns; text comes as bytes.
 
     Args:
-        wanted: the columns whose values are read, by what they are called, each there once.
+        wanted: the names of the columns whose values are read, each present once.
 
     Raises:
         BadInputError: a column is of a type that no identity is defined for.
-        pa.ArrowInvalid: a batch is damaged. Reading its values as they stand could end the process.
+        pa.ArrowInvalid: a batch is damaged. Reading its values anyway could end the process.
     """
     for batch in batches:
         columns = [_undecoded(column) for column in batch.columns]
@@ -160,7 +160,7 @@ def rows_of(batches: Iterable[pa.RecordBatch], wanted: Sequence[str]) -> Iterato
 
 
 def _undecoded(column: pa.Array) -> pa.Array:
-    """Return text as bytes, in lists and structs too: what is no UTF-8 must cost its own row only."""
+    """Return text as bytes, in lists and structs too: text that is not UTF-8 must cost only its own row."""
     kind = _without_text(column.type)
     return column if kind.equals(column.type) else column.view(kind)
 
@@ -180,7 +180,7 @@ def _without_text(kind: pa.DataType) -> pa.DataType:
 
 
 def _values(column: pa.Array) -> list[object]:
-    """Return the values of a column; one that cannot be had must not keep the others back.
+    """Return the values of a column; one that cannot be read must not hold back the others.
 
     Numbers of less precision than Python's, days and times come as numpy's: what a value is called depends on its own
     precision.
@@ -198,7 +198,7 @@ def _values(column: pa.Array) -> list[object]:
 
 
 def _moments(column: pa.Array) -> list[object]:
-    """Return days and times, in UTC; pyarrow's own way would load pandas, and has no day before the year 1."""
+    """Return days and times, in UTC; pyarrow's own conversion would load pandas, and has no day before the year 1."""
     unit = "D" if pa.types.is_date32(column.type) else "ms" if pa.types.is_date64(column.type) else column.type.unit
     numbers = column.view(pa.int32() if column.type.bit_width == 32 else pa.int64()).to_pylist()
     nothing = np.iinfo(np.int64).min  # what numpy calls not a time

@@ -183,12 +183,12 @@ def _pattern(value: object) -> object:
 
 
 class FolderConfig(Frozen):
-    """What formats of one file a record share.
+    """What formats with one file per record share.
 
     pattern: a regular expression that fits the whole name of a file without its suffix. ``(?P<label>…)`` in it is the
         label, instead of the sub-folder's name; ``(?P<group>…)`` the group.
     group_by: ``folder``: a group is a folder with all that lies below it: the folder directly within the label's, so
-        that a group may have files of several labels; where folders tell no label, the first folder. ``file``: each
+        that a group may have files of several labels; if folders do not give labels, the first folder. ``file``: each
         file is a group.
     """
 
@@ -196,7 +196,7 @@ class FolderConfig(Frozen):
     group_by: Literal["folder", "file"] | None = None
 
     def names(self, part: str) -> bool:
-        """Whether the pattern tells the ``label`` or the ``group``."""
+        """Whether the pattern gives the ``label`` or the ``group``."""
         return self.pattern is not None and part in re.compile(self.pattern).groupindex
 
     @property

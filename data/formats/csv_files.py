@@ -1,7 +1,7 @@
 """CSV files, plain or gz, read by pyarrow.
 
-They have no types, and none are guessed: which columns are features must not depend on what rows hold. Each cell is
-looked at by itself, so one that cannot be used costs its own row only.
+They have no types, and none are guessed: which columns are features must not depend on the rows. Each cell is
+looked at by itself, so a cell that cannot be used costs only its own row.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _content(file: Path, config: CsvConfig) -> bytes:
     """Return what a file holds, without a byte order mark.
 
     Raises:
-        BadInputError: it cannot be read, is empty, or begins as files do that are no text in UTF-8.
+        BadInputError: it cannot be read, is empty, or begins like a file that is not text in UTF-8.
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix.lower() == ".gz" else file.read_bytes()
@@ -96,16 +96,16 @@ def _first_record(content: bytes) -> bytes:
 
 
 def _parsed(file: Path, content: bytes, config: CsvConfig, names: Sequence[str], bad: dict[int, str]) -> pa.Table:
-    """Parse what a file holds; ``bad`` collects, by number, the rows that have more or fewer columns.
+    """Parse a file's content; ``bad`` collects, by number, the rows that have more or fewer columns.
 
-    Nothing is made of the cells of the columns ``names``: they come as bytes.
-    pyarrow decodes such a row before it hands it over, and prints it where it is no UTF-8. So it never sees any such
+    The cells of the columns ``names`` are not converted: they come as bytes.
+    pyarrow decodes such a row before it hands it over, and prints it if it is not UTF-8. So it never sees any such
     byte: every byte is given to it as the character of its number, names and cells are turned back by :func:`_bytes`.
-    It reads from memory of its own: its threads let go of an object of Python's whenever they come to it, and where
+    It reads from its own memory: its threads release a Python object at any time, and if
     the interpreter ends in the meantime, they abort the process.
 
     Args:
-        names: of all columns, as they are stored.
+        names: those of all columns, as stored.
 
     Raises:
         BadInputError: it is damaged.

@@ -1,4 +1,4 @@
-"""The files of a data set, in an order that depends on their names alone, opened for reading and nothing else."""
+"""The files of a data set, in an order that depends on their names alone, opened for reading only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from conclave.base.errors import BadInputError
 
 
 def files_in(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Return a file itself, or of a folder and its sub-folders all files that end like that, whatever the case.
+    """Return a file itself, or all files of a folder and its sub-folders that end like that, in any case.
 
-    Hidden files, and those of hidden folders, are left out: they are other programs' own.
+    Hidden files, and files in hidden folders, are left out: they belong to other programs.
 
     Raises:
         BadInputError: there is none.

@@ -1,4 +1,4 @@
-"""Folders of one file a record: what a file's name and place say about it."""
+"""Folders with one file per record: what a file's name and place say about it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def folder_rows(
 ) -> Iterator[Row | BadRow]:
     """Yield a row for each file of a folder and its sub-folders.
 
-    A file is known by its bytes alone, and each of its records by the file: to rename it, or to move it to another
-    label's folder, makes no other record of it.
+    A file is known by its bytes alone, and each of its records by the file: renaming it, or moving it to another
+    label's folder, does not make it another record.
 
     Args:
         suffixes: of the files that count, in lower case; others are left alone.
         known: the class of every label; None where there are none.
-        records: of what a file holds, [records, …]; raises :class:`BadValueError`.
+        records: makes records [records, …] of a file's content; raises :class:`BadValueError`.
 
     Raises:
         BadInputError: there is no such folder, or no such file in it.

@@ -1,7 +1,7 @@
 """Folders that ``save_to_disk`` of Hugging Face's ``datasets`` wrote: Arrow files, read without that library.
 
 So nothing is mapped into memory, cached or looked up, and no code or path that a folder names is followed. What a
-folder says about its rows is honoured, whichever version wrote it: rows that were left out are not read. A folder that
+folder says about its rows is honoured, in every version's spelling: rows that were left out are not read. A folder that
 says something else is refused.
 """
 
@@ -32,7 +32,7 @@ _INDICES = ("_indices_data_files", "_indices_files")
 
 @dataclass(frozen=True)
 class _Part:
-    """An Arrow file of which ``take`` rows after the first ``skip`` count; None is all."""
+    """An Arrow file of which ``take`` rows after the first ``skip`` count; None means all."""
 
     file: Path
     skip: int
@@ -41,7 +41,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _State:
-    """What a folder says. shown: the columns that its owner chose to see, None for all."""
+    """What a folder states. shown: the columns that its owner chose to see; None for all."""
 
     parts: tuple[_Part, ...]
     indices: tuple[_Part, ...]
@@ -52,7 +52,7 @@ def read_hugging_face(path: Path, config: HuggingFaceConfig) -> Reading:
     """Return the rows of a data set.
 
     Raises:
-        BadInputError: the folder is no such data set or has no such split, says of its rows what is not understood, a
+        BadInputError: the folder is not such a data set or has no such split, says something unknown of its rows, a
             file cannot be read, or as :func:`read_columns` says.
     """
     folder = _folder_of_split(folder_at(path), config.split)
@@ -78,7 +78,7 @@ def _rows(parts: Iterable[_Part], columns: tuple[str, ...]) -> Iterator[Stored]:
 
 
 def _selected(rows: list[Stored], indices: Iterable[_Part]) -> Iterator[Stored]:
-    """Yield the rows that a folder's indices name, in their order."""
+    """Yield the rows that a folder's indices name, in that order."""
     for part in indices:
         with _opened(part.file) as stream:
             if len(stream.schema) != 1 or not pa.types.is_integer(stream.schema.types[0]):
@@ -160,7 +160,7 @@ def _says_something(value: object) -> bool:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name leads to no other folder than the one it is in."""
+    """Whether a name stays within the folder that it is in."""
     return Path(name).name == name and name != ".."
 
 
@@ -175,7 +175,7 @@ def _read_json(file: Path) -> dict[str, object]:
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a JSON object; where it says a thing twice, one of the two would be ignored."""
+    """Return a JSON object, refusing a key that appears twice: one of the two would be ignored."""
     document = dict(pairs)
     if len(document) < len(pairs):
         raise ValueError("one key twice")

@@ -1,4 +1,4 @@
-"""The IDX file format of the original MNIST files, plain or gz. A file may be damaged or made to harm.
+"""The IDX file format of the original MNIST files, plain or gz. A file may be damaged or malicious.
 
 A header of two zero bytes, a type (8: unsigned byte) and the number of axes; each axis' length as a big-endian 32-bit
 integer; then the values.
@@ -33,7 +33,7 @@ def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
         uint8 [items, *item], items ≥ 1.
 
     Raises:
-        BadInputError: the file cannot be read, is no such file, or holds fewer or more values than it says.
+        BadInputError: the file cannot be read, is not such a file, or holds fewer or more values than it says.
     """
     try:
         with path.open("rb") as plain:

@@ -1,6 +1,6 @@
 """The columns of typed files: their names, which of them hold numbers, and whether several files agree on them.
 
-Programs choose a column's type by what its rows hold: whole numbers become floats where one is missing, text is short
+Programs choose a column's type by its rows: whole numbers become floats if one is missing, text is short
 or long, and a column without any value has no type. Where the values agree the files are one data set.
 """
 
@@ -32,8 +32,8 @@ class Layout:
 
     names: as they are called; see :func:`conclave.data.values.names.column_name`.
     stored: as they are stored.
-    numbers: those that are features unless the owner says otherwise: of numbers, or true and false, in every file that
-        has values of them, and no index that pandas added.
+    numbers: features unless the owner says otherwise: with numbers, or true and false, in every file that
+        has values for them, without an index that pandas added.
     """
 
     names: tuple[str, ...]
@@ -92,12 +92,12 @@ def same_columns(file: Path, names: Sequence[str], first: Path, expected: Sequen
 
 
 def is_index(name: str) -> bool:
-    """Whether a column numbers rows and describes none: one without a name, or that pandas added."""
+    """Whether a column only numbers rows: one without a name, or one that pandas added."""
     return _INDEX.fullmatch(name) is not None
 
 
 def _kind(type_: pa.DataType) -> str:
-    """Return what values of a type are; types of one kind give equal values equal names and identities."""
+    """Return the kind of a type's values; types of one kind give equal values equal names and identities."""
     if isinstance(type_, pa.BaseExtensionType):
         return str(type_)
     if pa.types.is_dictionary(type_):
@@ -118,7 +118,7 @@ def _kind(type_: pa.DataType) -> str:
 
 
 def _indices(types: pa.Schema) -> list[str]:
-    """Return the columns that pandas wrote as its index: they number rows, or name them, and describe none."""
+    """Return the columns that pandas wrote as its index: they only number or name rows."""
     named = [name for name in map(column_name, types.names) if is_index(name)]
     try:
         described = json.loads((types.metadata or {}).get(b"pandas", b"{}"))

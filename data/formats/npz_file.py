@@ -43,7 +43,7 @@ def read_npz(path: Path, config: NpzConfig) -> Reading:
     """Return the rows of the arrays of one file.
 
     A row is known by its bytes in the array of the records. Other arrays take no part, labels included: which of them
-    belong to records would have to be told from how many records there are.
+    belong to records would have to be derived from how many records there are.
 
     Raises:
         BadInputError: the file cannot be read; an array is missing, holds objects, or has another shape or type.
@@ -64,7 +64,7 @@ def array_from(content: bytes) -> np.ndarray:
     """Return the array that a ``.npy`` file holds.
 
     Raises:
-        BadValueError: it is damaged, or no array of numbers.
+        BadValueError: it is damaged, or not an array of numbers.
     """
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)

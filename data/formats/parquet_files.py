@@ -59,10 +59,10 @@ def _types(file: Path) -> pa.Schema:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[parquet.ParquetFile]:
-    """Open a file, by pyarrow's own means and without reading ahead.
+    """Open a file with pyarrow's own reader and without reading ahead.
 
-    Reading ahead is done by threads of pyarrow. They let go of a file of Python's whenever they come to it; where the
-    interpreter ends in the meantime, they abort the process.
+    pyarrow's threads read ahead. They may release a Python file at any time; if the
+    interpreter ends before that, they abort the process.
     """
     try:
         with pa.OSFile(os.fsencode(file)) as content, parquet.ParquetFile(content, pre_buffer=False) as opened:

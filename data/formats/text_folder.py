@@ -17,7 +17,7 @@ from conclave.data.values.text import windows
 def read_text_folder(path: Path, config: TextFolderConfig) -> Reading:
     """Return the windows of all files of a folder and its sub-folders.
 
-    A byte order mark of UTF-8 is no text and is left out; a file of UTF-16 or UTF-32 is a bad row.
+    A byte order mark of UTF-8 is not text and is left out; a file of UTF-16 or UTF-32 is a bad row.
 
     Raises:
         BadInputError: there is no such folder, or no text in it.

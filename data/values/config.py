@@ -1,7 +1,7 @@
 """What the formats of private data have in common: labels, pictures, and the columns of tables.
 
 Classes, categories, sizes and the constants of normalisation are stated by the owner, never taken from the data: what
-one record holds would otherwise change how others are seen, and whether the model fits.
+one record could otherwise change how others are seen, and whether the model fits.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _Values = TypeVar("_Values", tuple[str, ...], dict[str, int])
 
 
 def _distinct_values(values: _Values) -> _Values:
-    """Refuse lists in which one value stands twice, as 1 and 1.0 or with and without a space, and means two things."""
+    """Refuse lists in which one value appears twice, as 1 and 1.0 or with and without a space, with two meanings."""
     meant: dict[str, int] = {}
     for place, value in enumerate(values):
         means = values[value] if isinstance(values, dict) else place
@@ -96,7 +96,7 @@ class LabelledConfig(Frozen):
 
     labels: the names of all classes in their order, or a map from each name to its class, where several may share one.
         A value has one name in every format: 1 for 1.0, and no spaces around it; see :mod:`conclave.data.values.names`.
-    classes: how many there are, where labels are the numbers 0, 1, … themselves.
+    classes: how many there are, if labels are the numbers 0, 1, … themselves.
     """
 
     labels: Labels | None = None
@@ -148,8 +148,8 @@ class FeaturesConfig(Frozen):
         row's own, 0 for the others.
     center, scale: a number enters as ``(value − center)/scale``: one constant for all columns of numbers, or one for
         each column named, the others having 0 and 1.
-    missing: what the model sees where a number is missing (0 is the center). Not given, such a row is a bad row.
-    missing_values: what stands for a missing value, beside nothing at all: text as it is spelled, and numbers however
+    missing: what the model sees if a number is missing (0 is the center). If not given, such a row is a bad row.
+    missing_values: what stands for a missing value, besides nothing at all: text as it is spelled, and numbers however
         they are spelled or stored. A row whose group is missing is a bad row.
     """
 

@@ -25,7 +25,7 @@ class Features:
             path: the file, for errors.
 
         Raises:
-            BadInputError: there is no feature, or a constant or category is for a column that is none.
+            BadInputError: there is no feature, or a constant or category is for a column that is not a feature.
         """
         self.columns = tuple(columns)
         if not self.columns:
@@ -46,7 +46,7 @@ class Features:
         """Return the features of one row, float32 [count].
 
         Raises:
-            BadValueError: a value is missing, is no number or no known category.
+            BadValueError: a value is missing, is not a number, or is not a known category.
         """
         found: list[float] = []
         for column in self.columns:

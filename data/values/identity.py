@@ -1,4 +1,4 @@
-"""What a record is known by: a hash of what is stored, before anything is made of it.
+"""What a record is known by: a hash of what is stored, before it is converted in any way.
 
 Which units are held out depends on it (:mod:`conclave.data.held_out`). So nothing enters that another decoder, or
 another choice of columns and constants, would change: no pixel, no sample, no scale. A change of what is hashed here
@@ -42,14 +42,14 @@ def of_cells(cells: Sequence[bytes]) -> bytes:
 
 
 def _joined(cells: Sequence[bytes]) -> bytes:
-    """Return one bytes for each sequence: the number of cells and the length of each, 8 bytes each, then the cells."""
+    """Return one byte string per sequence: the number of cells and the length of each, 8 bytes each, then the cells."""
     return struct.pack(f"<{len(cells) + 1}Q", len(cells), *map(len, cells)) + b"".join(cells)
 
 
 def cells_of(column: pa.Array, name: str) -> list[bytes]:
     """Return the values of a typed column as bytes, one for each row.
 
-    They are told by their values and not by their types, which programs choose by what other rows hold: a column of
+    They are identified by their values and not by their types, which programs choose by other rows: a column of
     whole numbers becomes one of floats when one of them is missing. Text and bytes are ``t`` and the bytes. Numbers,
     true and false are ``n`` and the little-endian double, or ``N`` and decimal digits where no double is exact. Dates
     and times are ``i`` and nanoseconds. Lists and structs are ``l`` and ``s``, the number of their parts, their lengths
@@ -127,7 +127,7 @@ def _number(value: int | Decimal) -> bytes:
 
 
 def _instants(column: pa.Array) -> list[bytes]:
-    """Return instants and spans without a calendar and without time zones: what these say changes with their tables."""
+    """Return instants and spans without a calendar and time zones, whose tables change."""
     kind = column.type
     if pa.types.is_date32(kind):
         scale = 86_400 * 10**9

@@ -1,4 +1,4 @@
-"""What a single value means: a class, a number, a group; :mod:`conclave.data.values.names` says what it is called.
+"""What a single value means: a class, a number, a group; :mod:`conclave.data.values.names` gives its name.
 
 No message here may repeat the value: it is private.
 """
@@ -32,7 +32,7 @@ def class_of(value: object, known: Mapping[str, int]) -> int:
     """Return the class of a label; ``known`` is :meth:`LabelledConfig.known`.
 
     Raises:
-        BadValueError: it is none of the known ones.
+        BadValueError: it is not one of the known ones.
     """
     try:
         found = place_of(value, known)
@@ -44,9 +44,9 @@ def class_of(value: object, known: Mapping[str, int]) -> int:
 
 
 def place_of(value: object, known: Mapping[str, int]) -> int | None:
-    """Return what ``known``, by names, has for a value's name.
+    """Return the entry of ``known``, which is keyed by names, for a value's name.
 
-    Where that name is unknown, true and false also stand for 1 and 0 and the reverse, and 01 for 1: nothing else of the
+    If that name is unknown, true and false also stand for 1 and 0 and the reverse, and 01 for 1: nothing else in the
     list could be meant.
 
     Raises:
@@ -81,7 +81,7 @@ def group_of(value: object, spelled_missing: frozenset[str] = frozenset()) -> st
 
 
 def group_number(name: str) -> int:
-    """Return a group's number: 63 bits of the SHA-256 of its name, so its own for good, whoever else is there."""
+    """Return a group's number: 63 bits of the SHA-256 of its name, so it never changes, whoever else is there."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1
 
 
@@ -126,7 +126,7 @@ def number_of(value: object, spelled_missing: frozenset[str]) -> float | None:
 
 
 def means_missing(value: object, spelled_missing: frozenset[str]) -> bool:
-    """Whether there is no value, or one that stands for none; ``spelled_missing`` is as for :func:`number_of`."""
+    """Whether there is no value, or one that stands for no value; ``spelled_missing`` is as for :func:`number_of`."""
     missing = _missing(spelled_missing)
     try:
         return is_missing(value) or name_of(value) in missing.names
@@ -140,7 +140,7 @@ def missing_numbers(spelled_missing: Iterable[str]) -> frozenset[float]:
 
 
 class _Missing:
-    """What stands for a missing value, as it is spelled, by names and by numbers."""
+    """What stands for a missing value: as spelled, by name and as a number."""
 
     def __init__(self, spelled: frozenset[str]) -> None:
         self.spelled = frozenset(text.strip() for text in spelled)

@@ -1,8 +1,8 @@
-"""What a value is called: one name, in every format, however a program stored it.
+"""The name of a value: the same in every format, however a program stored it.
 
-A patient who is 12 in one file and 12.0 in the next must not become two. So a value is named by what it is, and neither
-by its type nor by how it is spelled; docs/data.md has the table. Two names of one value would be two units of one
-person; that two values share a name is as bad for what is learned.
+A patient who is 12 in one file and 12.0 in the next must not become two. So a value is named by what it is, not
+by its type or spelling; docs/data.md has the table. Two names for one value would be two units for one
+person; two values that share a name are as bad for what is learned.
 
 No message here may repeat the value: it is private.
 """
@@ -73,7 +73,7 @@ def is_missing(value: object) -> bool:
 
 
 def number_in(text: str) -> float | None:
-    """Return the number that text spells, None where it spells none, or one beyond what a double has."""
+    """Return the number that text spells; None if it spells none, or one that a double cannot hold."""
     match = _NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["part"]):
         return None
@@ -85,7 +85,7 @@ def number_in(text: str) -> float | None:
 
 
 def column_name(text: str) -> str:
-    """Return what a column is called: its name without spaces around it, in composed Unicode (NFC)."""
+    """Return the name of a column, without spaces around it, in composed Unicode (NFC)."""
     return unicodedata.normalize("NFC", text.strip())
 
 
@@ -110,7 +110,7 @@ def _of_text(text: str) -> str:
 
 
 def _of_spelled(match: re.Match[str]) -> str | None:
-    """Return the name of a number that text spells; all digits of a whole one count, as many as there may be."""
+    """Return the name of a number that text spells; all digits of a whole number count, however many."""
     whole, part, exponent = match["whole"], match["part"], match["exponent"]
     if not (whole or part):
         return None
@@ -147,7 +147,7 @@ def _of_moment(value: np.datetime64 | date) -> str:
 
 
 def _of_instant(match: re.Match[str]) -> str | None:
-    """Return the name of a moment: of a midnight the day's, else the time in UTC with no more digits than it needs."""
+    """Return the name of a moment: for midnight that of the day, else the time in UTC with as few digits as needed."""
     spelled = f"{match['day']}T{match['minute']}{match['second'] or ':00'}"
     part = (match["part"] or "").rstrip("0")
     try:

@@ -1,4 +1,4 @@
-"""Pictures, encoded or as arrays, for training and for prediction alike. A file may be damaged or made to harm."""
+"""Pictures, encoded or as arrays, for training and for prediction alike. A file may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def picture_from(content: bytes, config: PictureConfig) -> np.ndarray:
     count. Of several pictures in a file the first is taken.
 
     Raises:
-        BadValueError: it cannot be decoded, or has more pixels than allowed; its size is looked at before its pixels.
+        BadValueError: it cannot be decoded, or has more pixels than allowed; its size is checked before its pixels.
     """
     try:
         with warnings.catch_warnings():

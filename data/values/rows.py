@@ -1,4 +1,4 @@
-"""What a format yields: rows that can be used, and rows that cannot, each told by itself alone."""
+"""What a format yields: rows that can be used, and rows that cannot, each judged by itself alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Row:
     """The records of one row, file or cell: one, or for text any number of windows.
 
     records: [records, …], of the schema's shape and type.
-    identity: what the row is known by, and each of its records; see :mod:`conclave.data.values.identity`.
+    identity: what the row, and each of its records, is known by; see :mod:`conclave.data.values.identity`.
     label: its class, None for text.
     group: its group's name.
     """
@@ -43,7 +43,7 @@ class BadRow:
 class Reading:
     """A data set that is about to be read: what its records look like, and its rows one after the other.
 
-    stored_as: what rows' identities depend on beside what they hold, such as the names of the columns. Public.
+    stored_as: what rows' identities depend on besides their content, such as the names of the columns. Public.
     """
 
     schema: Schema

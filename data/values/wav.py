@@ -60,7 +60,7 @@ def wav_of(content: bytes) -> Wav:
     """Find a file's samples.
 
     Raises:
-        BadValueError: it is no such file, is damaged, or its samples are encoded otherwise.
+        BadValueError: it is not such a file, is damaged, or its samples are encoded differently.
     """
     if content[:4] == b"RIFX" and content[8:12] == b"WAVE":
         raise BadValueError(f"{_DAMAGED}, little-endian (RIFF, not RIFX)")
@@ -101,7 +101,7 @@ def _lengths(ds64: bytes) -> dict[bytes, int]:
 
 
 def _announced(content: bytes, start: int, size: int) -> int:
-    """Return how many bytes of samples there are to be.
+    """Return how many bytes of samples there should be.
 
     A stream's writer cannot go back to put the length in: it leaves a very large one, or 0.
     """

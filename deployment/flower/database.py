@@ -1,7 +1,7 @@
 """Flower's database at a server: brought to the installed version as a whole, or not at all.
 
-Flower's own SuperLink does that in place when it starts, step by step. Where it is ended in the middle, no SuperLink
-opens the file any more, and who is enrolled is in it. This uses Flower's inside; ``server start`` checks its version.
+Flower's own SuperLink does that in place when it starts, step by step. If it is stopped in the middle, no SuperLink
+can open the file, and the enrolled nodes are in it. This uses Flower's inside; ``server start`` checks its version.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _PARTS = ("", "-wal", "-shm", "-journal")
 
 
 def bring_up_to_date(path: Path) -> None:
-    """Make the database, or a newer one of it, beside the file, and replace the file by that.
+    """Make the database, or a newer version of it, next to the file, and replace the file with it.
 
     Raises:
-        BadInputError: the file is no database of Flower's, or was left by a start that was ended in the middle.
+        BadInputError: the file is not a database of Flower's, or was left by a start that was stopped in the middle.
     """
     from alembic.script import ScriptDirectory
     from flwr.supercore.state.alembic.utils import build_alembic_config, run_migrations

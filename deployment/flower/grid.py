@@ -52,8 +52,8 @@ class _Announced:
 class QuickGrid(HttpGrid):
     """Flower's grid, but no node can hold up the others or end a run.
 
-    It looks for replies every 0.2 s where Flower's own waits 3 s, and takes each when it is whole: Flower's own waits
-    for hours for the rest of the first that was announced. What is no message, or says that it is somebody else's, is
+    It looks for replies every 0.2 s, where Flower's own waits 3 s, and takes each once it is whole. Flower's own waits
+    for hours for the rest of the first one announced. What is not a message, or claims to be somebody else's, is
     dropped, where Flower's own raises or believes it. And where the run is over it raises httpx.HTTPStatusError (401),
     where Flower's own sends its process SIGINT.
     """
@@ -116,7 +116,7 @@ class QuickGrid(HttpGrid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, or until the time is over.
 
-        Where a node is gone, Flower answers itself, and is not waited for: nothing came from the node.
+        If a node is gone, Flower itself answers and the node is not waited for: nothing came from it.
         """
         waiting = {found for found in self.push_messages(list(messages)) if found}
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -131,7 +131,7 @@ class QuickGrid(HttpGrid):
 
 
 def _from_nobody(metadata: Metadata, flaw: str) -> Message:
-    """Return what Flower gives for a reply that is lost, which nobody takes for a node's."""
+    """Return what Flower gives for a lost reply, which nobody takes for a node's reply."""
     log.warning("node %d: its reply is dropped, %s", metadata.src_node_id, flaw)
     return make_message(
         metadata=Metadata(

@@ -1,4 +1,4 @@
-"""What node and server both tell their machine's monitoring: release, programs, certificates, disk."""
+"""What nodes and servers both tell their machine's monitoring: release, programs, certificates, disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def machine_metrics(programs: Mapping[str, bool], certificates: Iterable[Path], 
     Args:
         programs: name → whether it runs.
         certificates: one that cannot be read is left out.
-        folder: of whose disk the free space is told.
+        folder: on the disk whose free space is reported.
     """
     info = GaugeMetricFamily("conclave_info", "Always 1; the installed release.", labels=["release"])
     info.add_metric([installed_version()], 1.0)

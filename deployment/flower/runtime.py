@@ -5,7 +5,7 @@ and the SuperLink run with ``--isolation process``: they wait for somebody to ta
 in a process that stays warm, and calls what is installed. The bundle that comes with a task is bytes that nobody opens:
 no path of it is on ``sys.path``, nothing of it is written to disk.
 
-In a deployment nothing else uses Flower's inside but the files beside this one, :mod:`conclave.deployment.flower.grid`,
+In a deployment only the files next to this one use Flower's inside, :mod:`conclave.deployment.flower.grid`,
 :mod:`conclave.deployment.operator.flower_control`, :mod:`conclave.deployment.flower.database`, and
 :mod:`conclave.deployment.flower.supernode`.
 """
@@ -72,7 +72,7 @@ log = logging.getLogger("conclave.flower")
 
 
 def check_flower() -> None:
-    """Refuse a Flower other than the one that these files were written for.
+    """Refuse any Flower but the version that these files were written for.
 
     Raises:
         BadInputError: another is installed.
@@ -119,7 +119,7 @@ def serve(
     stopped: threading.Event,
     reached: Callable[[bool], None] = lambda _: None,
 ) -> None:
-    """Take one task after the other and do it, until stopped. A task that fails is logged; its sender is told nothing.
+    """Take one task after the other and do it, until stopped. A failed task is logged; its sender is told nothing.
 
     Args:
         kind: :data:`CLIENT_APP` or :data:`SERVER_APP`.
@@ -233,7 +233,7 @@ def beating(client: RuntimeHttpClient) -> Iterator[None]:
 def heartbeat_of(client: RuntimeHttpClient) -> Callable[[], bool]:
     """Return what sends one heartbeat, and whether it arrived.
 
-    Flower's own raises SIGINT where the task is over, for there it has a process to itself; here that would end a
+    Flower's own raises SIGINT if the task is over, because there it has its own process; here that would end a
     server or a node. Whoever works on the task finds out by its next request.
     """
 

@@ -2,7 +2,7 @@
 
 Started by ``python -P -m conclave.deployment.flower.supernode ARGUMENTS``.
 
-It differs in three things. It ends with its connection: where that breaks during a TLS handshake, Flower's own gives up
+It differs in three ways. It ends with its connection: if that breaks during a TLS handshake, Flower's own gives up
 but lives on, for the thread that hands tasks out keeps the process, and nobody starts it again. It keeps pace: Flower's
 own looks for a message every 3 s and for an answer every 0.5 s, which is longer than many a round. And it waits for a
 minute for the rest of a message, and not at all once its run is over: Flower's own waits for two hours where a server
@@ -33,9 +33,9 @@ _STILL_BUSY_S = 60.0
 
 
 class Pace:
-    """Stands for the module :mod:`time` in Flower's loop: quick while there are messages, as Flower's own otherwise.
+    """Replaces the module :mod:`time` in Flower's loop: quick while there are messages, otherwise like Flower's own.
 
-    The loop sleeps 3 s where there is no message and 0.5 s while one is being answered.
+    The loop sleeps 3 s if there is no message and 0.5 s while one is being answered.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""What any process needs that runs for months: certificates, logs, supervision, one at a time."""
+"""What any process that runs for months needs: certificates, logs, supervision, a lock."""

@@ -1,4 +1,4 @@
-"""One process for a folder, and ports that are free: a second start would fight with the first one."""
+"""One process per folder, and free ports: a second start would fight with the first."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_ports(ports: Mapping[str, tuple[str, int | None]]) -> None:
     """Check that ports can be listened on.
 
     Args:
-        ports: configuration key → address and port; None: not at all.
+        ports: configuration key → address and port; None if it does not listen.
 
     Raises:
         BadInputError: one is in use.
@@ -52,7 +52,7 @@ def check_ports(ports: Mapping[str, tuple[str, int | None]]) -> None:
 
 
 def _check_free(key: str, host: str, port: int) -> None:
-    """Wait for a port: where the folder's process was killed, its children are just ending."""
+    """Wait for a port: if the folder's process was killed, its children may still be ending."""
     deadline = time.monotonic() + PATIENCE_S
     while (reason := _why_not(host, port)) is not None:
         if time.monotonic() >= deadline:

@@ -112,7 +112,7 @@ class Authority:
 
 
 def days_left(certificates: Path) -> float:
-    """Return for how many days all certificates of a file are still good; below 0 one has expired.
+    """Return for how many days all certificates of a file are still valid; below 0, one has expired.
 
     Raises:
         BadInputError: there is none.
@@ -129,7 +129,7 @@ def _load(certificates: Path) -> list[x509.Certificate]:
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Write a new file that only its owner can read. Raises FileExistsError where there is one."""
+    """Write a new file that only its owner can read. Raises FileExistsError if there is one."""
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as stream:
         stream.write(content)
 

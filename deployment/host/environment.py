@@ -9,12 +9,12 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def private_umask() -> None:
-    """Whatever is created from now on, its owner alone can read it."""
+    """Only the owner can read whatever is created from now on."""
     os.umask(0o077)
 
 
 def keep_caches_in(folder: Path) -> None:
-    """Have torch, which makes a folder for compiled code even where nothing is compiled, make it here."""
+    """Have torch, which makes a folder for compiled code even if nothing is compiled, make it here."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch")
 
 

@@ -1,9 +1,9 @@
-"""What records' identities depend on beside the records themselves is fixed with a node's first run.
+"""What records' identities depend on besides the records themselves is fixed with a node's first run.
 
 Where units are held out, a unit's side is a keyed hash of its identity, and a record's is a hash of what is stored
 (:mod:`conclave.data.values.identity`). The same table with one more column, with another delimiter or in another format
-stores every record otherwise, and another column of groups makes other units: each could train today and be held out
-tomorrow, and would bear both budgets. So it could under a later version that hashes otherwise. What is made of the
+stores every record differently, and another column of groups makes other units: each could train today and be held out
+tomorrow, and would bear both budgets. The same holds for a later version that hashes differently. What is made of the
 stored data, the features, scales, sizes and labels, moves nobody and may change.
 """
 
@@ -19,7 +19,7 @@ from conclave.base.whole_file import write_atomically
 
 
 def keep_layout(path: Path, stored_as: Sequence[str], entries: int) -> None:
-    """Keep what identities depend on in the file ``path`` while there are no entries; then it must be the same.
+    """Keep what identities depend on in the file ``path`` while there are no entries; afterwards it must stay the same.
 
     Args:
         stored_as: :attr:`conclave.data.private_data.PrivateData.stored_as`. Public.
@@ -34,7 +34,7 @@ def keep_layout(path: Path, stored_as: Sequence[str], entries: int) -> None:
 
 
 def check_layout(path: Path, stored_as: Sequence[str], entries: int) -> None:
-    """As :func:`keep_layout`, and writes nothing.
+    """Like :func:`keep_layout`, but write nothing.
 
     Raises:
         BadInputError: it is another, or the file is lost.

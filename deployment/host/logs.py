@@ -55,7 +55,7 @@ class RotatingLog(RotatingFileHandler):
         self.emit(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
-        """Close the file; what a full disk has no room for is lost."""
+        """Close the file; what does not fit on a full disk is lost."""
         with contextlib.suppress(OSError):
             super().close()
 

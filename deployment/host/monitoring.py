@@ -23,10 +23,10 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def monitoring(port: int | None, collector: Collector, health: Callable[[], Mapping[str, bool]]) -> Iterator[None]:
-    """Answer on a port of loopback within; not at all where ``port`` is None.
+    """Within it, answer on a port of loopback; not at all if ``port`` is None.
 
     ``/metrics`` is in the text format of Prometheus, ``/health`` is 200 if all is well and 503 if not. Nothing that a
-    process knows of itself (memory, processor time) is there: on a node it would follow the private batches.
+    process knows about itself (memory, processor time) is there: on a node it would depend on the private batches.
 
     Args:
         collector: makes the metrics when they are asked for.

@@ -1,4 +1,4 @@
-"""The proxy that the environment names for the way out, if any: one that cannot be used is refused before that way."""
+"""The proxy that the environment names for outgoing connections, if any: one that cannot be used is refused first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check_outward_proxy() -> None:
 
 
 def _usable(proxy: str) -> bool:
-    """Say whether requests could be sent to a proxy; SOCKS, for one, needs a package that Conclave does not."""
+    """Say whether requests could be sent to a proxy; SOCKS, for one, needs a package that Conclave does not require."""
     url = proxy if "://" in proxy else f"http://{proxy}"
     try:
         httpx.HTTPTransport(proxy=url, verify=_no_certificates()).close()
@@ -46,5 +46,5 @@ def _usable(proxy: str) -> bool:
 
 
 def _no_certificates() -> ssl.SSLContext:
-    """Spare reading the system's certificates: nothing is sent."""
+    """Avoid reading the system's certificates: nothing is sent."""
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

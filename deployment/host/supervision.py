@@ -41,7 +41,7 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A program to run. log: the file that gets what it prints. advice: what to do where it ends by itself."""
+    """A program to run. log: the file that gets what it prints. advice: what to do if it ends by itself."""
 
     name: str
     command: Sequence[str]
@@ -58,7 +58,7 @@ def _keep_lines(printed: IO[bytes], path: Path) -> None:
 
 
 class Family:
-    """Runs programs until asked to stop; one that ends by itself is started again, after a while that grows."""
+    """Runs programs until asked to stop; one that ends by itself is started again, after a pause that grows."""
 
     def __init__(self, programs: Sequence[Program]) -> None:
         self.stopped = threading.Event()

@@ -1,4 +1,4 @@
-"""What stands between a node and its first round: each thing looked at, and what to do where it is not right."""
+"""What stands between a node and its first round: each thing is checked, and what to do if it is not right."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at. problem: what is wrong and what to do; None where it is in order."""
+    """One thing that was checked. problem: what is wrong and what to do; None if it is in order."""
 
     what: str
     found: str
@@ -51,10 +51,10 @@ class Check:
 
 
 def check_node(directory: NodeDirectory, scenario: Scenario | None) -> list[Check]:
-    """Look at everything that a node needs; ledgers are opened, and nothing is charged.
+    """Check everything that a node needs; ledgers are opened, and nothing is charged.
 
     Args:
-        scenario: whether the data suit its model and the budget its plan is looked at too.
+        scenario: also check whether the data suit its model, and the budget its plan.
     """
     checks = [
         _try("program", lambda: _program()),
@@ -105,7 +105,7 @@ def _data(directory: NodeDirectory, scenario: Scenario | None) -> str:
 
 
 def _groups(data: PrivateData) -> str:
-    """Return how many groups there are and how large: for the owner, who may see that one person has become two."""
+    """Return how many groups there are and how large: for the owner, who may notice that one person has become two."""
     if GROUP not in data.records:
         return ""
     sizes = data.records[GROUP].unique(return_counts=True)[1]
@@ -123,7 +123,7 @@ def _fingerprint(directory: NodeDirectory) -> str:
 
 
 def _delta(directory: NodeDirectory) -> str:
-    """Look at the budget beside the number of units that is declared now, which may have changed since ``init``."""
+    """Compare the budget with the number of units that is declared now, which may have changed since ``init``."""
     budget, units = directory.config.budget, directory.config.dataset.declared_size
     check_delta(budget.delta, units, where="budget.delta, which cannot be changed,")
     return "; ".join(doubts(budget.epsilon, budget.delta, units)) or f"well below 1 / units ({units})"
@@ -137,7 +137,7 @@ def _disk(directory: NodeDirectory) -> str:
 
 
 def _owner(directory: NodeDirectory) -> str:
-    """Look at what lets the node work at all, whatever is asked of it."""
+    """Check what lets the node work at all, whatever is asked of it."""
     approvals = Approvals(directory.plans, hours=directory.config.limits.hours)
     if approvals.paused:
         raise BadInputError(f"paused, so that every request is refused; conclave node resume {directory.path} goes on")

@@ -36,7 +36,7 @@ def keep_to(limits: LimitsConfig) -> None:
 
 
 def bytes_in_use() -> int:
-    """Return what counts against ``limits.memory_mb`` now; 0 where the system does not tell."""
+    """Return what counts against ``limits.memory_mb`` now; 0 if the system does not say."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -46,10 +46,10 @@ def bytes_in_use() -> int:
 
 
 def check_room(in_use: int) -> None:
-    """Refuse to start where program and records leave less for training than a node counts on.
+    """Refuse to start if program and records leave less for training than a node counts on.
 
     Args:
-        in_use: bytes, once the records are read. Said to the owner alone, before the node answers anybody.
+        in_use: bytes, once the records are read. Told only to the owner, before the node answers anybody.
 
     Raises:
         BadInputError: they take more than their part of what this process may have.

@@ -1,6 +1,6 @@
 """What a node tells its owner's monitoring: only what the server knows too, or what does not depend on the records.
 
-No batch sizes, durations, non-finite counts, memory or processor time: on a node they follow the secret samples.
+No batch sizes, durations, non-finite counts, memory or processor time: on a node they depend on secret samples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class NodeMetrics(Collector):
         self._answers: Counter[tuple[str, str]] = Counter()
 
     def count(self, message: Message, reply: Message) -> None:
-        """Count an answer by what was asked and, where it was refused, the code that the server saw."""
+        """Count an answer by what was asked and, if it was refused, by the code that the server saw."""
         code = refusal_code(reply.content) if reply.has_content() else "internal-error"
         self._answers[message.metadata.message_type, code or "answered"] += 1
 

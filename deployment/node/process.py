@@ -105,7 +105,7 @@ def _serve(directory: NodeDirectory, server: ConnectionConfig, key: Path, ca: Pa
 
 
 def _refusal(name: str, version: str) -> RecordDict | None:
-    """Answer a bundle that is not of this release: what it asks may mean something else here."""
+    """Answer a bundle of another release: what it asks may mean something else here."""
     if (name, version) == (BUNDLE, installed_version()):
         return None
     log.warning(

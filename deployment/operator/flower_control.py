@@ -128,7 +128,7 @@ class Control:
             return int(self._client.RegisterNode(request).node_id)
 
     def unregister(self, node_id: int) -> None:
-        """Let a node connect no more."""
+        """Stop a node from connecting."""
         with self._asking(f"remove node {node_id}", {404: "no such node is enrolled; conclave status lists them"}):
             self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
 
@@ -204,7 +204,7 @@ def _unaccepted(error: httpx.HTTPError) -> str | None:
 def bundle(number: str) -> bytes:
     """Return what travels as Flower's app bundle: a name and a version, and no code at all.
 
-    The apps that it names are of no module: servers and nodes run what is installed, and load nothing by these names.
+    The apps that it names do not exist: servers and nodes run what is installed, and load nothing by these names.
     """
     project = {
         "name": "conclave",

@@ -21,7 +21,7 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 
 
 def _ip(text: str) -> str:
-    """Refuse names, which nginx would look up at its start, and zones (``%eth0``), which it does not know."""
+    """Refuse names, which nginx would look up when it starts, and zones (``%eth0``), which it does not know."""
     try:
         if "%" not in text:
             ipaddress.ip_address(text)

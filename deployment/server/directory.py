@@ -46,10 +46,10 @@ class ServerDirectory:
 
         Args:
             hosts: names and addresses under which nodes reach the server.
-            days: for which the certificates are good; the CA is for ten years at least, or every node needs a new one.
+            days: how long certificates are valid; the CA is for at least ten years, or every node would need a new one.
 
         Raises:
-            BadInputError: the folder is a server's or another user's already, or a host or the port is none.
+            BadInputError: the folder already is a server's or another user's, or a host or the port is not valid.
         """
         if (path / "server.toml").exists():
             raise BadInputError(f"{path}: is a server's already, must be a new folder")
@@ -75,7 +75,7 @@ class ServerDirectory:
         """Replace the server's certificate and key; names and addresses are those of ``server.toml``.
 
         Raises:
-            BadInputError: the CA's key is not there, or a host is none.
+            BadInputError: the CA's key is not there, or a host is not valid.
         """
         hosts = self.config.hosts
         Authority(self.tls).issue_server(

@@ -1,6 +1,6 @@
 """The certificate for what a server says to itself: proxy, SuperLink and runs, over loopback.
 
-It is nobody else's business, so it follows from no CA that others trust, lasts for as long as the server runs, and a
+It is nobody else's business, so it comes from no CA that others trust, lasts as long as the server runs, and a
 renewal of the certificate that nodes and operators see touches no connection here.
 """
 

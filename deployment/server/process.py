@@ -84,7 +84,7 @@ def _serve(server: ServerDirectory) -> None:
 
 
 def _stop_forsaken_runs(control: Callable[[], Control], stopped: threading.Event) -> None:
-    """Stop what a killed server left behind: Flower lists it as running for good, and nobody works on it."""
+    """Stop what a killed server left behind: Flower would list it as running forever, and nobody works on it."""
     for look in itertools.count(1):
         if stopped.wait(_LOOK_S):
             return

@@ -66,7 +66,7 @@ def nginx_config(config: ServerConfig, folder: Path) -> str:
     """Return the configuration of nginx.
 
     Nodes reach Flower's Fleet API, which asks each request for a signature with an enrolled key. Operators, who show a
-    client certificate of the server's CA, reach the Control API. Nothing else is there, not the Runtime API either,
+    client certificate of the server's CA, reach the Control API. Nothing else is reachable, including the Runtime API,
     which hands work out. Paths are matched after nginx has decoded and normalised them.
 
     Args:

@@ -26,8 +26,8 @@ class LatentConfig(Frozen):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, §2.1).
 
     ``kv_rank``: width of the vector from which a token's keys and values are made. ``query_rank``: the same for
-    queries; not given, they are made from the token itself. ``rope_width``: rotated coordinates of each head's query,
-    and of the one rotated key that all heads share. Beside these, a head is as wide as in multi-head attention.
+    queries; if not given, they come from the token itself. ``rope_width``: rotated coordinates of each head's query,
+    and of the one rotated key that all heads share. Apart from these, a head is as wide as in multi-head attention.
     """
 
     kind: Literal["latent"] = "latent"

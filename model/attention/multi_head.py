@@ -41,7 +41,7 @@ def attend(
 
     Args:
         causal: a token attends to itself and those before it; otherwise to all.
-        present_BT: the real tokens; padding is attended to by none. The inputs must be finite at padding.
+        present_BT: the real tokens; no token attends to padding. The inputs must be finite at padding.
     """
     allowed_BHTT = None
     if present_BT is not None:

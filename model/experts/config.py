@@ -15,7 +15,7 @@ class ExpertsConfig(Frozen):
 
     ``top_k`` experts are active per token. An expert has ``depth`` hidden layers of ``hidden`` values. Activation
     ``swiglu`` has two maps into each hidden layer, ``silu(gate) · up`` (Shazeer 2020, arXiv:2002.05202), and so half
-    as many parameters again. Fine-grained experts (DeepSeekMoE, arXiv:2401.06066) are nothing of their own: 4 times as
+    as many parameters again. Fine-grained experts (DeepSeekMoE, arXiv:2401.06066) need nothing special: 4 times as
     many, a quarter as wide, 4 times the ``top_k``. The shared experts are one network, ``shared`` times as wide.
 
     ``balance`` weighs the per-example load-balancing loss; being per example, it never couples two units (a

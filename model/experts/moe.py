@@ -31,7 +31,7 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(experts_BTK: Tensor, held: int, used_BTK: Tensor | None = None) -> Dispatch:
-    """Sort the chosen (token, expert) pairs by expert; only those in ``used_BTK``, where given.
+    """Sort the chosen (token, expert) pairs by expert; if ``used_BTK`` is given, only those in it.
 
     Nothing is dropped: there is no capacity limit, because what it drops would depend on the other examples.
     """

@@ -38,7 +38,7 @@ class NextByteHead(nn.Module):
         self.score = nn.Linear(width, 256, bias=False)
 
     def forward(self, x_BTD: Tensor, present_BT: Tensor | None = None) -> Tensor:
-        """Return scores [B, T, 256] of the byte after each position (logits), those of padding without meaning."""
+        """Return scores [B, T, 256] of the byte after each position (logits), those at padding have no meaning."""
         scores_BTV: Tensor = self.score(x_BTD)
         return scores_BTV
 

@@ -1,1 +1,1 @@
-"""Small layers that everything else is built of."""
+"""Small layers that everything else is built from."""

@@ -1,4 +1,4 @@
-"""Learned values applied element by element. A layer of their own, so that their gradients can be told by unit."""
+"""Learned values applied element by element. They are layers, so that their gradients can be computed per unit."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from conclave.base.errors import BadInputError
 
 
 def present_tokens(batch: Mapping[str, Tensor], tokens: int) -> Tensor | None:
-    """Return which tokens are real, bool [B, T]; None for a batch without ``length``, where all are.
+    """Return which tokens are real, bool [B, T]; None for a batch without ``length``, in which all are.
 
     A length below 0 counts as 0 and one above ``tokens`` as ``tokens``: whether a value is in range is private, so it
-    is no error.
+    is not an error.
 
     Raises:
         BadInputError: ``length`` is not one integer per example.
@@ -42,6 +42,6 @@ def only_present(x_BTD: Tensor, present_BT: Tensor | None) -> Tensor:
 
 
 def mean_over_present(value_BT: Tensor, present_BT: Tensor) -> Tensor:
-    """Return each example's mean over its real tokens, [B] or, for values [B, T, D], [B, D]; 0 where there is none."""
+    """Return each example's mean over its real tokens, [B] or, for values [B, T, D], [B, D]; 0 if there are none."""
     present = present_BT if value_BT.dim() == 2 else present_BT.unsqueeze(-1)
     return torch.where(present, value_BT, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)

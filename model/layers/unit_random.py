@@ -29,7 +29,7 @@ def drawing_from(draw: Draw) -> Iterator[None]:
 def unit_uniform(x: Tensor) -> Tensor:
     """Return uniforms for every value of ``x`` [B, …], on the CPU, [B, values per example]; row b is example b's own.
 
-    Outside of private training they come from torch's generator, which can return 0.
+    Outside private training they come from torch's generator, which can return 0.
     """
     draw, examples, values = _draw.get(), len(x), math.prod(x.shape[1:])
     return torch.rand(examples, values) if draw is None else draw(examples, values)

@@ -1,4 +1,4 @@
-"""Configuration of the routers: one table per kind; what each computes is said in ``model/routers/<kind>.py``."""
+"""Configuration of the routers: one table per kind; ``model/routers/<kind>.py`` says what each computes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from conclave.base.frozen import Frozen
 
 
 class RouterOptions(Frozen):
-    """What every router can be given beside its kind; all of it is per example.
+    """What every router can be given besides its kind; all of it is per example.
 
     ``balance_loss`` is what ``experts.balance`` weighs: ``sequence`` spreads the tokens of an example over experts and
     says little about an example of one token; ``uniform`` adds up over examples to the imbalance of the whole batch,
@@ -34,7 +34,7 @@ class NoisyRouterOptions(RouterOptions):
 
 
 class OptionalBias(NoisyRouterOptions):
-    """``selection_bias`` gives every expert a bias on its logit, which the choice goes by and the weight does not."""
+    """``selection_bias`` gives every expert a bias on its logit, which affects the choice but not the weight."""
 
     younger: ClassVar[frozenset[str]] = frozenset({"selection_bias"})
     selection_bias: bool = False
@@ -53,7 +53,7 @@ class SoftmaxRouterConfig(OptionalBias):
 
 
 class SigmoidRouterConfig(NoisyRouterOptions):
-    """Sigmoid affinities with a selection bias that whoever aggregates moves against the load."""
+    """Sigmoid affinities with a selection bias, which the aggregating server moves against the load."""
 
     kind: Literal["sigmoid"] = "sigmoid"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def groups_of(held: Sequence[int], routed: int, groups: int) -> tuple[int, ...]:
-    """Return the group of each held expert; ids ascend, so equal groups stand together."""
+    """Return the group of each held expert; ids ascend, so equal groups are adjacent."""
     return tuple(expert * groups // routed for expert in held)
 
 
@@ -34,7 +34,7 @@ def in_best_groups(
 
     A group without an allowed expert is skipped. A token takes its ``top_groups`` best groups, and where these hold
     fewer than ``top_k`` allowed experts, as happens to a holder of a few, the next best until they suffice. Equal
-    scores go by the lower group.
+    scores are decided in favour of the lower group.
     """
     groups = score_BTG.shape[-1]
     size_G = present_groups(group_of, groups, allowed_E)

@@ -1,6 +1,6 @@
-"""What routing costs beside the task: balance losses, z-loss and entropy, each one value per example.
+"""What routing costs besides the task: balance losses, z-loss and entropy, each one value per example.
 
-All take logits with −inf at forbidden experts and form no 0·inf: what is −inf is replaced before it is multiplied.
+All take logits with −inf at forbidden experts and avoid 0·inf: −inf is replaced before it is multiplied.
 A loss over the whole batch would make one unit's gradient depend on the others.
 """
 
@@ -38,7 +38,7 @@ def uniform_balance_loss(logits_BTE: Tensor, allowed_E: Tensor) -> Tensor:
     that nobody chooses; the same holds for Σ P². Here the gradient in the logits is ``p_e − 1/E``: affine in p, up to
     1 − 1/E where collapsed. Being affine, it adds up: over a batch it is Σ_b p_be − B/E in whatever the examples'
     logits have in common, which is the expected load of e above its fair share. So the sum of per-example gradients
-    pushes like a batch-wide balance loss, without an example knowing of another. The price: it also pushes each
+    pushes like a batch-wide balance loss, without an example knowing about another. The price: it also pushes each
     token towards indecision, so that its weight must stay below what the task has to say.
     """
     log_prob_BTE = logits_BTE.log_softmax(dim=-1).masked_fill(~allowed_E, 0.0)

@@ -15,7 +15,7 @@ class PolicyRouter(SoftmaxRouter):
     """While training, ``top_k`` experts sampled without replacement; otherwise the best ``top_k``.
 
     Adding Gumbel noise to logits and taking the best k is a sample without replacement from their softmax, in the
-    order of drawing (Kool et al. 2019, arXiv:1903.06059). Every example has draws of its own.
+    order of drawing (Kool et al. 2019, arXiv:1903.06059). Every example has its own draws.
     """
 
     def log_probability(self, logits_BTE: Tensor, experts_BTK: Tensor) -> Tensor | None:

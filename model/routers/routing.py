@@ -23,9 +23,9 @@ class Routing(NamedTuple):
     weights_BTK: float, weight of each chosen expert; sums to 1 over K.
     experts_BTK: int64, local index of each chosen expert, best first.
     aux_B: float, the example's load-balancing loss, which ``experts.balance`` weighs.
-    penalty_B: float, further terms of the example's loss, weighed already; None where the router has none.
-    log_prob_B: float, log-probability of the example's choices; None where experts were not sampled.
-    used_BTK: bool, the slots that hold an expert; None where all do. An unused slot has weight exactly 0.
+    penalty_B: float, further terms of the example's loss, already weighed; None if the router has none.
+    log_prob_B: float, log-probability of the example's choices; None if experts were not sampled.
+    used_BTK: bool, the slots that hold an expert; None if all do. An unused slot has weight exactly 0.
     """
 
     weights_BTK: Tensor
@@ -51,8 +51,8 @@ class Scores(NamedTuple):
     """What a router thinks of every expert.
 
     logits_BTE: their softmax is the router's distribution; −inf where forbidden, finite elsewhere.
-    raw: scores whose log-sum-exp over the last axis the z-loss keeps small, [B, …, n]; None where it has no meaning.
-    group_BTG: log-probability of each group; None where there are no groups.
+    raw: scores whose log-sum-exp over the last axis the z-loss keeps small, [B, …, n]; None if it has no meaning.
+    group_BTG: log-probability of each group; None if there are no groups.
     """
 
     logits_BTE: Tensor
@@ -61,14 +61,14 @@ class Scores(NamedTuple):
 
 
 class Router(nn.Module, ABC):
-    """Scores every expert, chooses ``top_k`` for each token, and says what that costs beside the task.
+    """Scores every expert, chooses ``top_k`` for each token, and says what that costs besides the task.
 
     A router's output for one example depends on that example alone, and routing changes no state: both are conditions
     of per-unit differential privacy. A forbidden expert is masked with −inf, never with 0, which a selection bias
     could lift above the allowed ones.
 
     A ``selection_bias`` [E, 1], where there is one, changes which experts are chosen and never their weights. It has a
-    row per expert and travels with it. It is no parameter: training never changes it, so what a node returns of it is a
+    row per expert and travels with it. It is not a parameter: training never changes it, so a node returns for it a
     difference of exactly 0. Whoever balances moves it with :func:`conclave.model.routers.sigmoid.moved_bias`.
 
     A module named ``common`` holds what belongs to no single expert and travels with the shared weights
@@ -156,7 +156,7 @@ class Router(nn.Module, ABC):
 
 
 def gumbel_like(scores: Tensor) -> Tensor:
-    """Return standard Gumbel noise of the shape of ``scores``, each example with draws of its own.
+    """Return standard Gumbel noise of the shape of ``scores``, with its own draws for each example.
 
     The draws are uniforms in (0, 1); a generator's exact 0 is moved inside, for its noise would be −inf, a mask.
     """

@@ -38,7 +38,7 @@ class SigmoidRouter(Router):
         return self.biased(scores, allowed_E).topk(self.top_k, dim=-1).indices
 
     def biased(self, scores: Scores, allowed_E: Tensor) -> Tensor:
-        """Return what the choice goes by, [B, T, E], −inf where forbidden: an affinity of 0 could win by its bias."""
+        """Return the basis of the choice, [B, T, E], −inf where forbidden: an affinity of 0 could win by its bias."""
         affinity_BTE = self.explored(scores.logits_BTE.exp())
         return (affinity_BTE + self.selection_bias[:, 0]).masked_fill(~allowed_E, float("-inf"))
 

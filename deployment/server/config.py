@@ -14,7 +14,7 @@ from conclave.base.explain import explain
 from conclave.base.frozen import Frozen
 from conclave.base.toml_file import read_toml
 from conclave.clients.folder.node_config import MONITORING_TEXT
-from conclave.clients.folder.operations_config import MonitoringConfig
+from conclave.clients.operations_config import MonitoringConfig
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 

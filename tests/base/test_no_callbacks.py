@@ -11,7 +11,9 @@ import pytest
 SWITCHES = ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
-@pytest.mark.parametrize("module", ["conclave", "conclave.data.config", "conclave.clients.hours", "conclave.__main__"])
+@pytest.mark.parametrize(
+    "module", ["conclave", "conclave.data.config", "conclave.clients.operations_config", "conclave.__main__"]
+)
 def test_call_outs_are_off_before_a_library_is_imported(module):
     code = f"import os, sys, {module}\nassert not {{'flwr', 'datasets'}} & set(sys.modules)\n"
     code += f"print(*(os.environ.get(name) for name in {SWITCHES}))"

@@ -23,10 +23,10 @@ import numpy as np
 from conclave.privacy.accounting import accountants, pld_epsilon, prv_epsilon, rdp_curves
 from conclave.privacy.accounting.accountants import accountant_report
 from conclave.privacy.accounting.calibration import PlannedChoices, PlannedRelease, calibrate_plan
-from conclave.privacy.accounting.curve_cache import CurveCache
 from conclave.privacy.accounting.filter import fixed_order
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, SampledGaussian
 from conclave.privacy.accounting.prices import charge_units, rdp_at
+from conclave.privacy.accounting.rdp_curves import CurveCache
 from conclave.privacy.accounting.rounded_pairs import round_pairs
 
 DELTA = 1e-5

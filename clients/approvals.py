@@ -13,7 +13,7 @@ from typing import NoReturn
 from conclave.base.errors import BadInputError
 from conclave.base.reading import parse_json
 from conclave.base.whole_file import new_file, write_atomically
-from conclave.clients.hours import within
+from conclave.clients.operations_config import within
 from conclave.privacy.accounting.mechanisms import ExponentialChoice
 from conclave.protocol.charges import charges_of
 from conclave.protocol.messages import ProtocolError
@@ -50,7 +50,7 @@ class Approvals:
     plan may have a second run (``HASH-2.run``), and so on. A server names its runs as it likes, and could otherwise run
     an approved plan until the budget is gone.
 
-    hours: outside of them the node is paused; see :class:`conclave.clients.folder.operations_config.LimitsConfig`.
+    hours: outside of them the node is paused; see :class:`conclave.clients.operations_config.LimitsConfig`.
     now: the local time of day.
     """
 

@@ -12,10 +12,9 @@ from conclave.clients.approvals import Approvals
 from conclave.clients.capacity import room_for
 from conclave.clients.chooser import choice, choice_shapes
 from conclave.clients.evaluator import evaluate
-from conclave.clients.held_out import HeldOut
 from conclave.clients.local_experts import local_experts, packed, state_name
-from conclave.clients.node_ledger import LocalState, as_codes, check_receipt, paid
-from conclave.clients.policy import Policy
+from conclave.clients.node_ledger import HeldOut, LocalState, as_codes, check_receipt, paid
+from conclave.clients.policy import Policy, check_held
 from conclave.clients.trainer import train
 from conclave.data.sources import GROUP
 from conclave.data.values.schema import Schema
@@ -322,21 +321,3 @@ class Node:
 
 def _reply(kind: type[TrainReply | EvaluateReply | ChooseReply], stored: StoredReply) -> RecordDict:
     return encode(kind(charge_id=stored.charge_id, receipt=stored.receipt), stored.body)
-
-
-def check_held(held: HeldExperts, plan: Plan, capacity: int) -> None:
-    """Check an assignment: every layer, ascending known ids, enough for top_k, within capacity.
-
-    Raises:
-        ProtocolError: ``bad-request``, or ``not-allowed`` for too many experts.
-    """
-    experts = plan.model.experts
-    if sorted(held) != list(range(plan.model.layers)):
-        raise ProtocolError("bad-request", "the assignment must name every layer once")
-    for ids in held.values():
-        if list(ids) != sorted(set(ids)) or not all(0 <= e < experts.routed for e in ids):
-            raise ProtocolError("bad-request", "expert ids must be ascending and exist")
-        if len(ids) < experts.top_k:
-            raise ProtocolError("bad-request", f"{len(ids)} experts, must be at least top_k {experts.top_k}")
-        if len(ids) > capacity:
-            raise ProtocolError("not-allowed", f"{len(ids)} experts, must be at most {capacity}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from conclave.base.canonical import canonical_json, sha256
 from conclave.base.errors import BadInputError
+from conclave.model.records import Records
+from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,
@@ -27,10 +31,17 @@ from conclave.privacy.ledger import (
     StoredReply,
     WitnessUnavailableError,
 )
-from conclave.privacy.releases.repeatability import repeat_key
 from conclave.protocol.messages import Code, ProtocolError
 
 LocalState = tuple[bytes | None, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out side of a node: records that never train, and the ledger that pays for measuring on them."""
+
+    records: Records
+    ledger: Ledger
 
 
 @contextmanager
@@ -65,6 +76,28 @@ def paid(
         with as_codes():
             reservation = ledger.reserve(charge, new_secret(charge_id), repeat_key=key)
         yield reservation, states
+
+
+def repeat_key(device: torch.device, start_state: bytes | None) -> str:
+    """Return a hash of what an output follows from, beside the request and the secret.
+
+    A charge pays for one output. After a crash the work may run again only where the output would be the same, bit for
+    bit: with the same secret, code, numeric environment and start state.
+
+    Args:
+        device: where the work runs.
+        start_state: what an earlier charge left on the node, if anything.
+    """
+    environment = [
+        code_hash(),
+        torch.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        torch.get_num_threads(),
+        torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "" if start_state is None else sha256(start_state),
+    ]
+    return sha256(canonical_json(environment))
 
 
 def check_receipt(ledger: Ledger, receipt: SignedHead | None) -> None:

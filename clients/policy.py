@@ -9,6 +9,7 @@ from pydantic import Field
 from conclave.base.frozen import Frozen
 from conclave.clients.capacity import experts_that_fit, experts_within, process_memory
 from conclave.model.config import ModelConfig
+from conclave.model.experts.config import HeldExperts
 from conclave.model.parameters import shapes
 from conclave.protocol.charges import METRICS, release_costs
 from conclave.protocol.messages import ProtocolError
@@ -141,3 +142,21 @@ class Policy(Frozen):
         noise = plan.evaluation.noise_multiplier
         if not self.simulation and (noise is None or noise < self.min_noise_multiplier):
             raise ProtocolError("not-allowed", "the noise of metrics is below policy.min_noise_multiplier")
+
+
+def check_held(held: HeldExperts, plan: Plan, capacity: int) -> None:
+    """Check an assignment: every layer, ascending known ids, enough for top_k, within capacity.
+
+    Raises:
+        ProtocolError: ``bad-request``, or ``not-allowed`` for too many experts.
+    """
+    experts = plan.model.experts
+    if sorted(held) != list(range(plan.model.layers)):
+        raise ProtocolError("bad-request", "the assignment must name every layer once")
+    for ids in held.values():
+        if list(ids) != sorted(set(ids)) or not all(0 <= e < experts.routed for e in ids):
+            raise ProtocolError("bad-request", "expert ids must be ascending and exist")
+        if len(ids) < experts.top_k:
+            raise ProtocolError("bad-request", f"{len(ids)} experts, must be at least top_k {experts.top_k}")
+        if len(ids) > capacity:
+            raise ProtocolError("not-allowed", f"{len(ids)} experts, must be at most {capacity}")

@@ -10,6 +10,7 @@ import torch
 
 from conclave.data.sources import GROUP
 from conclave.model.records import Records
+from conclave.privacy.ledger import Genesis
 
 
 def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: float) -> tuple[Records, Records]:
@@ -29,6 +30,20 @@ def split(records: Records, identities: Iterable[bytes], *, key: bytes, share: f
         {name: tensor[~held_out] for name, tensor in records.items()},
         {name: tensor[held_out] for name, tensor in records.items()},
     )
+
+
+def sides_of(records: Records, genesis: Genesis, identities: Iterable[bytes] | None) -> tuple[Records, Records]:
+    """Divide a node's records as its training ledger fixes it: those that train, and those that are held out.
+
+    Args:
+        identities: what each record is known by, of no account where groups are the unit; None where records are known
+            by their content, as in a simulation.
+    """
+    if genesis.unit == "group":
+        identities = by_group(records)
+    elif identities is None:
+        identities = by_content(records)
+    return split(records, identities, key=bytes.fromhex(genesis.split_key), share=float(genesis.held_out))
 
 
 def by_group(records: Records) -> Iterator[bytes]:

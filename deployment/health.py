@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.folder.node_config import read_node_config
-from conclave.clients.folder.operations_config import MonitoringConfig
+from conclave.clients.operations_config import MonitoringConfig
 from conclave.deployment.host.monitoring import HOST
 from conclave.deployment.server.config import read_server_config
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from conclave.clients.held_out import HeldOut, sides_of
 from conclave.clients.node import Node
+from conclave.clients.node_ledger import HeldOut
 from conclave.clients.policy import Policy
 from conclave.data.config import taking_part
+from conclave.data.held_out import sides_of
 from conclave.data.partition import partition
 from conclave.data.sources import GROUP, DataSet, declared_size, load
 from conclave.model.records import Records

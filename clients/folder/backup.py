@@ -10,7 +10,7 @@ from pathlib import Path
 from conclave.base.errors import BadInputError
 from conclave.base.whole_file import new_file
 from conclave.clients.folder.node_directory import NodeDirectory
-from conclave.privacy.ledger.upkeep.copying import copy_without_secrets
+from conclave.privacy.ledger.upkeep.recovery import copy_without_secrets
 
 # In this order: where a file takes another one's name meanwhile, what it becomes is looked for after it.
 _KEPT = (

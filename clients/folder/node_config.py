@@ -13,9 +13,9 @@ from conclave.base.errors import BadInputError
 from conclave.base.explain import explain
 from conclave.base.frozen import Frozen
 from conclave.base.toml_file import read_toml
-from conclave.clients.folder.operations_config import LimitsConfig, MonitoringConfig
 from conclave.clients.folder.server_address import ServerAddress
 from conclave.clients.folder.toml_line import toml_line
+from conclave.clients.operations_config import LimitsConfig, MonitoringConfig
 from conclave.clients.policy import Policy
 from conclave.data.formats.config import FormatConfig
 

@@ -9,7 +9,7 @@ import torch
 
 from conclave.base.errors import BadInputError
 from conclave.clients.capacity import process_memory
-from conclave.clients.folder.operations_config import LimitsConfig
+from conclave.clients.operations_config import LimitsConfig
 
 
 def keep_to(limits: LimitsConfig) -> None:

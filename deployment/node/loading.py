@@ -7,9 +7,10 @@ import logging
 from conclave.base.errors import BadInputError, UnavailableError
 from conclave.clients.approvals import Approvals
 from conclave.clients.folder.node_directory import NodeDirectory
-from conclave.clients.held_out import HeldOut, sides_of
 from conclave.clients.node import Node
+from conclave.clients.node_ledger import HeldOut
 from conclave.data.formats.config import FormatConfig
+from conclave.data.held_out import sides_of
 from conclave.data.private_data import PrivateData, read_private
 from conclave.deployment.host.fixed_layout import keep_layout
 from conclave.deployment.node.limits import bytes_in_use, check_room

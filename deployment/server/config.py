@@ -14,8 +14,8 @@ from conclave.base.explain import explain
 from conclave.base.frozen import Frozen
 from conclave.base.toml_file import read_toml
 from conclave.clients.folder.node_config import MONITORING_TEXT
-from conclave.clients.folder.operations_config import MonitoringConfig
 from conclave.clients.folder.toml_line import toml_line
+from conclave.clients.operations_config import MonitoringConfig
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 

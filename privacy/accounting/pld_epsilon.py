@@ -10,9 +10,8 @@ import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
 
-from conclave.privacy.accounting.curve_cache import CurveCache
 from conclave.privacy.accounting.prices import NEIGHBORS
-from conclave.privacy.accounting.rdp_curves import Pair, epsilon_from_curve, rdp_curves
+from conclave.privacy.accounting.rdp_curves import CurveCache, Pair, epsilon_from_curve, rdp_curves
 
 _FINEST_INTERVAL = 1e-4  # dp-accounting's default
 _MANY, _AT_ONCE = 100_000, 1000

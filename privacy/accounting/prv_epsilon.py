@@ -24,8 +24,7 @@ from opacus.accountants.analysis.prv import (
 )
 from scipy.fft import irfft, rfft
 
-from conclave.privacy.accounting.curve_cache import CurveCache
-from conclave.privacy.accounting.rdp_curves import Pair, epsilon_from_curve, rdp_curves
+from conclave.privacy.accounting.rdp_curves import CurveCache, Pair, epsilon_from_curve, rdp_curves
 
 Spectrum = tuple[NDArray[np.complex128], float]  # and the shift that keeps the mean
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from dp_accounting import rdp
@@ -33,6 +34,8 @@ _TOGETHER = 64  # pairs in one array: temporaries stay within the processor's ca
 _MOST_KEPT = 20_000  # curves, 1.3 kB each
 
 _kept: OrderedDict[Pair, Array] = OrderedDict()
+
+Curve = TypeVar("Curve")
 
 
 def rdp_curves(pairs: Sequence[Pair]) -> Array:
@@ -115,3 +118,26 @@ def _log_comb(n: Array | float, k: Array) -> Array:
 def epsilon_from_curve(curve: Array, delta: float) -> float:
     """Return the least ε over all orders that a composed curve implies (Canonne et al. 2020, arXiv:2004.00010)."""
     return float(rdp.compute_epsilon(ORDERS, curve, delta)[0]) if math.isfinite(curve.min()) else math.inf
+
+
+class CurveCache(Generic[Curve]):
+    """A store for computed curves of any kind: it keeps what was used last, up to ``points`` numbers in all."""
+
+    def __init__(self, points: int) -> None:
+        self._room = points
+        self._held = 0
+        self._curves: OrderedDict[Hashable, tuple[Curve, int]] = OrderedDict()
+
+    def get(self, key: Hashable, points: int, build: Callable[[], Curve]) -> Curve:
+        """Return the curve of ``key``, built if it is not held; ``points`` is its size."""
+        found = self._curves.get(key)
+        if found is not None:
+            self._curves.move_to_end(key)
+            return found[0]
+        curve = build()
+        self._curves[key] = (curve, points)
+        self._held += points
+        while self._held > self._room and len(self._curves) > 1:
+            _, (_, dropped) = self._curves.popitem(last=False)
+            self._held -= dropped
+        return curve

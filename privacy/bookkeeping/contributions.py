@@ -16,8 +16,8 @@ import torch
 from torch import Size, Tensor
 
 from conclave.privacy.bookkeeping.certificate import Gram, Materialised, Measured, SingleRow, row_norms
-from conclave.privacy.bookkeeping.factor import Factor, joined
 from conclave.privacy.bookkeeping.ragged import Segments
+from conclave.privacy.bookkeeping.shared import Factor, joined
 from conclave.privacy.bookkeeping.weights import Weights
 
 DIRECT_ADVANTAGE = 40

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from conclave.base.errors import BadInputError
-from conclave.privacy.bookkeeping.kept import widened
+from conclave.privacy.bookkeeping.shared import widened
 
 
 class _WithoutHooks(nn.Module):

@@ -22,9 +22,8 @@ from conclave.model.encoders.tokens import PositionTable
 from conclave.model.experts.stacked import GroupedLinear
 from conclave.model.layers.elementwise import Scale
 from conclave.privacy.bookkeeping.contributions import Contribution, Experts, Lookup, Matrix, PerUnit
-from conclave.privacy.bookkeeping.factor import Factor
-from conclave.privacy.bookkeeping.kept import Kept
 from conclave.privacy.bookkeeping.ragged import Segments
+from conclave.privacy.bookkeeping.shared import Factor, Kept
 from conclave.privacy.bookkeeping.units import Units
 
 

@@ -18,9 +18,9 @@ from conclave.privacy.bookkeeping import refusals
 from conclave.privacy.bookkeeping.certificate import Measured, squared_bounds
 from conclave.privacy.bookkeeping.contributions import Contribution, merge
 from conclave.privacy.bookkeeping.expanded import run_expanded
-from conclave.privacy.bookkeeping.kept import Kept, widened
 from conclave.privacy.bookkeeping.layers import Rule, own_parameters, rule_for, rules_by_row
 from conclave.privacy.bookkeeping.ragged import Scratch, Segments
+from conclave.privacy.bookkeeping.shared import Kept, widened
 from conclave.privacy.bookkeeping.units import Units
 from conclave.privacy.bookkeeping.uses import Expanded, Ruled, Use
 from conclave.privacy.bookkeeping.weights import Weights

@@ -11,8 +11,8 @@ from torch.autograd.graph import GradientEdge
 
 from conclave.base.errors import BadInputError
 from conclave.privacy.bookkeeping.contributions import Contribution, PerUnit
-from conclave.privacy.bookkeeping.kept import Kept, widened
 from conclave.privacy.bookkeeping.layers import Passing, Rule
+from conclave.privacy.bookkeeping.shared import Kept, widened
 
 
 class Use(Protocol):

@@ -1,4 +1,4 @@
-"""Random layers draw for every example from a stream of its own: a function of secret, step, layer and example.
+"""What is drawn for a unit is a function of secret, step and that unit: whether it is sampled, and what layers draw.
 
 A mode of gradients may run a part of a batch alone. So each example brings its number along, as one tensor more.
 """
@@ -8,16 +8,33 @@ from __future__ import annotations
 import itertools
 from contextlib import nullcontext
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from conclave.base.errors import BadInputError
 from conclave.model.layers.unit_random import drawing_from
 from conclave.model.records import Records
 from conclave.privacy.gradients.modes import ExampleLoss
-from conclave.privacy.randomness import derive, per_unit_uniform
+from conclave.privacy.randomness import derive, per_unit_uniform, uniform_words
 from conclave.privacy.releases.load_histogram import LoadHistogram
 
 _EXAMPLE = "example number"
+
+
+def poisson_sample(units: int, rate: float, secret: bytes, step: int) -> Tensor:
+    """Return the indices of the sampled units, ascending, int64; possibly none.
+
+    Each unit enters independently with probability ``rate`` (rounded down to a multiple of 2^-53). Unit i's
+    draw is a function of (secret, step, i), so adding or removing another unit changes nothing for i.
+
+    Privacy: ``rate`` is public; the size of the sample is not, and must not leave the node.
+    """
+    if rate >= 1.0:
+        return torch.arange(units)
+    words = uniform_words(derive(secret, "sampling", step), units)
+    chosen = (words >> np.uint64(11)) < np.uint64(int(rate * 2.0**53))
+    return torch.from_numpy(np.flatnonzero(chosen))
 
 
 def numbered(batch: Records, example_B: Tensor) -> dict[str, Tensor]:

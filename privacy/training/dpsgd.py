@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from conclave.model.records import Records
 from conclave.privacy.gradients.modes import ExampleLoss, unit_mean
 from conclave.privacy.gradients.physical_batch import MOST, Room
-from conclave.privacy.gradients.sampling import poisson_sample
+from conclave.privacy.gradients.unit_draws import poisson_sample
 from conclave.privacy.gradients.unit_index import UnitIndex
 from conclave.privacy.training.dpsgd_mechanism import DpSgd
 from conclave.privacy.training.local_optimizers import make_optimizer

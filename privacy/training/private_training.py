@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from conclave.model.records import Records
 from conclave.privacy.gradients.modes import Bookkeeping, ExampleLoss, GradientMode, mode_for
 from conclave.privacy.gradients.physical_batch import TRIED, Footprint, Room, measured
-from conclave.privacy.gradients.sampling import poisson_sample
-from conclave.privacy.gradients.unit_draws import numbered, with_own_draws
+from conclave.privacy.gradients.unit_draws import numbered, poisson_sample, with_own_draws
 from conclave.privacy.gradients.unit_index import UnitIndex
 from conclave.privacy.randomness import derive, standard_normal
 from conclave.privacy.releases.load_histogram import DELTA, LOADS, LoadHistogram

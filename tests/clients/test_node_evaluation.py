@@ -16,8 +16,8 @@ from safetensors.torch import load
 
 import conclave.clients.node
 from conclave.base.errors import BadInputError
-from conclave.clients.held_out import HeldOut
 from conclave.clients.node import Node
+from conclave.clients.node_ledger import HeldOut
 from conclave.clients.policy import Policy
 from conclave.data.values.schema import ImageSchema
 from conclave.model import parameters

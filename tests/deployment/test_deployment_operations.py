@@ -89,7 +89,7 @@ def test_a_full_disk_loses_lines_of_the_log_and_nothing_else(tmp_path, capsys):
 def test_memory_beyond_the_limit_is_refused_to_the_process():
     """In a process of its own: a limit cannot be taken back."""
     code = (
-        "import torch\nfrom conclave.clients.folder.operations_config import LimitsConfig\n"
+        "import torch\nfrom conclave.clients.operations_config import LimitsConfig\n"
         "from conclave.deployment.node.limits import keep_to\n"
         "keep_to(LimitsConfig(threads=3, memory_mb=1024))\nprint(torch.get_num_threads())\n"
         "torch.ones(50 * 2**20 // 4)\n"
@@ -102,7 +102,7 @@ def test_memory_beyond_the_limit_is_refused_to_the_process():
 def test_a_limit_beyond_what_the_process_may_have_is_one_sentence():
     """As nobody: root may raise any limit. Everything is loaded before, for nobody may read less."""
     code = (
-        "import os, resource\nfrom conclave.clients.folder.operations_config import LimitsConfig\n"
+        "import os, resource\nfrom conclave.clients.operations_config import LimitsConfig\n"
         "from conclave.deployment.node.limits import keep_to\nfrom conclave.base.errors import BadInputError\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31))\n"
         "if os.getuid() == 0: os.setuid(65534)\n"

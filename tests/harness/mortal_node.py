@@ -53,7 +53,7 @@ ROOT = Path(conclave.__file__).parent
 WATCHED = tuple(
     str(ROOT / name)
     for name in (
-        "privacy/ledger/", "privacy/releases/release.py", "privacy/releases/repeatability.py", "clients/node.py",
+        "privacy/ledger/", "privacy/releases/release.py", "clients/node.py",
         "clients/node_ledger.py", "protocol/charges.py", "clients/app.py", "base/whole_file.py",
     )
 )  # fmt: skip

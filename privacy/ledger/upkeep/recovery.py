@@ -1,4 +1,6 @@
-"""Starting again from a copy: after a restored backup, a lost witness or a move to another machine.
+"""Copies of a ledger: one to keep elsewhere, and starting again from one.
+
+That is after a restored backup, a lost witness or a move to another machine.
 
 What left the node after the copy was made was paid for in entries that the copy does not have. Unless the witness, or
 an export that reaches as far, proves that nothing is missing, everything that is left of the budget counts as spent.
@@ -6,6 +8,8 @@ an export that reaches as far, proves that nothing is missing, everything that i
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,30 @@ from conclave.privacy.ledger.reading.history import LedgerExport
 from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.privacy.ledger.store import Store, transaction
 from conclave.privacy.ledger.witness import Witness
+
+
+def copy_without_secrets(path: Path) -> bytes:
+    """Return a ledger's file as bytes, as of one moment.
+
+    The seeds of charges whose work is not done are left out. The ledger erases them once the output exists, for with
+    the seed the noise can be taken off it; a copy would keep them. Where such a copy is restored, these charges are
+    abandoned.
+
+    Raises:
+        BadInputError: it is no ledger, or cannot be read.
+    """
+    try:
+        with (
+            contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as ledger,
+            contextlib.closing(sqlite3.connect(":memory:")) as copy,
+        ):
+            ledger.backup(copy)
+            copy.execute("PRAGMA secure_delete = ON")  # as in the ledger: what is deleted is overwritten
+            copy.execute("DELETE FROM secrets")
+            copy.commit()
+            return copy.serialize()
+    except sqlite3.Error as error:
+        raise BadInputError(f"{path}: cannot be copied, must be a ledger") from error
 
 
 @dataclass(frozen=True)

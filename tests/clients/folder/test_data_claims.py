@@ -189,7 +189,7 @@ def test_an_attempt_that_never_had_a_ledger_can_be_repeated_in_a_new_folder(make
     """As a killed process leaves it: nothing was taken back."""
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "create", lambda *a, **k: 1 / 0)
-        patch.setattr("conclave.clients.folder.node_directory.release", lambda _: None)
+        patch.setattr("conclave.clients.folder.node_directory.withdraw", lambda _: None)
         with pytest.raises(ZeroDivisionError):
             make(data="one")
     shutil.rmtree(data / "node")

@@ -295,7 +295,7 @@ def test_what_cannot_be_repeated_exactly_is_given_up(tmp_path, change):
     assert trial.deliver(IN_TRAINING).killed
     changes = {
         "threads": lambda _: mock.patch("torch.get_num_threads", return_value=2),
-        "code": lambda _: mock.patch("conclave.privacy.releases.repeatability.code_hash", return_value="0" * 64),
+        "code": lambda _: mock.patch("conclave.clients.node_ledger.code_hash", return_value="0" * 64),
     }
     if change == "start state":  # another round of the plan was answered meanwhile, and moved the clip bound
         answer_of(deliver(tmp_path, message(asked(round=3))).sent)

@@ -13,8 +13,8 @@ from evaluation_samples import ASIDE_KEY, ask, held_out_batch
 from ledger_samples import KEY, MACHINE, genesis
 from mortal_node import Child, Kill, Life, calls, lines, scratch_copy, steps_of
 
-from conclave.clients.held_out import HeldOut
 from conclave.clients.node import Node
+from conclave.clients.node_ledger import HeldOut
 from conclave.clients.policy import Policy
 from conclave.data.values.schema import ImageSchema
 from conclave.privacy.ledger import Ledger

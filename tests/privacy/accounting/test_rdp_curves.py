@@ -13,7 +13,7 @@ from conclave.privacy.accounting import rdp_curves as module
 from conclave.privacy.accounting.mechanisms import SampledGaussian
 from conclave.privacy.accounting.order_bound import or_bound, rdp_bound
 from conclave.privacy.accounting.prices import event_of
-from conclave.privacy.accounting.rdp_curves import ORDERS, epsilon_from_curve, rdp_curves
+from conclave.privacy.accounting.rdp_curves import ORDERS, CurveCache, epsilon_from_curve, rdp_curves
 
 
 def by_dp_accounting(q, sigma):
@@ -74,3 +74,26 @@ def test_epsilon_is_that_of_dp_accounting(pairs):
         )
         assert epsilon_from_curve(curve, 1e-6) == pytest.approx(theirs.get_epsilon(1e-6), rel=1e-6, abs=1e-8)
     assert epsilon_from_curve(np.full(len(ORDERS), math.inf), 1e-6) == math.inf
+
+
+def test_a_curve_is_built_once_and_the_longest_unused_makes_room():
+    built = []
+    cache = CurveCache(points=10)
+
+    def get(key, points=4):
+        return cache.get(key, points, lambda: built.append(key) or key.upper())
+
+    assert [get("a"), get("b"), get("a")] == ["A", "B", "A"]
+    assert built == ["a", "b"]
+    get("c")  # drops b
+    get("a")
+    get("b")
+    assert built == ["a", "b", "c", "b"]
+
+
+def test_a_curve_larger_than_the_store_is_held_alone():
+    built = []
+    cache = CurveCache(points=10)
+    for key in ("small", "large", "large", "small"):
+        cache.get(key, 3 if key == "small" else 30, lambda key=key: built.append(key) or key)
+    assert built == ["small", "large", "small"]

@@ -12,8 +12,8 @@ from torch import nn
 from conclave.privacy.bookkeeping import Bookkeeper, Units
 from conclave.privacy.bookkeeping.certificate import Gram, gamma, squared_bounds
 from conclave.privacy.bookkeeping.contributions import Experts, Lookup, Matrix, TiedTable
-from conclave.privacy.bookkeeping.factor import Factor
 from conclave.privacy.bookkeeping.ragged import Segments
+from conclave.privacy.bookkeeping.shared import Factor
 
 WIDE = 200  # so wide that a few rows are told from Gram matrices, not materialised
 

@@ -10,7 +10,7 @@ from plan_samples import plan
 from conclave.base.errors import BadInputError
 from conclave.clients.approvals import Approvals
 from conclave.clients.folder.node_config import parse_node_config
-from conclave.clients.hours import within
+from conclave.clients.operations_config import within
 from conclave.protocol.messages import ProtocolError
 
 

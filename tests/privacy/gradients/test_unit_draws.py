@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from scipy import stats
 
-from conclave.privacy.gradients.sampling import poisson_sample
+from conclave.privacy.gradients.unit_draws import poisson_sample
 from conclave.privacy.randomness import derive
 
 SECRET = derive(bytes(32), "sampling test")

@@ -14,7 +14,6 @@ import torch
 from conclave.base.canonical import canonical_json, sha256
 from conclave.base.errors import BadInputError
 from conclave.model.records import Records
-from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import (
     AlreadyChargedError,
     BudgetExhaustedError,
@@ -31,6 +30,7 @@ from conclave.privacy.ledger import (
     StoredReply,
     WitnessUnavailableError,
 )
+from conclave.protocol.code_identity import code_hash
 from conclave.protocol.messages import Code, ProtocolError
 
 LocalState = tuple[bytes | None, ...]

@@ -13,11 +13,11 @@ from typing import Literal
 from conclave.privacy.accounting.calibration import PlannedChoices, calibrate_noise
 from conclave.privacy.accounting.mechanisms import ExponentialChoice, Mechanism, SampledGaussian
 from conclave.privacy.accounting.prices import charge_units
-from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest
 from conclave.privacy.ledger.genesis import Side
 from conclave.privacy.releases.load_histogram import release_shares
 from conclave.privacy.releases.private_metrics import SENSITIVITY
+from conclave.protocol.code_identity import code_hash
 from conclave.protocol.plan import Plan
 
 Kind = Literal["train", "choose", "evaluate"]

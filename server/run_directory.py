@@ -18,8 +18,8 @@ from conclave.base.reading import parse_json, read_text
 from conclave.base.whole_file import append_durably, write_atomically
 from conclave.model.config import ModelConfig
 from conclave.model.store import save_model
-from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger.genesis import Mode
+from conclave.protocol.code_identity import code_hash
 from conclave.server.metrics import lacking, why_no_metrics
 from conclave.server.scenario import Scenario, read_scenario
 
@@ -93,7 +93,7 @@ class RunDirectory:
 
     @property
     def codes(self) -> frozenset[str]:
-        """Hashes of the code that ran here (``privacy.code_identity``); empty where the run does not say."""
+        """Hashes of the code that ran here (``protocol.code_identity``); empty where the run does not say."""
         try:
             return frozenset(map(str, self.environment.get("code", ())))
         except (BadInputError, TypeError):  # missing or damaged: it says nothing

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from conclave.protocol.code_identity import FOLDERS
+
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "base", "model", "privacy", "data", "protocol", "clients", "server", "simulations", "audit", "report", "api",
@@ -111,6 +113,19 @@ def test_no_way_through_the_rooms_goes_back_up():
                     of_rooms[here].add(there)
     assert len(tuple(TopologicalSorter(of_files).static_order())) > 200  # raises CycleError, which names the circle
     assert len(tuple(TopologicalSorter(of_rooms).static_order())) > 20
+
+
+def test_the_code_that_a_charge_names_is_all_that_a_node_answers_with():
+    """More would make nodes give up interrupted charges for nothing; less, repeat them with other code."""
+    modules, reached, waiting = our_modules(), set(), ["conclave.clients.app"]
+    while waiting:
+        name = waiting.pop()
+        for other in imported(modules[name].read_text(), name):
+            found = next((n for n in (other, other.rpartition(".")[0]) if n in modules), None)
+            if found is not None and found not in reached:
+                reached.add(found)
+                waiting.append(found)
+    assert {name.split(".")[1] for name in reached} == set(FOLDERS)
 
 
 @pytest.mark.parametrize("folder", [*ORDER, "tests", "docs"])

@@ -9,7 +9,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
 from conclave.privacy.accounting.mechanisms import SampledGaussian
-from conclave.privacy.code_identity import code_hash
 from conclave.privacy.ledger import ChargeRequest, Genesis, Ledger, Reservation, StoredReply
 from conclave.privacy.ledger.genesis import Mode
 from conclave.privacy.ledger.heads import public_hex
@@ -17,6 +16,7 @@ from conclave.privacy.ledger.keys import create_key, load_key
 from conclave.privacy.ledger.machine import machine_id
 from conclave.privacy.ledger.witness import Witness
 from conclave.privacy.randomness import derive, fresh_secret
+from conclave.protocol.code_identity import code_hash
 from conclave.protocol.plan import Plan
 from conclave.server.node_level.config import NodePrivacyConfig
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from conclave.api.scenario import Scenario
+from conclave.base.allowed import check_whole, check_word
 from conclave.base.errors import BadInputError
 from conclave.server.run_directory import RunDirectory
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # loaded when they are asked for: who reads a run's metrics n
     from conclave.simulations.simulate import Summary
 
 Engine = Literal["inline", "ray"]
+_MOST_AT_ONCE = 256
 
 
 class Run:
@@ -125,6 +127,7 @@ class Run:
         on_round: Callable[[int], None] = lambda _: None,
     ) -> Self:
         """Do the rounds of a simulation that are left, as if nothing had happened. Arguments as of :func:`simulate`."""
+        _check(engine, workers, threads)
         from conclave.simulations.simulate import simulate as simulate_rounds
 
         simulate_rounds(self.scenario, self._directory, on_round, engine=engine, workers=workers, threads=threads)
@@ -166,6 +169,13 @@ def simulate(
         BadInputError: the scenario cannot be carried out, or the directory is in use.
         RunFailedError: nodes refused, or no round changed anything.
     """
+    _check(engine, workers, threads)  # before there is a directory
     chosen = scenario.replace(**overrides) if isinstance(scenario, Scenario) else Scenario.read(scenario, **overrides)
     run = Run(RunDirectory.create(chosen, None if out is None else Path(out)))
     return run.resume(engine=engine, workers=workers, threads=threads, on_round=on_round)
+
+
+def _check(engine: Engine, workers: int, threads: int) -> None:
+    check_word("engine", engine, get_args(Engine))
+    check_whole("workers", workers, 1, _MOST_AT_ONCE)
+    check_whole("threads", threads, 1, _MOST_AT_ONCE)

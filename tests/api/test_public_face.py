@@ -149,6 +149,8 @@ LINEAR, ROWS = nn.Linear(2, 2), {"x": torch.zeros(8, 2)}
         (lambda here: conclave.Scenario.read("digits", privacy={"epsilom": 3}), "nearest known key is privacy.epsilon"),
         (lambda here: conclave.simulate("digits", worker=2), "worker"),
         (lambda here: conclave.simulate(conclave.Scenario.read("digits"), seed=-1), "scenario digits: seed is -1"),
+        (lambda here: conclave.simulate("digits", engine="cloud"), "engine is 'cloud', must be 'inline' or 'ray'"),
+        (lambda here: conclave.simulate("digits", workers=0), "workers is 0, must be at least 1 and at most 256"),
         (lambda here: conclave.simulate("digits", out=here), "must be a new or empty directory"),
         (lambda here: conclave.Run.open(here), "must be a run directory"),
         (lambda here: deployed(here).summary, "a run of real nodes"),

@@ -19,7 +19,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	for script in benchmarks/*.py; do $(BIN)/python $$script --json || exit 1; done
+	for script in benchmarks/*/*.py; do $(BIN)/python $$script --json || exit 1; done
 
 soak: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -96,8 +96,8 @@ def in_the_soak_unless(always: Iterable[object], every: Iterable[object]) -> lis
 
 
 def load_benchmark(name: str) -> ModuleType:
-    """Import ``benchmarks/<name>.py``, which may import its siblings by their bare names."""
-    folder = Path(__file__).parents[1] / "benchmarks"
+    """Import ``benchmarks/learning/<name>.py``, which may import its siblings by their bare names."""
+    folder = Path(__file__).parents[1] / "benchmarks" / "learning"
     sys.path.insert(0, str(folder))
     try:
         return importlib.import_module(name)

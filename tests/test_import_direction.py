@@ -128,7 +128,7 @@ def test_the_code_that_a_charge_names_is_all_that_a_node_answers_with():
     assert {name.split(".")[1] for name in reached} == set(FOLDERS)
 
 
-@pytest.mark.parametrize("folder", [*ORDER, "tests", "docs"])
+@pytest.mark.parametrize("folder", [*ORDER, "tests", "docs", "benchmarks"])
 def test_no_folder_holds_more_files_than_one_can_keep_in_mind(folder):
     folders = [ROOT / folder, *(f for f in (ROOT / folder).rglob("*") if f.is_dir() and f.name != "__pycache__")]
     counts = {

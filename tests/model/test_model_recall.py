@@ -1,4 +1,4 @@
-"""The task of benchmarks/recall.py, narrower: attention recalls a byte over 96 tokens, and nothing else does."""
+"""The task of the benchmark recall, narrower: attention recalls a byte over 96 tokens, and nothing else does."""
 
 from __future__ import annotations
 

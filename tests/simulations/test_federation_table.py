@@ -1,4 +1,4 @@
-"""benchmarks/federation_table.py: what is finished is not run again, whatever interrupted it; what changed is."""
+"""The table of federations: what is finished is not run again, whatever interrupted it; what changed is."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import in_the_soak_unless
 
-BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks")
+BENCHMARKS = str(Path(__file__).parents[3] / "benchmarks" / "learning")
 
 
 @pytest.fixture(scope="module")

@@ -151,9 +151,9 @@ def plan(
     resolved = _scenario(scenario, overrides or [], None)
 
     from conclave.report.tables import print_plan
-    from conclave.simulations.plan import plan as work_out
+    from conclave.simulations.estimate import estimate_simulated
 
-    estimate = work_out(resolved)
+    estimate = estimate_simulated(resolved)
     print_plan(estimate)
     _warn_of_budget(resolved)
     if as_json:
@@ -858,7 +858,7 @@ def _scenario(name: str, overrides: list[str], seed: int | None) -> Scenario:
 
 
 def _warn_of_budget(scenario: Scenario) -> None:
-    from conclave.simulations.plan import budget_doubts
+    from conclave.simulations.estimate import budget_doubts
 
     for doubt in budget_doubts(scenario):
         typer.echo(f"warning: {doubt}; a real node of that size would refuse or warn", err=True)

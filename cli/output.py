@@ -32,7 +32,7 @@ def _spelled(value: Any) -> Any:
 
 def warn_of_budget(scenario: Scenario) -> None:
     """Say on stderr why a simulated scenario's budget protects little, if it does."""
-    from conclave.simulations.plan import budget_doubts
+    from conclave.simulations.estimate import budget_doubts
 
     for doubt in budget_doubts(scenario):
         typer.echo(f"warning: {doubt}; a real node of that size would refuse or warn", err=True)

@@ -21,7 +21,7 @@ def plan(
     resolved = scenario_of(scenario, overrides or [], None)
 
     from conclave.report.tables import print_plan
-    from conclave.simulations.plan import plan as work_out
+    from conclave.simulations.estimate import estimate_simulated as work_out
 
     estimate = work_out(resolved)
     print_plan(estimate)

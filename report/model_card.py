@@ -42,7 +42,7 @@ def model_card(scenario: Scenario, plot: Path | None) -> ModelCard:
         BadInputError: the picture cannot be written, or the scenario cannot be carried out.
     """
     from conclave.report import charts
-    from conclave.server.plan_estimate import (
+    from conclave.server.estimate import (
         exchange_bytes_of,  # with all of training, which the document itself needs not
     )
     from conclave.server.trainable import check_trainable

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # a command loads what it works out, and not what the others 
     from conclave.privacy.ledger.reading.verification import LedgerAudit
     from conclave.report.budget import BudgetReport
     from conclave.report.model_card import ModelCard
-    from conclave.server.plan_estimate import PlanEstimate
+    from conclave.server.estimate import PlanEstimate
     from conclave.server.scenario import Scenario
     from conclave.simulations.baseline_note import BaselineNote
     from conclave.simulations.simulate import Summary

@@ -1,1 +1,1 @@
-"""What runs in the middle: the Flower ServerApp, strategy, assignment, aggregation, checkpoints."""
+"""What runs in the middle: a run and its rounds, assignment, checks of replies, aggregation, checkpoints."""

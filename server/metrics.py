@@ -1,12 +1,16 @@
-"""A run's metrics, one mapping a round: what a line may look like, and what they come to over the rounds."""
+"""A run's metrics, one mapping a round: how a line is made and may look, and what they come to over the rounds."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:  # who only reads metrics needs no Flower
+    from conclave.server.rounds.outcome import RoundOutcome
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -65,6 +69,40 @@ _QUALITIES = (
     ("accuracy", "accuracy_without_experts"),
     ("bits_per_byte", "bits_per_byte_without_experts", "order0_bits_per_byte"),
 )
+
+
+def line_of(
+    outcome: RoundOutcome, coverage: Mapping[str, Any], bytes_full_model: int, seconds: float
+) -> dict[str, Any]:
+    """Return a round's line.
+
+    Args:
+        coverage: what :meth:`conclave.server.rounds.coverage.Coverage.metrics` says after the round.
+        bytes_full_model: of an exchange both ways with the whole model.
+        seconds: that the round took.
+    """
+    public = {} if outcome.public is None else asdict(outcome.public)
+    replies = outcome.replies
+    return {
+        "round": outcome.number,
+        **{name: value for name, value in public.items() if value is not None},
+        "nodes": outcome.nodes,
+        "asked": outcome.asked,
+        "accepted": replies.accepted,
+        "refused": dict(replies.refused),
+        "dropped": replies.dropped,
+        "dropped_by": dict(replies.dropped_by),
+        "missing": replies.missing,
+        "changed": outcome.changed,
+        "tensors_unchanged": outcome.unchanged_tensors,
+        "bytes_down_per_node": round(outcome.bytes_down / max(1, outcome.asked)),
+        "bytes_up_per_node": round(replies.bytes_up / max(1, replies.accepted)),
+        "bytes_full_model": bytes_full_model,
+        "seconds": round(seconds, 4),
+        **({} if outcome.loads is None else {"private_load": outcome.loads}),
+        **({} if outcome.private is None else {"private_evaluation": outcome.private.document()}),
+        **coverage,
+    }
 
 
 def why_no_metrics(line: object) -> str | None:

@@ -131,6 +131,11 @@ class RunDirectory:
         return self.path / "receipts.jsonl"
 
     @property
+    def choices(self) -> Path:
+        """The experts that nodes chose, where they do."""
+        return self.path / "choices.json"
+
+    @property
     def node_account(self) -> Path:
         """The server's ledger of what was published at node level, where the node is the unit."""
         return self.path / "node-level.db"

@@ -27,9 +27,9 @@ from conclave.protocol.encodings import TrafficConfig
 from conclave.protocol.plan import ChoicePlan, EvaluationPlan, Plan, TrainingConfig
 from conclave.server.aggregate.balancing import BalancingConfig
 from conclave.server.assign.config import ChoiceConfig, PoissonCohort
-from conclave.server.config import EvaluationConfig, FederationConfig
-from conclave.server.coverage import shortage
 from conclave.server.node_level.config import NodePrivacyConfig
+from conclave.server.rounds.config import EvaluationConfig, FederationConfig
+from conclave.server.rounds.coverage import shortage
 
 Overrides = Mapping[str, Any]
 

@@ -14,9 +14,9 @@ from flwr.app import Message
 
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.spending import budget_of
-from conclave.server.checkpoint import read_checkpoint
 from conclave.server.metrics import dropped_by, unchanged
 from conclave.server.node_level.account import NodeAccount
+from conclave.server.rounds.checkpoint import read_checkpoint
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import Scenario
 from conclave.server.trainable import check_trainable

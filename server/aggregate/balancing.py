@@ -26,6 +26,9 @@ from conclave.protocol.plan import Plan
 
 BIAS = "selection_bias"
 
+Loads = list[list[float | None]]
+"""By layer and expert, the noised load relative to what its holders expected; None where nobody held the expert."""
+
 
 class BalancingConfig(Frozen):
     """Release expert loads and move selection biases by them.
@@ -69,10 +72,6 @@ class Balancer:
         self._plan, self._config = plan, config
         self._reports: list[_Report] = []
 
-    def begin_round(self) -> None:
-        """Forget the loads of the round before."""
-        self._reports = []
-
     def take(
         self, node: str, held: HeldExperts, loads: Mapping[str, Tensor], declared_size: int, weight: float
     ) -> None:
@@ -82,8 +81,8 @@ class Balancer:
         relative = {layer: loads[load_name(layer)].double() * (len(ids) / chosen) for layer, ids in held.items()}
         self._reports.append(_Report(node, weight, relative, held))
 
-    def relative_loads(self) -> list[list[float | None]]:
-        """Return, by layer, each expert's load relative to what its holders expected; None where nobody held it."""
+    def relative_loads(self) -> Loads:
+        """Return the loads of the round, each over its reports."""
         experts = self._plan.model.experts.routed
         total_LE = torch.zeros(self._plan.model.layers, experts, dtype=torch.float64)
         weight_LE = torch.zeros_like(total_LE)

@@ -17,7 +17,7 @@ def step_scales(expected: float, holders: Mapping[str, int]) -> dict[str, float]
     than expected steps no further than its mean. Shared weights, which every reply holds, are not scaled.
 
     Args:
-        expected: see :func:`conclave.server.coverage.expected_holders`.
+        expected: see :func:`conclave.server.rounds.coverage.expected_holders`.
         holders: tensor name → n.
     """
     return {name: min(1.0, n / expected) for name, n in holders.items() if owner(name).layer is not None}

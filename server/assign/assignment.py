@@ -9,14 +9,14 @@ from typing import Literal
 from conclave.model.experts.config import HeldExperts
 from conclave.server.assign.cohort import public_generator
 
-Assignment = Literal["all", "random", "balanced", "sticky", "affinity"]
+AssignmentKind = Literal["all", "random", "balanced", "sticky", "affinity"]
 
 _Layer = dict[str, set[int]]
 """Node → experts of one layer."""
 
 
 def assign(
-    kind: Assignment,
+    kind: AssignmentKind,
     *,
     capacities: Mapping[str, int],
     experts: int,
@@ -62,7 +62,7 @@ def assign(
 
 
 def _by_turns(
-    kind: Assignment, wanted: Mapping[str, int], experts: int, layer: int, seed: int, round_number: int
+    kind: AssignmentKind, wanted: Mapping[str, int], experts: int, layer: int, seed: int, round_number: int
 ) -> _Layer:
     generator = public_generator(seed, "assignment", round_number, layer)
     holders = [0] * experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,7 +68,7 @@ class PrivateEvaluation:
 
 
 def collect(
-    plan: Plan, asked: dict[int, Asked], replies: Iterable[Message], receipts: ReceiptBook
+    plan: Plan, asked: Mapping[int, Asked], replies: Iterable[Message], receipts: ReceiptBook
 ) -> PrivateEvaluation:
     """Check the answers of one evaluation and pool them. Who does not answer, refuses or sends nonsense is left out.
 

@@ -88,6 +88,10 @@ class NoiseTest:
         self._plan, self._signal, self._across_rounds = plan, config.signal, config.across_rounds
         self.history: History = {}
 
+    def restore(self, history: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Put back the ``history`` that a checkpoint kept."""
+        self.history = {node: dict(sums) for node, sums in history.items()}
+
     def standardise(self, held: HeldExperts, delta: Mapping[str, Tensor], declared_size: int) -> Standardised:
         """Return a delta, of the expected names and shapes and finite, in units of the noise of its node."""
         return Standardised.of(self._plan, held, delta, declared_size, self._signal)

@@ -36,7 +36,7 @@ from conclave.deployment.operator.flower_control import Control, bundle
 from conclave.protocol.codec import decode
 from conclave.protocol.messages import QUERY_DESCRIBE, Description, ProtocolError
 from conclave.server.scenario import parse_scenario
-from conclave.simulations.plan import plan as work_out
+from conclave.simulations.estimate import estimate_simulated
 from conclave.simulations.simulate import simulate
 
 SCENARIO = """name = "rows"
@@ -314,7 +314,7 @@ def test_only_this_version_is_answered():
 
 def test_a_scenario_for_real_nodes_is_planned_but_not_simulated(tmp_path):
     asked = scenario()
-    assert work_out(asked).rounds == 5
+    assert estimate_simulated(asked).rounds == 5
     from conclave.server.run_directory import RunDirectory
 
     with pytest.raises(BadInputError, match="conclave train runs such a scenario"):

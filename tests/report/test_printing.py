@@ -16,7 +16,7 @@ from conclave.report import tables
 from conclave.report.budget import BudgetReport
 from conclave.report.model_card import model_card
 from conclave.report.printing import Fields, print_table
-from conclave.server.plan_estimate import PlanEstimate
+from conclave.server.estimate import PlanEstimate
 from conclave.server.scenario import read_scenario
 from conclave.simulations.shipped import find
 

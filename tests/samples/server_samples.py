@@ -1,16 +1,16 @@
-"""A small federation for the server's tests: plan, strategy, nodes, and replies made by hand."""
+"""A small federation for the server's tests: plan, rounds, nodes, and replies made by hand."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from conftest import make_config
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 from torch import Tensor
@@ -20,12 +20,21 @@ from conclave.model.building import build
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.heads import public_hex
 from conclave.protocol.codec import body_of, decode, encode, unpack
-from conclave.protocol.messages import Description, TrainReply, TrainRequest
+from conclave.protocol.encodings import encodings_of, wire_form
+from conclave.protocol.messages import EVALUATE, QUERY_CHOOSE, TRAIN, Description, TrainReply, TrainRequest
 from conclave.protocol.plan import Plan
 from conclave.protocol.tensor_array import pack
 from conclave.server.aggregate.aggregation import Averager, WeightedDelta
-from conclave.server.config import FederationConfig
-from conclave.server.strategy import ExpertStrategy
+from conclave.server.aggregate.balancing import BalancingConfig
+from conclave.server.node_level.rounds import NodeLevelRounds
+from conclave.server.replies.receipts import ReceiptBook
+from conclave.server.rounds.ask import Requests, ask_to_evaluate, ask_to_train
+from conclave.server.rounds.assign import assign_round
+from conclave.server.rounds.config import FederationConfig
+from conclave.server.rounds.model_state import ModelState
+from conclave.server.rounds.outcome import RoundOutcome
+from conclave.server.rounds.round import Rounds
+from conclave.server.rounds.terms import Books, Nodes, Terms
 
 _ids: Iterator[int] = itertools.count()
 
@@ -46,6 +55,12 @@ def make_plan(**changes) -> Plan:
     return Plan.model_validate(document | changes)
 
 
+NO_PRIVACY = make_plan(
+    noise_multiplier=None,
+    privacy={"mechanism": "none", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0, "sampling_rate": 0.5},
+)
+
+
 def key_of(number: int) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
 
@@ -55,39 +70,93 @@ def describe(number: int, **changes) -> Description:
     return Description.model_validate(document | changes)
 
 
-def make_strategy(nodes: int = 4, plan: Plan | None = None, seed: int = 1, **federation) -> ExpertStrategy:
-    be_the_server()
-    plan = plan or make_plan()
-    network = build(plan.model, 1)
-    return ExpertStrategy(
-        plan=plan,
-        config=FederationConfig.model_validate({"rounds": plan.rounds, "experts_per_node": 3} | federation),
-        seed=seed,
-        run_id="1",
-        nodes={10 + number: describe(number) for number in range(1, nodes + 1)},
-        tensors=parameters.split(network.state_dict(), network.held),
-        scenario="test",
-    )
+Answers = Callable[[list[Message]], Iterable[Message]]
 
 
-def ask(strategy: ExpertStrategy, round_number: int = 1) -> list[Message]:
-    requests = strategy.configure_train(round_number, ArrayRecord(), ConfigRecord(), None)
-    for request in requests:
-        request.metadata.__dict__["_message_id"] = f"request-{next(_ids)}"
-    return requests
+class SmallFederation:
+    """Four nodes, or as many as asked for, whose replies a test makes by hand; it is the Grid that delivers them."""
+
+    def __init__(
+        self,
+        nodes: int = 4,
+        plan: Plan | None = None,
+        seed: int = 1,
+        *,
+        balancing: BalancingConfig | None = None,
+        node_level: NodeLevelRounds | None = None,
+        **config,
+    ) -> None:
+        """``config``: keys of ``[federation]``. Node n has the Flower id 10 + n."""
+        be_the_server()
+        self.plan = plan or make_plan()
+        federation = FederationConfig.model_validate({"rounds": self.plan.rounds, "experts_per_node": 3} | config)
+        self.terms = Terms("1", "test", seed, self.plan, federation, balancing)
+        self.nodes: Nodes = {10 + number: describe(number) for number in range(1, nodes + 1)}
+        network = build(self.plan.model, 1)
+        self.model = ModelState(self.terms, parameters.split(network.state_dict(), network.held))
+        self.books = Books(ReceiptBook(), None, node_level)
+        self.sent: list[str] = []
+        """What kind of question went out at every turn."""
+        self._answers: dict[str, Answers] = {}
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of the global model."""
+        return {name: tensor.clone() for name, tensor in self.model.tensors.items()}
+
+    def requests(self, number: int = 1) -> Requests:
+        """What a round asks of nodes."""
+        assignment = assign_round(self.terms, self.books, self.nodes, number)
+        return ask_to_train(self.terms, self.books, self.nodes, assignment, self.model.tensors, number)
+
+    def evaluation_requests(self, number: int) -> Requests:
+        """What nodes are asked to measure after a round."""
+        return ask_to_evaluate(self.terms, self.books, self.nodes, self.model.published, number)
+
+    def round(
+        self, number: int, train: Answers, evaluate: Answers = lambda _: (), choose: Answers = lambda _: ()
+    ) -> RoundOutcome:
+        """Carry out a round; ``train``, ``evaluate`` and ``choose`` make the replies to what is asked."""
+        self._answers = {QUERY_CHOOSE: choose, TRAIN: train, EVALUATE: evaluate}
+        return Rounds(self, self.terms, self.model, self.books).go(number, self.nodes)
+
+    def answer(self, number: int, replies: Iterable[Message]) -> RoundOutcome:
+        """Carry out a round with replies that were made to what :func:`ask` returned."""
+        return self.round(number, lambda _: replies)
+
+    def send_and_receive(self, messages: list[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """As Flower's Grid."""
+        kind = _named(messages)[0].metadata.message_type if messages else TRAIN
+        self.sent.append(kind)
+        return self._answers[kind](messages)
+
+
+def ask(federation: SmallFederation, number: int = 1) -> list[Message]:
+    return _named(federation.requests(number).messages())
+
+
+def _named(messages: list[Message]) -> list[Message]:
+    for message in messages:
+        message.metadata.__dict__["_message_id"] = f"request-{next(_ids)}"
+    return messages
 
 
 def held_of(request: Message):
     return decode(request.content, TrainRequest).held
 
 
-def received(request: Message, strategy: ExpertStrategy) -> dict[str, Tensor]:
-    return unpack(body_of(request.content), parameters.shapes(strategy.plan.model, held_of(request)))
+def received(request: Message, federation: SmallFederation) -> dict[str, Tensor]:
+    return unpack(body_of(request.content), parameters.shapes(federation.plan.model, held_of(request)))
 
 
-def delta_for(request: Message, strategy: ExpertStrategy, value: float = 0.001) -> dict[str, Tensor]:
-    shapes = parameters.shapes(strategy.plan.model, held_of(request))
+def delta_for(request: Message, federation: SmallFederation, value: float = 0.001) -> dict[str, Tensor]:
+    shapes = parameters.shapes(federation.plan.model, held_of(request))
     return {name: torch.full(shape, value) for name, shape in shapes.items()}
+
+
+def encoded(request: Message, delta: Mapping[str, Tensor], federation: SmallFederation) -> bytes | Mapping[str, Tensor]:
+    """A delta as the federation's plan lets it travel."""
+    shapes = parameters.shapes(federation.plan.model, held_of(request))
+    return wire_form(shapes, encodings_of(federation.plan.traffic.delta, shapes)).encode(delta, bytes(32))
 
 
 def reply_with(request: Message, content) -> Message:

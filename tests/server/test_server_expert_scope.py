@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load
-from server_samples import ask, delta_for, held_of, make_plan, make_strategy, train_reply
+from server_samples import SmallFederation, ask, delta_for, held_of, make_plan, train_reply
 
 from conclave.audit.run import audit_run
 from conclave.base.errors import BadInputError
@@ -20,26 +20,26 @@ SMALL = {"federation.rounds": 3, "partition.nodes": 3, "model.width": 8}
 
 def test_requests_hold_what_travels_and_experts_that_stay_keep_their_value():
     plan = make_plan(local_experts=2)
-    strategy = make_strategy(plan=plan)
-    before = {name: tensor.clone() for name, tensor in strategy.optimizer.snapshot().items()}
-    requests = ask(strategy)
+    federation = SmallFederation(plan=plan)
+    before = {name: tensor.clone() for name, tensor in federation.model.tensors.items()}
+    requests = ask(federation)
     replies = []
     for request in requests:
         travelling = plan.travelling(held_of(request))
         assert load(body_of(request.content)).keys() == travelling.keys()
-        whole = delta_for(request, strategy)
+        whole = delta_for(request, federation)
         replies.append(train_reply(request, {name: whole[name] for name in travelling}))
-    strategy.aggregate_train(1, replies)
-    assert strategy.tally.accepted == len(requests)
-    for name, tensor in strategy.optimizer.snapshot().items():
+    outcome = federation.answer(1, replies)
+    assert outcome.replies.accepted == len(requests)
+    for name, tensor in federation.model.tensors.items():
         assert torch.equal(tensor, before[name]) == plan.stays(name)
 
 
 def test_a_reply_with_an_expert_that_stays_is_dropped():
-    strategy = make_strategy(plan=make_plan(local_experts=6))
-    requests = ask(strategy)
-    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy)) for request in requests])
-    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, len(requests))
+    federation = SmallFederation(plan=make_plan(local_experts=6))
+    requests = ask(federation)
+    outcome = federation.answer(1, [train_reply(request, delta_for(request, federation)) for request in requests])
+    assert (outcome.replies.accepted, outcome.replies.dropped) == (0, len(requests))
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from conclave.audit.run import audit_run
 from conclave.model import parameters
 from conclave.privacy.accounting.mechanisms import joint_noise
 from conclave.report.report import write_report
-from conclave.server.checkpoint import write_checkpoint
+from conclave.server.rounds.checkpoint import write_checkpoint
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
-from conclave.simulations.plan import plan
+from conclave.simulations.estimate import estimate_simulated
 from conclave.simulations.shipped import find
 from conclave.simulations.simulate import simulate
 
@@ -94,7 +94,7 @@ def test_a_crash_changes_nothing(finished, tmp_path, monkeypatch):
         write_checkpoint(path, checkpoint)
 
     with monkeypatch.context() as patch:
-        patch.setattr("conclave.server.run.write_checkpoint", dies_in_round_3)
+        patch.setattr("conclave.server.record.write_checkpoint", dies_in_round_3)
         with pytest.raises(KeyboardInterrupt):
             simulate(scenario(), resumed)
     simulate(scenario(), resumed)
@@ -106,7 +106,7 @@ def test_a_crash_changes_nothing(finished, tmp_path, monkeypatch):
 
 def test_the_plan_shows_the_parts_and_the_bytes(finished):
     directory, _ = finished
-    estimate = plan(scenario())
+    estimate = estimate_simulated(scenario())
     assert estimate.load_share == 0.05
     assert estimate.noise_parts == scenario().plan().noise_parts
     assert directory.metrics()[-1]["bytes_up_per_node"] == pytest.approx(estimate.bytes_up, abs=64)

@@ -21,7 +21,7 @@ from conclave.privacy.randomness import derive
 from conclave.report.report import write_report
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
-from conclave.simulations.plan import plan as work_out
+from conclave.simulations.estimate import estimate_simulated
 from conclave.simulations.shipped import find
 from conclave.simulations.simulate import simulate
 from conclave.simulations.simulated_nodes import deal, open_simulated
@@ -183,7 +183,7 @@ def test_the_report_and_the_plan_tell_it(finished):
     page = write_report(run).read_text()
     assert "Held-out units" in page
     assert "of each node's units never train" in page
-    estimate = work_out(run.scenario)
+    estimate = estimate_simulated(run.scenario)
     assert (estimate.evaluations, estimate.evaluation_noise) == (3, run.scenario.plan().evaluation.noise_multiplier)
 
 

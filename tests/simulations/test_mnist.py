@@ -12,10 +12,10 @@ from conclave.data.data_folder import DATA_VARIABLE
 from conclave.data.sources import load
 from conclave.model.costs import costs_of
 from conclave.report.predict import predict
-from conclave.server.plan_estimate import exchange_bytes_of
+from conclave.server.estimate import exchange_bytes_of
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
-from conclave.simulations.plan import plan
+from conclave.simulations.estimate import estimate_simulated
 from conclave.simulations.shipped import find
 from conclave.simulations.simulate import simulate
 
@@ -68,12 +68,14 @@ def test_without_the_files_it_can_be_planned_and_described_but_not_run(monkeypat
 def test_the_estimate_takes_the_published_size_where_the_files_are_not_here(monkeypatch, tmp_path):
     scenario = read_scenario(find("mnist"), {"privacy.sampling_rate": 0.001})
     seen = []
-    monkeypatch.setattr("conclave.simulations.plan.estimate", lambda _, *, units_per_node: seen.append(units_per_node))
+    monkeypatch.setattr(
+        "conclave.simulations.estimate.estimate", lambda _, *, units_per_node: seen.append(units_per_node)
+    )
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
-    plan(scenario)
+    estimate_simulated(scenario)
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
     write_mnist(tmp_path, train=400)
-    plan(scenario)
+    estimate_simulated(scenario)
     assert seen == [6000, 40]
 
 

@@ -18,8 +18,8 @@ from conclave.model.store import load
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.spending import budget_of
 from conclave.privacy.ledger.reading.verification import audit_history
-from conclave.server.checkpoint import read_checkpoint
-from conclave.server.plan_estimate import exchange_bytes_of
+from conclave.server.estimate import exchange_bytes_of
+from conclave.server.rounds.checkpoint import read_checkpoint
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
 from conclave.simulations.shipped import find

@@ -11,8 +11,8 @@ from conclave.base.errors import BadInputError
 from conclave.data.sources import load
 from conclave.server.aggregate.averaging import ModelAverage
 from conclave.server.aggregate.config import AverageConfig
-from conclave.server.checkpoint import read_checkpoint, write_checkpoint
 from conclave.server.evaluate.public import evaluate
+from conclave.server.rounds.checkpoint import read_checkpoint, write_checkpoint
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
 from conclave.simulations.shipped import find
@@ -150,7 +150,7 @@ def went_through(monkeypatch):
         kept[checkpoint.round] = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
         write_checkpoint(path, checkpoint)
 
-    monkeypatch.setattr("conclave.server.run.write_checkpoint", write)
+    monkeypatch.setattr("conclave.server.record.write_checkpoint", write)
     return kept
 
 

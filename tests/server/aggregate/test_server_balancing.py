@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from conftest import make_config
-from server_samples import ask, delta_for, held_of, make_plan, make_strategy, train_reply
+from server_samples import SmallFederation, ask, delta_for, held_of, make_plan, train_reply
 
 from conclave.clients.trainer import train
 from conclave.model import parameters
@@ -23,19 +23,17 @@ PLAN = make_plan(model=CONFIG, load_share=0.1)
 BALANCING = BalancingConfig(share=0.1, rate=0.25)
 
 
-def strategy_of(**options):
-    strategy = make_strategy(plan=PLAN, **options)
-    strategy._balancer = Balancer(PLAN, BALANCING)
-    return strategy
+def balanced(**options):
+    return SmallFederation(plan=PLAN, balancing=BALANCING, **options)
 
 
-def biases(strategy):
-    wire = strategy.optimizer.snapshot()
+def biases(federation):
+    wire = federation.model.tensors
     return [float(wire[f"router/0/{expert}/selection_bias"]) for expert in range(6)]
 
 
-def reply_of(request, strategy, loads, value=0.001):
-    return train_reply(request, delta_for(request, strategy, value) | {"load/0": torch.tensor(loads)})
+def reply_of(request, federation, loads, value=0.001):
+    return train_reply(request, delta_for(request, federation, value) | {"load/0": torch.tensor(loads)})
 
 
 def test_a_load_is_relative_to_what_its_holders_had_to_choose_from():
@@ -74,29 +72,29 @@ def test_the_step_falls_with_the_rounds():
 
 
 def test_a_round_moves_the_biases_and_tells_the_loads():
-    strategy = strategy_of()
-    requests = ask(strategy)
-    replies = [reply_of(r, strategy, [300.0 if e == 1 else 100.0 for e in held_of(r)[0]]) for r in requests]
-    strategy.aggregate_train(1, replies)
-    assert strategy.tally.accepted == 4
+    federation = balanced()
+    requests = ask(federation)
+    replies = [reply_of(r, federation, [300.0 if e == 1 else 100.0 for e in held_of(r)[0]]) for r in requests]
+    outcome = federation.answer(1, replies)
+    assert outcome.replies.accepted == 4
     holders = {e for r in requests for e in held_of(r)[0]}
-    loads = strategy.tally.loads[0]
+    loads = outcome.loads[0]
     mean = sum(load for load in loads if load is not None) / len(holders)
-    for expert, bias in enumerate(biases(strategy)):
+    for expert, bias in enumerate(biases(federation)):
         expected = 0.0 if expert not in holders else math.copysign(0.25, mean - loads[expert])
         assert bias == expected
     assert 1 in holders
-    assert biases(strategy)[1] == -0.25
+    assert biases(federation)[1] == -0.25
 
 
 def test_replies_may_come_in_any_order():
     states = []
     for flipped in (False, True):
-        strategy = strategy_of()
-        requests = ask(strategy)
-        replies = [reply_of(r, strategy, [50.0 * e + n for e in held_of(r)[0]]) for n, r in enumerate(requests)]
-        strategy.aggregate_train(1, reversed(replies) if flipped else replies)
-        states.append((strategy.tally.loads, biases(strategy)))
+        federation = balanced()
+        requests = ask(federation)
+        replies = [reply_of(r, federation, [50.0 * e + n for e in held_of(r)[0]]) for n, r in enumerate(requests)]
+        outcome = federation.answer(1, reversed(replies) if flipped else replies)
+        states.append((outcome.loads, biases(federation)))
     assert states[0] == states[1]
 
 
@@ -105,54 +103,54 @@ def test_replies_may_come_in_any_order():
     [[math.nan, 1.0, 1.0], [math.inf, 1.0, 1.0], [1e6, 1.0, 1.0], [1.0, -1e6, 1.0], [1.0, 1.0], [[1.0], [1.0], [1.0]]],
 )
 def test_a_hostile_load_drops_the_reply_and_moves_nothing(loads):
-    strategy = strategy_of()
-    first, *others = ask(strategy)
-    before = {name: tensor.clone() for name, tensor in strategy.optimizer.snapshot().items()}
-    strategy.aggregate_train(1, [reply_of(first, strategy, loads)])
-    assert (strategy.tally.dropped, strategy.tally.accepted) == (1, 0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in strategy.optimizer.snapshot().items())
-    strategy = strategy_of()
-    honest = [reply_of(r, strategy, [100.0, 100.0, 100.0]) for r in ask(strategy)]
-    strategy.aggregate_train(1, [reply_of(first, strategy, loads), *honest[1:]])
-    assert (strategy.tally.dropped, strategy.tally.accepted) == (1, len(others))
+    federation = balanced()
+    first, *others = ask(federation)
+    before = {name: tensor.clone() for name, tensor in federation.model.tensors.items()}
+    outcome = federation.answer(1, [reply_of(first, federation, loads)])
+    assert (outcome.replies.dropped, outcome.replies.accepted) == (1, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in federation.model.tensors.items())
+    federation = balanced()
+    honest = [reply_of(r, federation, [100.0, 100.0, 100.0]) for r in ask(federation)]
+    outcome = federation.answer(1, [reply_of(first, federation, loads), *honest[1:]])
+    assert (outcome.replies.dropped, outcome.replies.accepted) == (1, len(others))
 
 
 @pytest.mark.parametrize("names", [(), ("load/1",), ("load/0", "load/1")])
 def test_loads_are_those_that_were_asked_for(names):
-    strategy = strategy_of()
-    first = ask(strategy)[0]
-    strategy.aggregate_train(
-        1, [train_reply(first, delta_for(first, strategy) | {name: torch.ones(3) for name in names})]
+    federation = balanced()
+    first = ask(federation)[0]
+    outcome = federation.answer(
+        1, [train_reply(first, delta_for(first, federation) | {name: torch.ones(3) for name in names})]
     )
-    assert (strategy.tally.dropped, strategy.tally.accepted) == (1, 0)
+    assert (outcome.replies.dropped, outcome.replies.accepted) == (1, 0)
 
 
 def test_loads_that_were_not_asked_for_are_refused():
-    strategy = make_strategy()
-    first = ask(strategy)[0]
-    strategy.aggregate_train(1, [reply_of(first, strategy, [1.0, 1.0, 1.0])])
-    assert (strategy.tally.dropped, strategy.tally.accepted) == (1, 0)
-    assert strategy.tally.loads is None
+    federation = SmallFederation()
+    first = ask(federation)[0]
+    outcome = federation.answer(1, [reply_of(first, federation, [1.0, 1.0, 1.0])])
+    assert (outcome.replies.dropped, outcome.replies.accepted) == (1, 0)
+    assert outcome.loads is None
 
 
 def test_no_node_moves_a_bias_by_its_delta():
-    strategy = strategy_of(optimizer={"kind": "sgd", "learning_rate": 1.0, "momentum": 0.9})
-    strategy._balancer = None
-    first = ask(strategy)[0]
-    strategy.aggregate_train(1, [reply_of(first, strategy, [1.0, 1.0, 1.0], value=0.01)])
-    assert strategy.tally.accepted == 1
-    assert biases(strategy) == [0.0] * 6
-    assert not any("selection_bias" in name for name in strategy.optimizer.state())
+    optimizer = {"kind": "sgd", "learning_rate": 1.0, "momentum": 0.9}
+    federation = SmallFederation(plan=PLAN, optimizer=optimizer)
+    first = ask(federation)[0]
+    outcome = federation.answer(1, [reply_of(first, federation, [1.0, 1.0, 1.0], value=0.01)])
+    assert outcome.replies.accepted == 1
+    assert biases(federation) == [0.0] * 6
+    assert not any("selection_bias" in name for name in federation.model.checkpoint(1).optimizer)
 
 
 @pytest.mark.parametrize("lie", [-1.0, 1.0])
 def test_one_liar_moves_a_bias_by_no_more_than_the_rate(lie):
-    strategy = strategy_of()
-    requests = ask(strategy)
+    federation = balanced()
+    requests = ask(federation)
     bound = load_bound(PLAN, 100)
-    replies = [reply_of(r, strategy, [100.0] * 3 if n else [lie * 0.9 * bound] * 3) for n, r in enumerate(requests)]
-    strategy.aggregate_train(1, replies)
-    assert all(abs(bias) <= 0.25 for bias in biases(strategy))
+    replies = [reply_of(r, federation, [100.0] * 3 if n else [lie * 0.9 * bound] * 3) for n, r in enumerate(requests)]
+    federation.answer(1, replies)
+    assert all(abs(bias) <= 0.25 for bias in biases(federation))
 
 
 @pytest.mark.parametrize(("size", "rate", "steps"), [(40, 0.5, 1), (40, 1.0, 4), (5, 0.05, 10)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from scipy.stats import trim_mean
-from server_samples import ask, delta_for, held_of, make_strategy, train_reply
+from server_samples import SmallFederation, ask, delta_for, held_of, train_reply
 
 from conclave.server.aggregate.aggregation import WeightedDelta
 from conclave.server.aggregate.config import AggregationConfig
@@ -119,12 +119,12 @@ def test_one_liar_of_seven_moves_a_mean_anywhere_and_a_robust_one_hardly(options
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_round_uses_what_the_configuration_names(options):
-    strategy = make_strategy(nodes=4, aggregation=options)
-    before = {n: t.clone() for n, t in strategy.optimizer.snapshot().items()}
-    requests = ask(strategy)
-    deltas = {r: delta_for(r, strategy, 0.001 * 2 ** (r.metadata.dst_node_id - 10)) for r in requests}
-    strategy.aggregate_train(1, [train_reply(r, delta) for r, delta in deltas.items()])
-    assert strategy.tally.accepted == 4
+    federation = SmallFederation(nodes=4, aggregation=options)
+    before = {n: t.clone() for n, t in federation.model.tensors.items()}
+    requests = ask(federation)
+    deltas = {r: delta_for(r, federation, 0.001 * 2 ** (r.metadata.dst_node_id - 10)) for r in requests}
+    outcome = federation.answer(1, [train_reply(r, delta) for r, delta in deltas.items()])
+    assert outcome.replies.accepted == 4
     contributions = [
         WeightedDelta(asked, 100.0 * (r.metadata.dst_node_id - 10), deltas[r])
         for r in requests
@@ -132,5 +132,5 @@ def test_a_round_uses_what_the_configuration_names(options):
     ]
     expected = aggregate(options, contributions)
     assert {int(n.split("/")[2]) for n in expected if "/0/" in n} == {e for r in requests for e in held_of(r)[0]}
-    for name, tensor in strategy.optimizer.snapshot().items():
+    for name, tensor in federation.model.tensors.items():
         torch.testing.assert_close(tensor, before[name] + expected[name], rtol=0, atol=1e-6)

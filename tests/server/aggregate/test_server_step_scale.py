@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from server_samples import ask, delta_for, describe, held_of, make_strategy, train_reply
+from server_samples import SmallFederation, ask, delta_for, describe, held_of, train_reply
 
 from conclave.model.parameters import owner
 from conclave.server.assign.cohort import choose_cohort, expected_share
@@ -33,17 +33,17 @@ def test_the_expected_share_is_the_mean_of_cohorts(cohort, share):
 def test_an_expert_with_fewer_holders_than_expected_steps_less(answering):
     """Four nodes of three experts each, six experts: two holders are expected of each."""
     scaled, plain = (
-        make_strategy(nodes=4, assignment="random", weights="uniform", step_scale=kind)
+        SmallFederation(nodes=4, assignment="random", weights="uniform", step_scale=kind)
         for kind in ("contributions", "none")
     )
-    start = {n: t.clone() for n, t in scaled.optimizer.snapshot().items()}
-    for strategy in (scaled, plain):
-        requests = ask(strategy)[:answering]
-        strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy)) for r in requests])
+    start = {n: t.clone() for n, t in scaled.model.tensors.items()}
+    for federation in (scaled, plain):
+        requests = ask(federation)[:answering]
+        federation.answer(1, [train_reply(r, delta_for(r, federation)) for r in requests])
     holders = Counter(expert for r in requests for expert in held_of(r)[0])
     assert answering < 4 or max(holders.values()) > 2  # one with more than expected steps as far as without
-    for name, tensor in scaled.optimizer.snapshot().items():
-        moved, whole = tensor - start[name], plain.optimizer.snapshot()[name] - start[name]
+    for name, tensor in scaled.model.tensors.items():
+        moved, whole = tensor - start[name], plain.model.tensors[name] - start[name]
         n = holders[owner(name).expert]
         factor = 1.0 if owner(name).layer is None else min(1.0, n / 2)
         torch.testing.assert_close(moved, factor * whole, rtol=0, atol=1e-7)
@@ -52,13 +52,13 @@ def test_an_expert_with_fewer_holders_than_expected_steps_less(answering):
 
 
 def test_what_nodes_can_hold_and_who_is_asked_counts():
-    strategy = make_strategy(nodes=4, step_scale="contributions", cohort={"kind": "fixed", "size": 2})
-    strategy.meet({11: describe(1, expert_capacity=2), **{10 + n: describe(n) for n in (2, 3, 4)}})
-    start = {n: t.clone() for n, t in strategy.optimizer.snapshot().items()}
-    request = ask(strategy)[0]
-    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy))])
+    federation = SmallFederation(nodes=4, step_scale="contributions", cohort={"kind": "fixed", "size": 2})
+    federation.nodes = {11: describe(1, expert_capacity=2), **{10 + n: describe(n) for n in (2, 3, 4)}}
+    start = {n: t.clone() for n, t in federation.model.tensors.items()}
+    request = ask(federation)[0]
+    federation.answer(1, [train_reply(request, delta_for(request, federation))])
     expected = (2 + 3 + 3 + 3) * (2 / 4) / 6
-    for name, tensor in strategy.optimizer.snapshot().items():
+    for name, tensor in federation.model.tensors.items():
         if owner(name).layer is not None and owner(name).expert in held_of(request)[0]:
             torch.testing.assert_close(
                 tensor - start[name], torch.full_like(tensor, 0.001 * min(1.0, 1 / expected)), rtol=0, atol=1e-7

@@ -26,7 +26,7 @@ from conclave.server.replies.receipts import ReceiptBook
 from conclave.server.replies.validation import DroppedError
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
-from conclave.simulations.plan import plan as work_out
+from conclave.simulations.estimate import estimate_simulated
 from conclave.simulations.shipped import find
 from conclave.simulations.simulate import simulate
 
@@ -211,7 +211,7 @@ def test_choices_are_charged_before_training_within_the_same_budget(finished):
         admitted = json.loads(entries[0].mechanism_text)
         assert admitted["also"] == [{"charges": 2, "mechanism": '{"choices":4,"epsilon":"0.3","kind":"exponential"}'}]
         assert int(admitted["units"]) == int(entries[-1].rdp_total)  # what was set aside was spent, to the last unit
-    estimate = work_out(scenario)
+    estimate = estimate_simulated(scenario)
     assert estimate.epsilon == pytest.approx(summary.epsilon, rel=1e-6)
     budget = int(open_history(run.ledgers[0]).genesis.rdp_budget)
     assert estimate.choices == 2

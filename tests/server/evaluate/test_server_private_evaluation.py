@@ -8,17 +8,17 @@ import math
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from server_samples import describe, key_of, make_plan, make_strategy, reply_with
+from flwr.app import Message
+from server_samples import SmallFederation, describe, key_of, make_plan, reply_with
 
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.heads import public_hex
 from conclave.protocol.codec import body_of, decode, encode
 from conclave.protocol.messages import EvaluateReply, EvaluateRequest, HeldOutSide, Refusal
 from conclave.protocol.tensor_array import pack
-from conclave.server.evaluate.private import PrivateEvaluation, collect
+from conclave.server.evaluate.private import PrivateEvaluation
 from conclave.server.replies.receipts import ReceiptBook, read_receipts
-from conclave.server.strategy import ExpertStrategy
+from conclave.server.rounds.terms import Books
 
 NODES = 4
 PLAN = make_plan(evaluation={"every": 4, "noise_multiplier": 3.0})
@@ -33,19 +33,17 @@ def side_of(number: int) -> HeldOutSide:
     return HeldOutSide(public_key=public_hex(aside_key(number)), share=0.2)
 
 
-def strategy(plan=PLAN, without=(), **federation) -> ExpertStrategy:
-    made = make_strategy(NODES, plan, **federation)
-    made.meet(
-        {
-            10 + number: describe(number, held_out=None if number in without else side_of(number))
-            for number in range(1, NODES + 1)
-        }
-    )
+def evaluating(plan=PLAN, without=()) -> SmallFederation:
+    made = SmallFederation(NODES, plan)
+    made.nodes = {
+        10 + number: describe(number, held_out=None if number in without else side_of(number))
+        for number in range(1, NODES + 1)
+    }
     return made
 
 
-def ask(made: ExpertStrategy, round_number: int = 4) -> list[Message]:
-    requests = made.configure_evaluate(round_number, ArrayRecord(), ConfigRecord(), None)
+def ask(made: SmallFederation, round_number: int = 4) -> list[Message]:
+    requests = made.evaluation_requests(round_number).messages()
     for place, request in enumerate(requests):
         request.metadata.__dict__["_message_id"] = f"question-{round_number}-{place}"
     return requests
@@ -73,19 +71,20 @@ def answer(request: Message, sums=(15.0, 5.0), *, signer=None, ledger_id=None, c
     return reply_with(request, encode(reply, pack(tensors or {"metric/accuracy": torch.tensor(sums)})))
 
 
-def outcome(made: ExpertStrategy, replies) -> PrivateEvaluation:
-    made.aggregate_evaluate(4, replies)
-    assert made.tally.evaluation is not None
-    return made.tally.evaluation
+def outcome(made: SmallFederation, replies, round_number: int = 4) -> PrivateEvaluation:
+    """What a round measures in which nobody trains."""
+    found = made.round(round_number, train=lambda _: (), evaluate=lambda _: replies).private
+    assert found is not None
+    return found
 
 
 def test_nothing_is_asked_where_nothing_is_due_or_planned():
-    assert [number for number in range(1, 11) if ask(strategy(), number)] == [4, 8, 10]
-    assert ask(strategy(make_plan())) == []
+    assert [number for number in range(1, 11) if ask(evaluating(), number)] == [4, 8, 10]
+    assert ask(evaluating(make_plan())) == []
 
 
 def test_only_nodes_that_hold_units_out_are_asked_with_the_receipt_of_that_ledger():
-    made = strategy(without=(2, 3))
+    made = evaluating(without=(2, 3))
     requests = ask(made)
     assert [number_of(request) for request in requests] == [1, 4]
     outcome(made, [answer(request) for request in requests])
@@ -95,17 +94,17 @@ def test_only_nodes_that_hold_units_out_are_asked_with_the_receipt_of_that_ledge
 
 
 def test_experts_are_those_of_the_round_or_all_where_they_fit():
-    assigned = [decode(request.content, EvaluateRequest).held for request in ask(strategy())]
+    assigned = [decode(request.content, EvaluateRequest).held for request in ask(evaluating())]
     assert all(len(held[0]) == 3 for held in assigned)
     everything = make_plan(evaluation={"every": 4, "noise_multiplier": 3.0, "experts": "all"})
-    made = strategy(everything)
-    made.meet({11: describe(1, held_out=side_of(1)), 12: describe(2, held_out=side_of(2), expert_capacity=4)})
+    made = evaluating(everything)
+    made.nodes = {11: describe(1, held_out=side_of(1)), 12: describe(2, held_out=side_of(2), expert_capacity=4)}
     sizes = {number_of(r): len(decode(r.content, EvaluateRequest).held[0]) for r in ask(made)}
     assert sizes == {1: 6, 2: 3}
 
 
 def test_sums_are_pooled_over_units_and_averaged_over_nodes():
-    made = strategy()
+    made = evaluating()
     given = {1: (15.0, 5.0), 2: (20.0, 20.0), 3: (70.0, 5.0), 4: (1.0, 2.0)}  # the fourth: below its noise
     found = outcome(made, [answer(request, given[number_of(request)]) for request in reversed(ask(made))])
     assert found.over_units.value == pytest.approx(106 / 138)
@@ -123,7 +122,7 @@ def test_sums_are_pooled_over_units_and_averaged_over_nodes():
 def test_the_order_of_answers_does_not_matter():
     results = []
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
-        made = strategy()
+        made = evaluating()
         requests = ask(made)
         answers = [answer(request, (0.1 * number_of(request), 33.3)) for request in requests]
         results.append(outcome(made, [answers[place] for place in order]).document())
@@ -131,8 +130,8 @@ def test_the_order_of_answers_does_not_matter():
 
 
 def test_receipts_are_kept_as_of_the_node_and_marked(tmp_path):
-    made = strategy()
-    made.receipts = ReceiptBook(tmp_path / "receipts.jsonl")
+    made = evaluating()
+    made.books = Books(ReceiptBook(tmp_path / "receipts.jsonl"))
     outcome(made, [answer(request) for request in ask(made)])
     kept = list(read_receipts(tmp_path / "receipts.jsonl"))
     assert {(item.node, item.kind) for item in kept} == {(describe(n).fingerprint, "evaluate") for n in range(1, 5)}
@@ -162,7 +161,7 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_what_does_not_hold_is_dropped_and_the_others_count(kind):
     make, reason = HOSTILE[kind]
-    made = strategy()
+    made = evaluating()
     first, *others = ask(made)
     found = outcome(made, [make(first), *(answer(request) for request in others)])
     assert found.dropped_by == {reason: 1}
@@ -171,28 +170,24 @@ def test_what_does_not_hold_is_dropped_and_the_others_count(kind):
 
 
 def test_a_replay_a_second_answer_and_a_stranger_count_once_at_most():
-    made = strategy()
+    made = evaluating()
     requests = ask(made)
     old = [answer(request) for request in requests]
     outcome(made, old)
     again = ask(made, 8)
-    found = collect(
-        PLAN,
-        dict(made._evaluated),
-        [
-            reply_with(again[0], old[0].content),
-            answer(again[1], seq=9),
-            answer(again[1], seq=10),
-            *(answer(request, seq=9) for request in again[2:]),
-        ],
-        made.receipts,
-    )
+    answers = [
+        reply_with(again[0], old[0].content),
+        answer(again[1], seq=9),
+        answer(again[1], seq=10),
+        *(answer(request, seq=9) for request in again[2:]),
+    ]
+    found = outcome(made, answers, 8)
     assert found.dropped_by == {"replay": 1, "not-asked": 1}
     assert len(found.by_node) == 3
 
 
 def test_a_refusal_is_counted_with_its_code():
-    made = strategy()
+    made = evaluating()
     first, *others = ask(made)
     refused = reply_with(first, encode(Refusal(code="budget-exhausted")))
     found = outcome(made, [refused, *(answer(request) for request in others)])
@@ -200,7 +195,5 @@ def test_a_refusal_is_counted_with_its_code():
 
 
 def test_nobody_answers():
-    made = strategy()
-    ask(made)
-    found = outcome(made, [])
+    found = outcome(evaluating(), [])
     assert (found.over_units, found.over_nodes, found.by_node) == (None, None, {})

@@ -13,7 +13,7 @@ import torch
 from dp_accounting import rdp
 from lying_ledgers import Told
 from scipy import stats
-from server_samples import ask, delta_for, make_plan, make_strategy, received, reply_with, train_reply
+from server_samples import SmallFederation, ask, delta_for, make_plan, received, reply_with, train_reply
 
 from conclave.audit.run import audit_run
 from conclave.base.errors import BadInputError
@@ -165,44 +165,44 @@ def account(tmp_path):
     return path
 
 
-def strategy_with(level):
-    strategy = make_strategy(plan=PLAN, weights="uniform")
-    strategy.node_level = level
-    return strategy
-
-
-def model_of(strategy):
-    return {name: tensor.clone() for name, tensor in strategy.optimizer.snapshot().items()}
+def federation_with(level):
+    return SmallFederation(plan=PLAN, weights="uniform", node_level=level)
 
 
 def test_a_round_in_which_nobody_answers_still_moves_everything_and_is_charged(account):
-    strategy = strategy_with(node_level(account, rate=1.0))
-    before, requests = model_of(strategy), ask(strategy)
-    assert len(requests) == 4
-    strategy.aggregate_train(1, [reply_with(request, encode(Refusal(code="internal-error"))) for request in requests])
-    after = model_of(strategy)
+    federation = federation_with(node_level(account, rate=1.0))
+    before = federation.values()
+    refusal = encode(Refusal(code="internal-error"))
+    outcome = federation.round(1, lambda requests: [reply_with(request, refusal) for request in requests])
+    assert (outcome.asked, outcome.replies.accepted) == (4, 0)
+    after = federation.values()
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert [entry.state for entry in strategy.node_level._account.ledger.entries()] == ["RESERVED", "COMMITTED"]
+    assert [entry.state for entry in federation.books.node_level._account.ledger.entries()] == ["RESERVED", "COMMITTED"]
 
 
 def test_a_long_delta_is_scaled_not_dropped(account):
-    strategy = strategy_with(node_level(account, rate=1.0))
-    requests = ask(strategy)
-    strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy, 1e6)) for r in requests])
-    assert (strategy.tally.accepted, strategy.tally.dropped) == (4, 0)
+    federation = federation_with(node_level(account, rate=1.0))
+    outcome = federation.round(1, lambda asked: [train_reply(r, delta_for(r, federation, 1e6)) for r in asked])
+    assert (outcome.replies.accepted, outcome.replies.dropped) == (4, 0)
     # Four nodes of norm ≤ 0.5 and noise of σ·C = 0.75 over 4 expected nodes at least: nothing near 1e6.
-    assert all(float(tensor.abs().max()) < 10.0 for tensor in model_of(strategy).values())
+    assert all(float(tensor.abs().max()) < 10.0 for tensor in federation.values().values())
 
 
 def run_round(account, *, answer=True):
     """Start a server anew on the account, ask, and publish round one."""
-    strategy = strategy_with(node_level(account))
-    requests = ask(strategy)
+    federation = federation_with(node_level(account))
+    asked = []
+
+    def train(requests):
+        asked.extend(sorted(request.metadata.dst_node_id for request in requests))
+        return [train_reply(request, delta_for(request, federation)) for request in requests]
+
     if answer:
-        strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy)) for r in requests])
-    asked = sorted(request.metadata.dst_node_id for request in requests)
-    strategy.node_level.close()
-    return asked, model_of(strategy)
+        federation.round(1, train)
+    else:
+        train(ask(federation))
+    federation.books.node_level.close()
+    return asked, federation.values()
 
 
 @pytest.mark.parametrize("mode", ["simulation", "deployment"])
@@ -278,11 +278,11 @@ def test_an_account_without_its_database_is_refused(tmp_path):
 
 
 def test_requests_carry_the_nodes_own_experts(account):
-    strategy = strategy_with(node_level(account, rate=1.0))
-    for request in ask(strategy):
-        name = next(n for n, (node, _) in strategy.nodes.items() if node == request.metadata.dst_node_id)
+    federation = federation_with(node_level(account, rate=1.0))
+    for request in ask(federation):
+        name = federation.nodes[request.metadata.dst_node_id].fingerprint
         held = own_experts(name, experts=6, count=3, layers=1, seed=1, round_number=1)
-        assert set(received(request, strategy)) == set(parameters.shapes(PLAN.model, held))
+        assert set(received(request, federation)) == set(parameters.shapes(PLAN.model, held))
 
 
 def test_an_exhausted_account_ends_the_run_with_a_sentence(account):

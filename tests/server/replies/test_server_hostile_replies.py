@@ -11,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, Error, Message, RecordDict
 from safetensors.torch import save
 from server_samples import (
+    SmallFederation,
     ask,
     be_the_server,
     charge_id_of,
@@ -19,7 +20,6 @@ from server_samples import (
     document,
     held_of,
     key_of,
-    make_strategy,
     receipt_for,
     reply_to,
     reply_with,
@@ -34,12 +34,12 @@ from conclave.protocol.tensor_array import pack
 from conclave.server.replies.receipts import EMPTY_RECEIPT
 
 
-def values(strategy):
-    return {name: t.clone() for name, t in strategy.optimizer.snapshot().items()}
+def values(federation):
+    return {name: t.clone() for name, t in federation.model.tensors.items()}
 
 
-def state(strategy):
-    return {(n, k): t.clone() for n, kept in strategy.optimizer.state().items() for k, t in kept.items()}
+def state(federation):
+    return {(n, k): t.clone() for n, kept in federation.model.checkpoint(1).optimizer.items() for k, t in kept.items()}
 
 
 def with_tensor(delta, pick, change):
@@ -255,59 +255,58 @@ BAD = {
 @pytest.mark.parametrize(("spoil", "reason"), BAD.items())
 @pytest.mark.parametrize("first", [True, False])
 def test_a_bad_reply_is_dropped_for_its_reason_and_a_good_one_still_counts(spoil, reason, first):
-    strategy = make_strategy(nodes=2)
-    before = values(strategy)
-    bad, good = ask(strategy)
-    replies = [spoil(bad, delta_for(bad, strategy)), train_reply(good, delta_for(good, strategy))]
-    arrays, metrics = strategy.aggregate_train(1, replies if first else reversed(replies))
-    tally = strategy.tally
-    assert tally.dropped_by == {reason: 1}
-    assert (tally.asked, tally.accepted, tally.dropped, tally.missing) == (2, 1, 1, 0)
-    assert tally.refused == Counter()
-    expected = parameters.shapes(strategy.plan.model, held_of(good))
-    for name, tensor in values(strategy).items():
+    federation = SmallFederation(nodes=2)
+    before = values(federation)
+    bad, good = ask(federation)
+    replies = [spoil(bad, delta_for(bad, federation)), train_reply(good, delta_for(good, federation))]
+    outcome = federation.answer(1, replies if first else reversed(replies))
+    assert outcome.replies.dropped_by == {reason: 1}
+    assert (outcome.asked, outcome.replies.accepted, outcome.replies.dropped, outcome.replies.missing) == (2, 1, 1, 0)
+    assert outcome.replies.refused == Counter()
+    expected = parameters.shapes(federation.plan.model, held_of(good))
+    for name, tensor in values(federation).items():
         assert torch.equal(tensor, before[name] + 0.001 if name in expected else before[name]), name
-    assert set(arrays) == set(before)
-    assert metrics["accepted"] == 1
+    assert outcome.changed
 
 
 @pytest.mark.parametrize(("spoil", "reason"), BAD.items())
 def test_a_round_of_bad_replies_changes_nothing(spoil, reason):
-    strategy = make_strategy(nodes=3, optimizer={"momentum": 0.9})
-    requests = ask(strategy)
-    strategy.aggregate_train(1, [train_reply(r, delta_for(r, strategy)) for r in requests])
-    before, momentum = values(strategy), state(strategy)
-    requests = ask(strategy, 2)
-    outcome = strategy.aggregate_train(2, [spoil(r, delta_for(r, strategy)) for r in requests])
-    assert outcome == (None, None)
-    assert (strategy.tally.accepted, strategy.tally.dropped_by, strategy.tally.changed) == (0, {reason: 3}, False)
-    assert all(torch.equal(t, before[n]) for n, t in values(strategy).items())
+    federation = SmallFederation(nodes=3, optimizer={"momentum": 0.9})
+    requests = ask(federation)
+    federation.answer(1, [train_reply(r, delta_for(r, federation)) for r in requests])
+    before, momentum = values(federation), state(federation)
+    requests = ask(federation, 2)
+    outcome = federation.answer(2, [spoil(r, delta_for(r, federation)) for r in requests])
+    assert (outcome.replies.accepted, outcome.replies.dropped_by, outcome.changed) == (0, {reason: 3}, False)
+    assert all(torch.equal(t, before[n]) for n, t in values(federation).items())
     assert momentum
-    assert all(torch.equal(t, momentum[n]) for n, t in state(strategy).items())
+    assert all(torch.equal(t, momentum[n]) for n, t in state(federation).items())
 
 
 @pytest.mark.parametrize("code", [code for code in CODES if code != "bad-request"])
 def test_tensors_beside_a_refusal_are_not_looked_at(code):
-    strategy = make_strategy(nodes=2)
-    before = values(strategy)
-    for request in ask(strategy):
-        junk = encode(Refusal(code=code), pack(delta_for(request, strategy)))
-        strategy.aggregate_train(1, [reply_with(request, junk)])
-    assert strategy.tally.refused == {code: 2}
-    assert strategy.tally.dropped_by == {}
-    assert all(torch.equal(t, before[n]) for n, t in values(strategy).items())
+    federation = SmallFederation(nodes=2)
+    before = values(federation)
+    outcome = federation.round(
+        1,
+        lambda requests: [
+            reply_with(request, encode(Refusal(code=code), pack(delta_for(request, federation))))
+            for request in requests
+        ],
+    )
+    assert outcome.replies.refused == {code: 2}
+    assert outcome.replies.dropped_by == {}
+    assert all(torch.equal(t, before[n]) for n, t in values(federation).items())
 
 
-def second_round(strategy, answer):
-    """Answer round 1 honestly, round 2 with ``answer(request of round 2, reply of round 1)``."""
-    (first,) = ask(strategy)
-    reply = train_reply(first, delta_for(first, strategy))
-    strategy.aggregate_train(1, [reply])
-    assert strategy.tally.accepted == 1
-    before = values(strategy)
-    (request,) = ask(strategy, 2)
-    strategy.aggregate_train(2, [answer(request, reply)])
-    return before
+def second_round(federation, answer):
+    """Answer round 1 honestly, round 2 with ``answer(request, reply of round 1)``; return model and outcome."""
+    (first,) = ask(federation)
+    reply = train_reply(first, delta_for(first, federation))
+    assert federation.answer(1, [reply]).replies.accepted == 1
+    before = values(federation)
+    (request,) = ask(federation, 2)
+    return before, federation.answer(2, [answer(request, reply)])
 
 
 def replayed(request, old):
@@ -328,54 +327,54 @@ def the_old_charge_under_a_new_receipt(request, old):
 
 @pytest.mark.parametrize("answer", [replayed, the_old_receipt_under_the_new_charge, the_old_charge_under_a_new_receipt])
 def test_what_answered_an_earlier_round_is_a_replay(answer):
-    strategy = make_strategy(nodes=1, experts_per_node=6, assignment="all")  # the same experts in both rounds
-    before = second_round(strategy, answer)
-    assert strategy.tally.dropped_by == {"replay": 1}
-    assert all(torch.equal(t, before[n]) for n, t in values(strategy).items())
-    assert len(strategy.receipts._known) == 1
+    federation = SmallFederation(nodes=1, experts_per_node=6, assignment="all")  # the same experts in both rounds
+    before, outcome = second_round(federation, answer)
+    assert outcome.replies.dropped_by == {"replay": 1}
+    assert all(torch.equal(t, before[n]) for n, t in values(federation).items())
+    assert len(federation.books.receipts._known) == 1
 
 
 def test_a_round_that_is_run_again_takes_the_stored_reply():
     """After a crash between receipts and checkpoint the same question comes again, and the same answer."""
-    once, again = make_strategy(nodes=1), make_strategy(nodes=1)
+    once, again = SmallFederation(nodes=1), SmallFederation(nodes=1)
     (request,) = ask(once)
     reply = train_reply(request, delta_for(request, once))
-    once.aggregate_train(1, [reply])
-    again.receipts = once.receipts
+    once.answer(1, [reply])
+    again.books = once.books
     (request,) = ask(again)
-    again.aggregate_train(1, [reply_with(request, reply.content)])
-    assert again.tally.accepted == 1
+    outcome = again.answer(1, [reply_with(request, reply.content)])
+    assert outcome.replies.accepted == 1
     assert all(torch.equal(t, values(once)[n]) for n, t in values(again).items())
 
 
 def test_a_round_that_is_run_again_takes_no_second_receipt_for_its_charge():
     """One charge is one release: two receipts for it would be two."""
-    once, again = make_strategy(nodes=1), make_strategy(nodes=1)
+    once, again = SmallFederation(nodes=1), SmallFederation(nodes=1)
     (request,) = ask(once)
-    once.aggregate_train(1, [train_reply(request, delta_for(request, once))])
-    again.receipts = once.receipts
+    once.answer(1, [train_reply(request, delta_for(request, once))])
+    again.books = once.books
     (request,) = ask(again)
-    again.aggregate_train(1, [train_reply(request, delta_for(request, again, 0.002))])  # its receipt is a later one
-    assert again.tally.dropped_by == {"replay": 1}
+    outcome = again.answer(1, [train_reply(request, delta_for(request, again, 0.002))])  # its receipt is a later one
+    assert outcome.replies.dropped_by == {"replay": 1}
 
 
 def test_another_nodes_reply_is_no_reply():
-    strategy = make_strategy(nodes=2, experts_per_node=6, assignment="all")
-    one, two = ask(strategy)
-    honest = train_reply(one, delta_for(one, strategy))
-    strategy.aggregate_train(1, [honest, reply_with(two, honest.content)])
-    assert (strategy.tally.accepted, strategy.tally.dropped_by) == (1, {"bad-receipt": 1})
+    federation = SmallFederation(nodes=2, experts_per_node=6, assignment="all")
+    one, two = ask(federation)
+    honest = train_reply(one, delta_for(one, federation))
+    outcome = federation.answer(1, [honest, reply_with(two, honest.content)])
+    assert (outcome.replies.accepted, outcome.replies.dropped_by) == (1, {"bad-receipt": 1})
 
 
 @pytest.mark.parametrize(
     ("spoil", "kept"), [(a_nan, 1), (over_the_norm, 1), (a_missing_tensor, 1), (a_made_up_charge, 0)]
 )
 def test_what_the_node_was_charged_for_has_its_receipt_kept(spoil, kept):
-    strategy = make_strategy(nodes=1)
-    (request,) = ask(strategy)
-    strategy.aggregate_train(1, [spoil(request, delta_for(request, strategy))])
-    assert strategy.tally.dropped == 1
-    assert len(strategy.receipts._known) == kept
+    federation = SmallFederation(nodes=1)
+    (request,) = ask(federation)
+    outcome = federation.answer(1, [spoil(request, delta_for(request, federation))])
+    assert outcome.replies.dropped == 1
+    assert len(federation.books.receipts._known) == kept
 
 
 @pytest.mark.parametrize("size", [10**12 + 1, 10**400])

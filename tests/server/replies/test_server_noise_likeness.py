@@ -8,7 +8,7 @@ import pytest
 import torch
 from family_samples import FAMILY
 from scipy.stats import kstest
-from server_samples import ask, delta_for, held_of, make_plan, make_strategy, train_reply
+from server_samples import SmallFederation, ask, delta_for, held_of, make_plan, train_reply
 
 from conclave.clients.trainer import train
 from conclave.model import parameters
@@ -203,47 +203,48 @@ def biased():
     return document
 
 
-def answers(strategy, lie=None):
+def answers(federation, lie=None):
     """Send noise from all nodes, and ``lie`` of it from the last, where one is given."""
-    requests = ask(strategy)
+    requests = ask(federation)
     replies = []
     for number, request in enumerate(requests):
         size = 100 * (request.metadata.dst_node_id - 10)
-        delta = noise_delta(strategy.plan, number, held_of(request), size)
+        delta = noise_delta(federation.plan, number, held_of(request), size)
         replies.append(train_reply(request, lie(delta) if lie and number == len(requests) - 1 else delta))
     return replies
 
 
-def after(strategy, replies):
-    strategy.aggregate_train(1, replies)
-    return {name: tensor.clone() for name, tensor in strategy.optimizer.snapshot().items()}
+def after(federation, replies):
+    outcome = federation.answer(1, replies)
+    return outcome.replies, federation.values()
 
 
 @pytest.mark.parametrize("kind", sorted(LIES))
 def test_a_lie_is_dropped_counted_and_leaves_no_trace(kind):
     """And without the test it is taken, so it is the test that drops it."""
     lie = LIES[kind][0]
-    with_test = make_strategy(plan=noisy_plan(), noise_test={})
-    lied = after(with_test, answers(with_test, lie))
-    assert (with_test.tally.dropped_by, with_test.tally.accepted) == ({"not-noise-like": 1}, 3)
-    silent = make_strategy(plan=noisy_plan(), noise_test={})
-    unanswered = after(silent, answers(silent)[:-1])
+    with_test = SmallFederation(plan=noisy_plan(), noise_test={})
+    replies, lied = after(with_test, answers(with_test, lie))
+    assert (replies.dropped_by, replies.accepted) == ({"not-noise-like": 1}, 3)
+    silent = SmallFederation(plan=noisy_plan(), noise_test={})
+    _, unanswered = after(silent, answers(silent)[:-1])
     assert all(torch.equal(tensor, lied[name]) for name, tensor in unanswered.items())
-    without = make_strategy(plan=noisy_plan())
-    taken = after(without, answers(without, lie))
-    assert without.tally.accepted == 4
+    without = SmallFederation(plan=noisy_plan())
+    replies, taken = after(without, answers(without, lie))
+    assert replies.accepted == 4
     assert not all(torch.equal(tensor, lied[name]) for name, tensor in taken.items())
 
 
 def test_what_was_dropped_is_not_remembered_and_what_was_taken_is():
-    strategy = make_strategy(plan=noisy_plan(), noise_test={})
-    replies = answers(strategy, LIES["constant"][0])
-    after(strategy, replies)
-    assert len(strategy.noise_test.history) == 3
+    federation = SmallFederation(plan=noisy_plan(), noise_test={})
+    replies = answers(federation, LIES["constant"][0])
+    after(federation, replies)
+    assert len(federation.model.noise_test.history) == 3
 
 
 def test_a_constant_delta_of_the_shape_asked_for_is_no_noise():
-    strategy = make_strategy(plan=noisy_plan(), noise_test={})
-    replies = [train_reply(request, delta_for(request, strategy)) for request in ask(strategy)]
-    assert strategy.aggregate_train(1, replies) == (None, None)
-    assert strategy.tally.dropped_by == {"not-noise-like": 4}
+    federation = SmallFederation(plan=noisy_plan(), noise_test={})
+    replies = [train_reply(request, delta_for(request, federation)) for request in ask(federation)]
+    outcome = federation.answer(1, replies)
+    assert not outcome.changed
+    assert outcome.replies.dropped_by == {"not-noise-like": 4}

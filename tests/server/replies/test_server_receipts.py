@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from server_samples import ask, delta_for, describe, key_of, make_strategy, receipt_for, train_reply
+from server_samples import SmallFederation, ask, delta_for, describe, key_of, receipt_for, train_reply
 
 from conclave.base.errors import BadInputError
 from conclave.privacy.ledger import KeyRotation, SignedHead
@@ -105,15 +105,15 @@ def test_the_file_only_grows_and_a_torn_last_line_is_dropped(tmp_path):
 
 
 def test_a_node_is_sent_its_own_last_receipt():
-    strategy = make_strategy(nodes=3)
-    first = ask(strategy)
+    federation = SmallFederation(nodes=3)
+    first = ask(federation)
     assert all(decode(request.content, TrainRequest).receipt is None for request in first)
     receipts = {request.metadata.dst_node_id: receipt_for(request) for request in first}
-    strategy.aggregate_train(
-        1, [train_reply(r, delta_for(r, strategy), receipts[r.metadata.dst_node_id]) for r in first]
+    outcome = federation.answer(
+        1, [train_reply(r, delta_for(r, federation), receipts[r.metadata.dst_node_id]) for r in first]
     )
-    assert strategy.tally.accepted == 3
-    for request in ask(strategy, 2):
+    assert outcome.replies.accepted == 3
+    for request in ask(federation, 2):
         assert decode(request.content, TrainRequest).receipt == receipts[request.metadata.dst_node_id]
 
 
@@ -127,31 +127,31 @@ def test_a_node_is_sent_its_own_last_receipt():
     ],
 )
 def test_a_reply_without_a_good_receipt_is_dropped(spoil):
-    strategy = make_strategy(nodes=2)
-    bad, good = ask(strategy)
+    federation = SmallFederation(nodes=2)
+    bad, good = ask(federation)
     replies = [
-        train_reply(bad, delta_for(bad, strategy, 9.0), spoil(receipt_for(bad))),
-        train_reply(good, delta_for(good, strategy)),
+        train_reply(bad, delta_for(bad, federation, 9.0), spoil(receipt_for(bad))),
+        train_reply(good, delta_for(good, federation)),
     ]
-    strategy.aggregate_train(1, replies)
-    assert (strategy.tally.accepted, strategy.tally.dropped) == (1, 1)
-    assert len(strategy.receipts._known) == 1
+    outcome = federation.answer(1, replies)
+    assert (outcome.replies.accepted, outcome.replies.dropped) == (1, 1)
+    assert len(federation.books.receipts._known) == 1
 
 
 def test_a_node_that_went_back_in_time_is_found_by_the_server():
-    strategy = make_strategy(nodes=1)
-    (request,) = ask(strategy)
+    federation = SmallFederation(nodes=1)
+    (request,) = ask(federation)
     far = receipt_for(request)
-    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy), far)])
-    (again,) = ask(strategy, 2)
+    outcome = federation.answer(1, [train_reply(request, delta_for(request, federation), far)])
+    (again,) = ask(federation, 2)
     older = SignedHead.sign(key_of(1), far.ledger_id, far.seq - 1, "c" * 64)
-    strategy.aggregate_train(2, [train_reply(again, delta_for(again, strategy), older)])
-    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, 1)
+    outcome = federation.answer(2, [train_reply(again, delta_for(again, federation), older)])
+    assert (outcome.replies.accepted, outcome.replies.dropped) == (0, 1)
 
 
 def test_a_receipt_is_kept_even_where_the_delta_is_not():
-    strategy = make_strategy(nodes=1)
-    (request,) = ask(strategy)
-    strategy.aggregate_train(1, [train_reply(request, delta_for(request, strategy, 1e6))])  # over the norm bound
-    assert (strategy.tally.accepted, strategy.tally.dropped) == (0, 1)
-    assert len(strategy.receipts._known) == 1  # the node paid for it
+    federation = SmallFederation(nodes=1)
+    (request,) = ask(federation)
+    outcome = federation.answer(1, [train_reply(request, delta_for(request, federation, 1e6))])  # over the norm bound
+    assert (outcome.replies.accepted, outcome.replies.dropped) == (0, 1)
+    assert len(federation.books.receipts._known) == 1  # the node paid for it

@@ -7,12 +7,14 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+from conftest import make_config
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from server_samples import ask, describe, make_strategy
+from server_samples import SmallFederation, ask, delta_for, describe, make_plan, train_reply
 
 from conclave.protocol.codec import encode
 from conclave.protocol.tensor_array import pack
-from conclave.server.traffic import exchange_bytes, wire_bytes
+from conclave.server.rounds.ask import full_exchange_bytes
+from conclave.server.rounds.traffic import exchange_bytes, wire_bytes
 
 
 def objects(item) -> dict[str, bytes]:
@@ -40,7 +42,7 @@ def test_wire_bytes_are_the_sum_of_the_deflated_objects(content):
 
 
 def test_a_request_counts_all_its_objects():
-    for request in ask(make_strategy(nodes=2)):
+    for request in ask(SmallFederation(nodes=2)):
         assert wire_bytes(request) == sum(map(len, objects(request).values()))
         assert wire_bytes(request.content) == sum(map(len, objects(request.content).values()))
 
@@ -67,5 +69,23 @@ def test_a_longer_document_costs_its_length():
 
 def test_the_quick_count_is_the_exact_one():
     contents = [encode(describe(n, declared_size=10**n), pack({"a" * n: torch.rand(17 * n)})) for n in (1, 2, 3, 3)]
-    for content in [*contents, encode(describe(1)), *(request.content for request in ask(make_strategy(nodes=3)))]:
+    for content in [*contents, encode(describe(1)), *(request.content for request in ask(SmallFederation(nodes=3)))]:
         assert exchange_bytes(content) == wire_bytes(content)
+
+
+def test_bytes_are_counted_both_ways():
+    small, large = (SmallFederation(nodes=2, plan=make_plan(model=make_config(hidden=h))) for h in (8, 64))
+    outcomes = []
+    for federation in (small, large):
+        requests = ask(federation)
+        outcome = federation.answer(1, [train_reply(r, delta_for(r, federation)) for r in requests])
+        floats = sum(t.numel() for r in requests for t in delta_for(r, federation).values())
+        # float32 payload, and per message at most 12 KiB of names, plan and Flower's object headers
+        for count in (outcome.bytes_down, outcome.replies.bytes_up):
+            assert 4 * floats < count < 4 * floats + 2 * 12_288
+        assert 4 * sum(t.numel() for t in federation.values().values()) * 2 < full_exchange_bytes(
+            federation.terms, federation.model.tensors
+        )
+        outcomes.append(outcome)
+    assert outcomes[0].bytes_down < outcomes[1].bytes_down
+    assert outcomes[0].replies.bytes_up < outcomes[1].replies.bytes_up

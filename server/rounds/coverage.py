@@ -9,7 +9,7 @@ from typing import Any
 from conclave.model.experts.config import HeldExperts
 from conclave.server.assign.assignment import assign
 from conclave.server.assign.cohort import choose_cohort, expected_share
-from conclave.server.config import FederationConfig
+from conclave.server.rounds.config import FederationConfig
 
 _MOST_ROUNDS_TRIED = 100
 _MOST_NODES_TRIED = 20_000  # over all rounds

@@ -8,7 +8,7 @@ from ledger_samples import entries_of
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.server.run_directory import RunDirectory
 from conclave.server.scenario import read_scenario
-from conclave.simulations.plan import plan
+from conclave.simulations.estimate import estimate_simulated
 from conclave.simulations.shipped import find
 from conclave.simulations.simulate import simulate
 
@@ -17,7 +17,7 @@ CHANGES = {"federation.rounds": 3, "partition.nodes": 4, "training.steps": 2}
 
 def test_the_plan_is_what_the_run_comes_to(tmp_path):
     scenario = read_scenario(find("digits"), CHANGES)
-    estimate = plan(scenario)
+    estimate = estimate_simulated(scenario)
     run = RunDirectory.create(scenario, tmp_path / "run")
     summary = simulate(scenario, run)
     ledger = LedgerFile(run.ledgers[0])
@@ -37,7 +37,9 @@ def test_the_plan_is_what_the_run_comes_to(tmp_path):
 
 
 def test_partial_cohorts_and_no_privacy():
-    some = plan(read_scenario(find("digits"), CHANGES | {"federation.cohort": {"kind": "fixed", "size": 2}}))
+    some = estimate_simulated(
+        read_scenario(find("digits"), CHANGES | {"federation.cohort": {"kind": "fixed", "size": 2}})
+    )
     assert some.seconds_total == pytest.approx(some.seconds_per_node_round * 3 * 2)
-    none = plan(read_scenario(find("digits-open"), CHANGES))
+    none = estimate_simulated(read_scenario(find("digits-open"), CHANGES))
     assert (none.epsilon, none.noise_multiplier, none.accountants) == (float("inf"), None, {})

@@ -21,10 +21,10 @@ from conclave.protocol.codec import encode
 from conclave.protocol.encodings import encodings_of, wire_form
 from conclave.protocol.messages import TrainReply, TrainRequest
 from conclave.protocol.plan import Plan
-from conclave.server.coverage import outlook
 from conclave.server.replies.receipts import EMPTY_RECEIPT
+from conclave.server.rounds.coverage import outlook
+from conclave.server.rounds.traffic import wire_bytes
 from conclave.server.scenario import Scenario
-from conclave.server.traffic import wire_bytes
 from conclave.server.trainable import check_trainable
 
 _MOST_TIMED_RECORDS = 4096
@@ -41,7 +41,7 @@ class PlanEstimate:
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
     parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
     holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
-        :func:`conclave.server.coverage.outlook`.
+        :func:`conclave.server.rounds.coverage.outlook`.
     evaluations: on held-out units, and evaluation_noise, σ of each; a budget of their own pays for them.
     choices: how often nodes choose experts. choice_share: of the budget's RDP, what that takes.
     node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.

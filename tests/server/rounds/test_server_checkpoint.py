@@ -11,7 +11,7 @@ from safetensors.torch import save
 from conclave.base.errors import BadInputError
 from conclave.server.aggregate.config import ServerSgd
 from conclave.server.aggregate.optimizer import ServerOptimizer
-from conclave.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from conclave.server.rounds.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 
 
 def sample(round_number=3) -> Checkpoint:

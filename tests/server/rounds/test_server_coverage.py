@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 
 import pytest
-from server_samples import ask, delta_for, make_strategy, train_reply
+from server_samples import SmallFederation, ask, delta_for, held_of, train_reply
 
-from conclave.base.errors import RunFailedError
-from conclave.server.config import FederationConfig
-from conclave.server.coverage import Coverage, outlook, shortage
-from conclave.server.node_level.config import NodePrivacyConfig
+from conclave.server.rounds.config import FederationConfig
+from conclave.server.rounds.coverage import Coverage, outlook, shortage
 
 
 def federation(**changes) -> FederationConfig:
@@ -100,42 +97,25 @@ def test_coverage_counts_holders_by_layer_and_expert():
 
 
 def test_only_accepted_replies_count_as_holders():
-    strategy = make_strategy(nodes=3)
-    requests = ask(strategy)
+    federation = SmallFederation(nodes=3)
+    requests = ask(federation)
     replies = [
-        train_reply(r, delta_for(r, strategy, float("nan") if n == 0 else 0.001)) for n, r in enumerate(requests)
+        train_reply(r, delta_for(r, federation, float("nan") if n == 0 else 0.001)) for n, r in enumerate(requests)
     ]
-    held = [asked.request.held for asked in strategy._asked.values()]
-    strategy.aggregate_train(1, replies)
-    assert sorted(map(str, strategy.tally.trained)) == sorted(map(str, held[1:]))
+    held = [held_of(request) for request in requests]
+    outcome = federation.answer(1, replies)
+    assert sorted(map(str, outcome.replies.trained)) == sorted(map(str, held[1:]))
 
 
-def test_a_sticky_strategy_asks_the_same_of_a_node_in_every_round():
-    strategy = make_strategy(nodes=5, assignment="sticky")
-    first = [str(held) for _, held in _asked(strategy, 1)]
-    assert all([str(held) for _, held in _asked(strategy, r)] == first for r in (2, 3, 9))
-    half = make_strategy(nodes=5, assignment="sticky", min_holders=1, cohort={"kind": "fixed", "size": 3})
+def test_a_sticky_assignment_asks_the_same_of_a_node_in_every_round():
+    federation = SmallFederation(nodes=5, assignment="sticky")
+    first = [str(held) for _, held in _asked(federation, 1)]
+    assert all([str(held) for _, held in _asked(federation, r)] == first for r in (2, 3, 9))
+    half = SmallFederation(nodes=5, assignment="sticky", min_holders=1, cohort={"kind": "fixed", "size": 3})
     for round_number in range(1, 20):
         held = [held[0] for _, held in _asked(half, round_number)]
         assert set(itertools.chain.from_iterable(held)) == set(range(6))
 
 
-def _asked(strategy, round_number):
-    ask(strategy, round_number)
-    return [(asked.node.fingerprint, asked.request.held) for asked in strategy._asked.values()]
-
-
-def test_a_run_whose_nodes_have_too_little_room_is_refused(monkeypatch):
-    from conclave.server.run import _check_coverage
-    from conclave.server.scenario import Scenario
-
-    strategy = make_strategy(nodes=4, min_holders=2)  # 4 × 3 places for 6 × 2
-    scenario = Scenario.model_construct(model=strategy.plan.model, federation=strategy.config)
-    _check_coverage(scenario, strategy, Counter())
-    strategy.meet({node: found for node, found in strategy.nodes.values() if node in (11, 12, 13)})
-    with pytest.raises(RunFailedError, match="3 nodes × 3 experts hold 9 places, 6 experts × min_holders 2 need 12"):
-        _check_coverage(scenario, strategy, Counter())
-    level = NodePrivacyConfig(epsilon=8.0, delta=1e-3, clip=1.0, nodes=4)
-    _check_coverage(
-        scenario.model_copy(update={"node_privacy": level}), strategy, Counter()
-    )  # who is there must not show
+def _asked(federation, round_number):
+    return [(asked.node.fingerprint, asked.request.held) for asked in federation.requests(round_number).asked.values()]

@@ -1,10 +1,10 @@
-"""The plan of a simulated scenario: the estimate, for the mean number of records that its partition gives a node."""
+"""What a simulated scenario costs: the estimate, for the mean number of records that its partition gives a node."""
 
 from __future__ import annotations
 
 from conclave.data.sources import GROUP, records_if_absent
 from conclave.privacy.accounting.sensible_budget import doubts
-from conclave.server.plan_estimate import PlanEstimate, estimate
+from conclave.server.estimate import PlanEstimate, estimate
 from conclave.server.scenario import Scenario
 from conclave.simulations.simulated_nodes import deal
 
@@ -12,7 +12,7 @@ _ASSUMED = 1000
 """Units of a node whose records are its own."""
 
 
-def plan(scenario: Scenario) -> PlanEstimate:
+def estimate_simulated(scenario: Scenario) -> PlanEstimate:
     """Work out what a scenario will cost on this machine, before anything runs.
 
     Raises:

@@ -13,7 +13,7 @@ from conclave.privacy.ledger.entry import INFINITE, ChargeRequest, Entry, charge
 from conclave.privacy.ledger.genesis import Genesis
 from conclave.privacy.ledger.mechanism_text import PLAN_END, fields_of, parse_plan, spell_plan
 from conclave.privacy.ledger.reading.verification import least_price, shown
-from conclave.protocol.charges import SIDES, Kind, PlannedCharges, charges_of
+from conclave.protocol.charges import SIDES, ChargeKind, PlannedCharges, charges_of
 from conclave.protocol.plan import Plan
 
 _NOT_STATED = "not stated"
@@ -54,8 +54,8 @@ class PlanAudit:
             known = " or ".join(sorted(self._codes))
             self._say(entry, [f"code is {shown(entry.code_hash)}, the run's is {known}"])
 
-    def kind(self, entry: Entry) -> Kind | None:
-        """Return the kind whose hash a charge's name is; None if a plan can have no such kind."""
+    def kind(self, entry: Entry) -> ChargeKind | None:
+        """Return the kind that a charge's name is the hash of; None where it is of no kind that a plan can have."""
         for kind in SIDES:
             named = charge_id_of(
                 kind,
@@ -113,7 +113,7 @@ class PlanAudit:
             if (said := getattr(entry, name)) != value:
                 yield f"{name.removesuffix('_text')} is {shown(str(said))}, must be {value!r} where it is {entry.state}"
 
-    def _rounds(self, kind: Kind, planned: PlannedCharges) -> str:
+    def _rounds(self, kind: ChargeKind, planned: PlannedCharges) -> str:
         if kind == "train":
             return f"rounds 1 to {self._plan.rounds}"
         return f"{planned.count} of kind {kind} in rounds 1 to {self._plan.rounds}, and none there"

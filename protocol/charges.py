@@ -20,13 +20,13 @@ from conclave.privacy.releases.private_metrics import SENSITIVITY
 from conclave.protocol.code_identity import code_hash
 from conclave.protocol.plan import Plan
 
-Kind = Literal["train", "choose", "evaluate"]
+ChargeKind = Literal["train", "choose", "evaluate"]
 """What a message asks of a node's data."""
 
 CHOICE, METRICS = "choice", "metrics"
 """What leaves a node, besides what its training releases."""
 
-SIDES: dict[Kind, Side] = {"train": "training", "choose": "training", "evaluate": "held-out"}
+SIDES: dict[ChargeKind, Side] = {"train": "training", "choose": "training", "evaluate": "held-out"}
 """Whose ledger pays: of the units that train, or of those held out."""
 
 
@@ -40,7 +40,7 @@ class PlannedCharges:
     """
 
     plan: Plan
-    kind: Kind
+    kind: ChargeKind
     mechanism: Mechanism | None
     clip: float
     releases: tuple[str, ...]
@@ -71,7 +71,7 @@ class PlannedCharges:
         )
 
 
-def charges_of(plan: Plan) -> dict[Kind, PlannedCharges]:
+def charges_of(plan: Plan) -> dict[ChargeKind, PlannedCharges]:
     """Return everything that a plan charges a node, by the kind of message, training first."""
     rounds, clip, sigma = plan.rounds, plan.privacy.clip, plan.noise_multiplier
 
@@ -79,7 +79,7 @@ def charges_of(plan: Plan) -> dict[Kind, PlannedCharges]:
         return lambda number: 1 <= number <= rounds and due(number)
 
     step = _gaussian(plan.privacy.sampling_rate, sigma, plan.training.steps)
-    planned: dict[Kind, PlannedCharges] = {
+    planned: dict[ChargeKind, PlannedCharges] = {
         "train": PlannedCharges(
             plan=plan,
             kind="train",

@@ -20,7 +20,7 @@ from conclave.base.reading import read_text
 from conclave.base.whole_file import append_durably
 from conclave.privacy.ledger import SignedHead
 from conclave.privacy.ledger.heads import HEX_KEY
-from conclave.protocol.charges import Kind
+from conclave.protocol.charges import ChargeKind
 from conclave.protocol.messages import LedgerIdentity
 
 EMPTY_RECEIPT = SignedHead(ledger_id="0" * 32, seq=0, hash="0" * 64, signature="0" * 128)
@@ -43,7 +43,7 @@ class KeptReceipt(Frozen):
     output_hash: str = Field(pattern=HEX_KEY)
     signing_key: str = Field(pattern=HEX_KEY)
     receipt: SignedHead
-    kind: Kind = "train"
+    kind: ChargeKind = "train"
 
 
 class ReceiptBook:

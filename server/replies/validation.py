@@ -17,7 +17,7 @@ from conclave.privacy.gradients.clipping import AdaptiveClip
 from conclave.privacy.ledger.entry import charge_id_of
 from conclave.privacy.releases.load_histogram import DELTA
 from conclave.privacy.training.local_optimizers import AdamConfig
-from conclave.protocol.charges import Kind
+from conclave.protocol.charges import ChargeKind
 from conclave.protocol.codec import body_of, decode, norms, tensors_of
 from conclave.protocol.encodings import encodings_of, norm_growth
 from conclave.protocol.messages import (
@@ -80,7 +80,7 @@ class AskedCharge:
     model_in_hash: of exactly what went with the question.
     """
 
-    kind: Kind
+    kind: ChargeKind
     node: str
     ledger: LedgerIdentity
     run_id: str
@@ -150,10 +150,10 @@ class Asked:
 class ChargeChecker:
     """Works out the charges for a model that went to several nodes, and compares replies with them."""
 
-    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: Kind) -> None:
+    def __init__(self, plan: Plan, receipts: ReceiptBook, kind: ChargeKind) -> None:
         self._plan_hash = plan.hash
         self._receipts = receipts
-        self._kind: Kind = kind
+        self._kind: ChargeKind = kind
         self._model_in: dict[str, str] = {}  # of a broadcast, once for all nodes that got it
 
     def accept(self, answer: TrainReply | EvaluateReply, body: bytes, asked: Asked, ledger: LedgerIdentity) -> None:

@@ -83,7 +83,7 @@ def _answer_release(
     kind: type[_Request],
     handle: Callable[[Node, _Request, RecordDict], RecordDict],
 ) -> Message:
-    """Answer a request for a release with what the node makes of it and of the tensors beside it."""
+    """Answer a request for a release with what the node makes of it and of the tensors that came with it."""
 
     def run() -> RecordDict:
         request = decode(message.content, kind)
@@ -93,7 +93,7 @@ def _answer_release(
 
 
 def _answer(message: Message, handle: Callable[[], RecordDict]) -> Message:
-    """Run a handler; whatever goes wrong stays on the node, and the server gets a code.
+    """Run a handler; the details of an error stay on the node, and the server gets a code.
 
     Flower sends the text of an escaping exception to the server verbatim, so none may escape.
     """

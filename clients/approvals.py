@@ -25,7 +25,7 @@ _MOST_WAITING = 100
 
 @dataclass(frozen=True)
 class WaitingPlan:
-    """A plan that a server asked for and nobody approved. scenario: its name, the server's word."""
+    """A plan that a server asked for and nobody has approved. scenario: its name, as the server states it."""
 
     hash: str
     scenario: str
@@ -33,7 +33,7 @@ class WaitingPlan:
 
 
 def released(plan: Plan) -> list[str]:
-    """Say everything that a plan asks a node to let out, what other ledgers pay for too."""
+    """Name everything that a plan asks a node to release, including what other ledgers pay for."""
     planned = charges_of(plan)
     said = list(planned["train"].releases)
     if isinstance(choice := planned["choose"].mechanism if "choose" in planned else None, ExponentialChoice):
@@ -46,11 +46,11 @@ def released(plan: Plan) -> list[str]:
 class Approvals:
     """The folder ``plans`` in a node's state: ``HASH.waiting`` and ``HASH.approved``, and ``paused``.
 
-    An approval is for one run: the first that draws on it, whose name goes to ``HASH-1.run``. Approved once more, a
+    An approval is for one run, the first that draws on it; its name goes to ``HASH-1.run``. Approved once more, a
     plan may have a second run (``HASH-2.run``), and so on. A server names its runs as it likes, and could otherwise run
     an approved plan until the budget is gone.
 
-    hours: outside of them the node is paused; see :class:`conclave.clients.operations_config.LimitsConfig`.
+    hours: outside them the node is paused; see :class:`conclave.clients.operations_config.LimitsConfig`.
     now: the local time of day.
     """
 
@@ -66,7 +66,7 @@ class Approvals:
 
         Args:
             needed: whether the policy asks for an approval at all; a paused node refuses either way.
-            run_id: the run that asks; None where any may.
+            run_id: the run that asks; None if any run may.
 
         Raises:
             ProtocolError: ``paused``, or ``awaiting-approval``.
@@ -156,7 +156,7 @@ class Approvals:
         """Approve the waiting plan whose hash begins like this, for one run more.
 
         Raises:
-            BadInputError: none does, or several.
+            BadInputError: no plan's hash does, or several plans' hashes do.
         """
         found = [waiting for waiting in self.waiting() if waiting.hash.startswith(prefix)]
         if len(found) != 1:

@@ -1,4 +1,4 @@
-"""What fits into a node's memory, experts and examples: from shapes, so it tells nothing about the data."""
+"""How many experts and examples fit into a node's memory: from shapes, so it reveals nothing about the data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ moments of an optimizer (8). Measured with Adam and experts of 4M parameters: 41
 
 
 def experts_that_fit(model: ModelConfig, memory_mb: int) -> int:
-    """Return how many experts of each layer a node can train within ``memory_mb`` MiB; 0 where not one fits.
+    """Return how many experts of each layer a node can train within ``memory_mb`` MiB; 0 if not even one fits.
 
     ``(memory − activations − 48·shared) / (48·expert)``, rounded down, at most all. The parameters of one expert are
-    counted over all layers and with its router rows. Activations are the 1 GiB that a physical batch is cut to
+    counted over all layers, router rows included. Activations are the 1 GiB that a physical batch is limited to
     (:func:`room_for`), however many records are drawn or a unit has. A token passes ``top_k`` experts however many are
     held, so they do not grow with that number. Interpreter, libraries and records come on top and are not in
     ``memory_mb``.
@@ -78,10 +78,10 @@ def room_for(plan: Plan, held: HeldExperts | None = None) -> Room:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """How the memory that the operating system lets a process have is shared out.
+    """How the memory that the operating system lets a process have is divided.
 
-    Fixed: how much records take is not public, so nothing may follow from it. Of what ``program_bytes``, interpreter
-    and libraries, leave, a half is for the records, an eighth for a physical batch and the rest for the model.
+    Fixed: how much records take is not public, so nothing may depend on it. ``program_bytes`` are for interpreter and
+    libraries. Of the rest, half is for the records, an eighth for a physical batch, three eighths for the model.
     """
 
     limit_bytes: int

@@ -69,7 +69,7 @@ def choice(
 def utilities(plan: Plan, tensors: Mapping[str, Tensor], records: Records) -> list[Tensor]:
     """Return each expert's utility by layer, float64 [E]: the units' shares of tokens that choose it, added up.
 
-    Where several layers follow each other, what the experts of one add is left out of what the next sees. Never
+    If there are several layers, what the experts of one add is left out of what the next one sees. Never
     release them.
     """
     held = plan.model.all_experts

@@ -17,17 +17,17 @@ _SEED_DIGITS = 15
 
 
 def state_name(run_id: str, plan: Plan) -> str:
-    """Return the name under which the ledger keeps a run's local experts; other than the clip, they outlive the run."""
+    """Return the name under which the ledger keeps a run's local experts; unlike the clip, they outlive the run."""
     return f"local-experts/{run_id}/{plan.hash}"
 
 
 def local_experts(plan: Plan, held: HeldExperts, kept: bytes | None) -> dict[str, Tensor]:
-    """Return wire name → float32 of those of the held experts that stay on the node; none where all travel.
+    """Return wire name → float32 of the held experts that stay on the node; empty if all travel.
 
-    An expert that the node has not trained yet begins as the plan's hash says, which is public and the same everywhere.
+    An expert that the node has not trained yet starts from what the plan's hash gives, public and the same everywhere.
 
     Args:
-        kept: what :func:`packed` made of them after the last round.
+        kept: what :func:`packed` returned after the last round.
     """
     names = [name for name in parameters.shapes(plan.model, held) if plan.stays(name)]
     trained = {} if kept is None else load(kept)

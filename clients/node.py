@@ -52,8 +52,8 @@ class Node:
     """One participant.
 
     records: of the units that train. declared_size: of those, public.
-    held_out: units that are evaluated on instead, and their ledger; None where all units train.
-    approvals: where the owner's approvals are; None where nobody is asked.
+    held_out: units that are only evaluated on, and their ledger; None if all units train.
+    approvals: where the owner's approvals are; None if nobody is asked.
     new_secret: charge id → 256-bit secret; operating-system entropy except in simulation.
 
     Raises:
@@ -74,10 +74,10 @@ class Node:
             check_pair(self.ledger.genesis, self.held_out.ledger.genesis)
 
     def describe(self, model: ModelConfig | None = None) -> Description:
-        """Say what is public about this node, and how many experts of a model's layers it can hold.
+        """Say what is public about this node, and how many experts of each of a model's layers it can hold.
 
         Raises:
-            ProtocolError: ``not-allowed``, not one expert of the model fits.
+            ProtocolError: ``not-allowed``, not even one expert of the model fits.
         """
         with as_codes():
             capacity = self.policy.expert_capacity if model is None else self.policy.capacity(model)
@@ -101,7 +101,7 @@ class Node:
     def admit(self, request: AdmitRequest) -> Admission:
         """Check a plan and set the budget for all its rounds aside, before the first of them.
 
-        The held-out side's is set aside with the first evaluation: whether there is budget for it decides nothing here.
+        The held-out side's budget is set aside with the first evaluation; whether there is any does not matter here.
 
         Raises:
             ProtocolError: with the code that the server may see.
@@ -169,7 +169,7 @@ class Node:
     def evaluate(self, request: EvaluateRequest, content: RecordDict) -> RecordDict:
         """Check, charge the held-out side, measure, commit; return the content of the reply. As :meth:`train`.
 
-        Experts that stay here are measured as they are now; they, too, only hold what was released with noise.
+        Experts that stay here are measured as they are now; they, too, hold only what was trained with noise.
 
         Raises:
             ProtocolError: with the code that the server may see.
@@ -244,7 +244,7 @@ class Node:
         )
 
     def _check_request(self, request: TrainRequest | EvaluateRequest) -> None:
-        """Check a request that a model comes with."""
+        """Check a request that carries a model."""
         plan = request.plan
         self._check_plan(plan, request.scenario, request.run_id)
         if request.round > plan.rounds:
@@ -281,7 +281,7 @@ class Node:
             self.approvals.begin(plan, scenario, run_id)
 
     def _part_of_own(self, plan: Plan, capacity: int) -> HeldExperts:
-        """Return the largest part that this node would take of a model of the user's own, whose code it may run now.
+        """Return the largest part of a user's own model that this node would take; its code may run now.
 
         Raises:
             BadInputError: the model cannot be built.
@@ -304,7 +304,7 @@ class Node:
             self.ledger.admit(*training, also)
 
     def _give_back_unapproved(self, plan: Plan, run_id: str) -> None:
-        """Keep set aside for a plan no more than its approvals allow to be drawn, under however many names it is asked.
+        """Set aside no more for a plan than its approvals allow it to draw, however many run names ask for it.
 
         The owner is asked again only once every approval is drawn on, so at most one is free: of the runs that drew
         nothing yet, it is for the latest that asks.

@@ -1,4 +1,4 @@
-"""A node's ledger as a message sees it: what pays, under the lease, and the codes that the server may see."""
+"""A node's ledger from a message's view: what pays, under the lease, and the codes that the server may see."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def paid(
 
     Args:
         new_secret: charge id → 256-bit secret.
-        set_aside: sets the budget of the charge's plan aside; called where none is.
-        state: reads, under the lease, the node's state that the output follows from.
+        set_aside: sets the budget of the charge's plan aside; called if none is set aside.
+        state: reads, under the lease, the state of the node that the output depends on.
 
     Yields:
         What pays, or the reply that was stored before; and the state.
@@ -79,7 +79,7 @@ def paid(
 
 
 def repeat_key(device: torch.device, start_state: bytes | None) -> str:
-    """Return a hash of what an output follows from, beside the request and the secret.
+    """Return a hash of what an output depends on, besides the request and the secret.
 
     A charge pays for one output. After a crash the work may run again only where the output would be the same, bit for
     bit: with the same secret, code, numeric environment and start state.
@@ -101,7 +101,7 @@ def repeat_key(device: torch.device, start_state: bytes | None) -> str:
 
 
 def check_receipt(ledger: Ledger, receipt: SignedHead | None) -> None:
-    """Compare with what the server has of a ledger: it must not have seen more than is here.
+    """Compare with the server's receipt of a ledger: the server must not have seen more than is here.
 
     Raises:
         ProtocolError: ``ledger-mismatch``, or ``bad-request`` for a receipt of another ledger.
@@ -145,7 +145,7 @@ def as_codes() -> Iterator[None]:
 
 
 def _joined(states: tuple[bytes | None, ...]) -> bytes | None:
-    """Return what stands for several states at once; None where there are none."""
+    """Return one value that stands for several states; None if there are none."""
     if all(state is None for state in states):
         return None
     return canonical_json(["" if state is None else sha256(state) for state in states])

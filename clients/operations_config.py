@@ -14,7 +14,7 @@ from conclave.base.frozen import Frozen
 def within(hours: str, at: time) -> bool:
     """Return whether a time of day lies in hours such as ``20:00-06:00``, which end the next morning.
 
-    The first minute belongs to them, the last does not; from a time to itself is the whole day.
+    The first minute belongs to them, the last does not; hours from a time to the same time are the whole day.
     """
     begin, end = _parse(hours)
     return begin <= at < end if begin < end else not end <= at < begin
@@ -42,10 +42,10 @@ Hours = Annotated[str, AfterValidator(_checked)]
 class LimitsConfig(Frozen):
     """What a node may use of its machine.
 
-    threads: of training; as many as there are cores where it is not given.
+    threads: of training; if not given, as many as there are cores.
     memory_mb: MiB that each of the node's two processes may allocate. A round that does not fit is refused, and stays
         spent; ``policy.memory_mb`` keeps a server from asking for as much.
-    hours: local times between which the node works; outside of them it refuses with ``paused``.
+    hours: local times between which the node works; outside them it refuses with ``paused``.
     """
 
     threads: int | None = Field(default=None, ge=1, le=1024)

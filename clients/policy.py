@@ -26,17 +26,17 @@ class Policy(Frozen):
     max_steps: local steps of one round. max_rounds: rounds of one plan.
     max_records_per_unit: where groups are the unit, records of a group that take part. It bounds a unit's share of the
         work; its memory is bounded anyway.
-    max_parameters: of the part of a model that comes here. A plan is refused where even the smallest part has more.
+    max_parameters: of the part of a model that comes here. A plan is refused if even the smallest part has more.
     expert_capacity: experts of one layer that this node can hold.
-    memory_mb: MiB that training may take, beside program and records; it too bounds the experts, see
+    memory_mb: MiB that training may take, besides program and records; it also limits the experts, see
         :mod:`conclave.clients.capacity`. Of a model of the user's own, which would have to be imported, only once it is
         allowed.
     certified_only: refuse gradient modes without a certified clip bound.
     releases: what may leave, each with the largest share of a plan's budget it may take: ``delta``, and ``loads``, the
         histogram of expert loads, which nobody gets unless the owner names it. So must ``metrics`` be named, of
         held-out units, which a budget of their own pays for: with any share above 0.
-    scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; any where it is not given. A name
-        is the server's word, a plan's hash binds.
+    scenarios: the only ones allowed, by name, or by ``plan:`` and the hash of a plan; if not given, any. A name
+        is only the server's word; a plan's hash is binding.
     unapproved_plans: run plans that the owner has not approved (``conclave node approve``). Only a deployed node asks.
     models: each ``module:function`` that this node may import and run for a plan with a model of its own; none unless
         the owner names it. In a simulation, whoever wrote the scenario runs it.

@@ -27,7 +27,7 @@ class Trained:
     """What a round of training made.
 
     delta: wire name → difference, to be released. loads: name → noised histogram, to be released with it. clip: the
-    bound that an adaptive rule arrived at, which the node keeps for the next round; None where the bound is fixed.
+    bound that an adaptive rule arrived at, which the node keeps for the next round; None if the bound is fixed.
     """
 
     delta: dict[str, Tensor]
@@ -76,7 +76,7 @@ def _empty_network(config: ModelConfig, held: HeldExperts) -> Network:
 
 @lru_cache(maxsize=16)
 def _skeleton(config: ModelConfig, held_by_layer: tuple[tuple[int, ...], ...]) -> Network:
-    """Build it once per worker: other than for groups, which experts it is for shows in names only."""
+    """Build it once per worker: except with groups, only names show which experts it is for."""
     return empty(config, dict(enumerate(held_by_layer)))
 
 
@@ -96,10 +96,10 @@ def train(
         tensors: wire name → float32, exactly what a holder of ``held`` receives; not modified.
         records: the node's private records.
         secret: seeds everything random in this round.
-        clip: where an adaptive clip bound stands after earlier rounds of the run; the plan's value if not given.
+        clip: the current adaptive clip bound, from earlier rounds of the run; the plan's value if not given.
 
     Returns:
-        The delta holds the same names: also experts that no token reached.
+        The delta has the same names, including experts that no token reached.
     """
     state = {name: tensor.clone() for name, tensor in parameters.join(tensors, held).items()}
     network = _empty_network(plan.model, held)

@@ -21,12 +21,12 @@ _Found = TypeVar("_Found")
 
 
 def whole_pass(plan: Plan, records: Records, room: Room) -> Iterator[tuple[PhysicalBatch, Batch]]:
-    """Yield physical batches, and their examples without groups' numbers, which no model sees.
+    """Yield physical batches, and their examples without the numbers of groups, which no model sees.
 
     At level strict each unit comes alone.
 
     Args:
-        room: what is processed at once, from public shapes.
+        room: how much is processed at once, from public shapes.
     """
     count = len(next(iter(records.values())))
     index = UnitIndex(count, records[GROUP] if plan.privacy.unit == "group" else None, plan.privacy.records_per_unit)
@@ -36,7 +36,7 @@ def whole_pass(plan: Plan, records: Records, room: Room) -> Iterator[tuple[Physi
 
 
 def contained(run: Callable[[Tensor, Batch], _Found], example_B: Tensor, batch: Batch) -> Iterator[_Found | None]:
-    """Yield what ``run`` makes of a physical batch; where it fails, of each example alone, None where that fails too.
+    """Yield what ``run`` makes of a physical batch; if that fails, of each example alone, or None if that fails too.
 
     The model was tried on made-up records before anything was charged: what fails now depends on records, and must not
     show in whether the node answers.

@@ -36,7 +36,7 @@ def sides_of(records: Records, genesis: Genesis, identities: Iterable[bytes] | N
     """Divide a node's records as its training ledger fixes it: those that train, and those that are held out.
 
     Args:
-        identities: what each record is known by, of no account where groups are the unit; None where records are known
+        identities: what each record is known by, ignored if groups are the unit; None if records are known
             by their content, as in a simulation.
     """
     if genesis.unit == "group":

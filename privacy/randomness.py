@@ -61,7 +61,7 @@ def standard_normal(secret: bytes, count: int) -> Tensor:
     grid of float64 arithmetic and their low bits are not protected against an adversary who reads them
     (Mironov 2012, doi:10.1145/2382196.2382264): the claim is for the numeric level ``fast``.
 
-    The same on every run and with every number of threads; another machine's log or sine may differ in the last bit.
+    The values are the same on every run and with any number of threads; another machine's log or sine may differ.
     """
     values = np.empty(-(-count // BLOCK) * BLOCK)
     fill_normal(secret, values)
@@ -132,7 +132,7 @@ def per_unit_uniform(secret: bytes, step: int, unit_B: Tensor, count: int) -> Te
     Args:
         secret: 256 bits; ``derive`` one for each purpose (dropout, Gumbel noise, masking, each layer).
         step: the step; streams of different steps are independent.
-        unit_B: int64 ids, any value. They must name units for good: a position in the batch would be a shared stream.
+        unit_B: int64 ids, any value. They must never change: a position in the batch would be a shared stream.
             The same id twice gives the same row twice.
         count: draws for each unit, at most 2^31.
 

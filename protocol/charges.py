@@ -115,7 +115,7 @@ def charges_of(plan: Plan) -> dict[ChargeKind, PlannedCharges]:
 
 
 def whole_cost(plan: Plan, side: Side) -> dict[Mechanism, int]:
-    """Return what a whole plan is charged as on one side's ledger: mechanism → how often. Nothing without privacy."""
+    """Return what a whole plan is charged on one side's ledger: mechanism → how often. Empty without privacy."""
     cost: dict[Mechanism, int] = {}
     for planned in charges_of(plan).values():
         if planned.side == side and planned.count and planned.mechanism is not None:
@@ -129,7 +129,7 @@ def release_costs(plan: Plan, order: float) -> dict[str, float]:
     What training releases from one sample shares its precision, and a choice takes its share of all RDP.
 
     Args:
-        order: of the ledger that pays. The plan's own (ε, δ) say nothing: at another order, choices look cheaper.
+        order: of the paying ledger. The plan's own (ε, δ) do not count: at another order, choices look cheaper.
     """
     choice = {} if plan.affinity is None else {CHOICE: choice_share(plan, order)}
     return release_shares(plan.load_share) | choice

@@ -117,7 +117,7 @@ def tensors_of(
 ) -> dict[str, Tensor]:
     """Return the tensors of a message, which must be exactly ``expected``; see :func:`unpack`.
 
-    A sender in this very process may have shared them; they are checked all the same and must not be changed.
+    A sender in this very process may have shared them; they are checked nevertheless and must not be changed.
 
     Raises:
         ProtocolError: ``bad-request``.
@@ -151,7 +151,7 @@ def unpack(
     """Decode a blob that must hold exactly ``expected`` (name → shape), finite, of norm below 1e19.
 
     Args:
-        encodings: name → how it must have travelled; float32 where none is given.
+        encodings: name → how it must have travelled; float32 if none is given.
 
     Returns:
         Name → float32.

@@ -32,7 +32,7 @@ _SMALLEST, _INFINITE, _NAN = 0x0080, 0x7F80, 0x7FC0  # bfloat16 as bits: the sma
 class TrafficConfig(Frozen):
     """How tensors travel. What the nodes' noise and the server's sums are made of stays float32.
 
-    model: to the nodes; rounded to nearest, and a node's delta is to what it received. delta: back to the server.
+    model: to the nodes; rounded to nearest, and a node's delta is relative to what it received. delta: back.
     """
 
     model: Literal["fp32", "bf16"] = "fp32"
@@ -40,7 +40,7 @@ class TrafficConfig(Frozen):
 
 
 def encodings_of(encoding: Encoding, names: Mapping[str, Size]) -> dict[str, Encoding]:
-    """Return name → encoding for these tensors; what is left out of such a map travels as float32."""
+    """Return name → encoding for these tensors; what is not in such a map travels as float32."""
     return {} if encoding == "fp32" else dict.fromkeys(names, encoding)
 
 
@@ -58,7 +58,7 @@ def norm_growth(expected: Mapping[str, Size], encodings: Mapping[str, Encoding])
 def error_bounds(tensor: Tensor, encoding: Encoding) -> Tensor:
     """Return by how much each value that arrived may differ from what it was before rounding; the tensor's shape.
 
-    bfloat16: less than 2^-7 of the value. int8: less than its row's scale, of which the row's largest is 126 at least.
+    bfloat16: less than 2^-7 of the value. int8: less than its row's scale; the row's largest is at least 126 scales.
     """
     if encoding == "fp32":
         return torch.zeros_like(tensor)

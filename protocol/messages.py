@@ -1,4 +1,4 @@
-"""Messages between server and nodes: typed, versioned, and nothing in them that is not declared here.
+"""Messages between server and nodes: typed, versioned, and with no field that is not declared here.
 
 How they travel: :mod:`conclave.protocol.codec`.
 """
@@ -102,9 +102,9 @@ class Closed(Frozen):
 
 
 class _WithModel(Frozen):
-    """A request beside which the tensors for exactly ``held`` travel.
+    """A request that travels with the tensors for exactly ``held``.
 
-    receipt: the last one that the server has of the ledger that pays. A ledger that does not have it is an older copy.
+    receipt: the last one that the server has of the paying ledger. A ledger without it is an older copy.
     """
 
     version: Literal[2] = PROTOCOL_VERSION
@@ -129,7 +129,7 @@ class EvaluateRequest(_WithModel):
 
 
 class ChooseRequest(Frozen):
-    """Choose experts before a round. The shared weights and every expert's router row travel beside it.
+    """Choose experts before a round. The shared weights and every expert's router row travel with it.
 
     receipt: as in :class:`TrainRequest`.
     """
@@ -147,7 +147,7 @@ class ChooseRequest(Frozen):
 
 
 class Committed(Frozen):
-    """A committed release, which travels beside it.
+    """A committed release, which travels with it.
 
     receipt: the paying ledger's head when it was committed; the server keeps it.
     """
@@ -158,22 +158,22 @@ class Committed(Frozen):
 
 
 class ChooseReply(Committed):
-    """For each layer, ids of experts travel beside it, the most wanted first."""
+    """For each layer, ids of experts travel with it, the most wanted first."""
 
 
 class TrainReply(Committed):
-    """The delta for exactly what was sent travels beside it."""
+    """The delta for exactly what was sent travels with it."""
 
 
 class EvaluateReply(Committed):
-    """The noised sums travel beside it; the ledger is that of the held-out side."""
+    """The noised sums travel with it; the ledger is that of the held-out side."""
 
 
 class LedgerIdentity(Frozen):
     """Which ledger, and whose signature its receipts bear.
 
-    public_key: its first key, which is its identity for good.
-    rotations: how it came to the key it signs with now.
+    public_key: its first key, which is its permanent identity.
+    rotations: how it arrived at the key that it signs with now.
     """
 
     public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -211,7 +211,7 @@ class Description(LedgerIdentity):
     """What a node says about itself: public by assumption, never computed from record values. Its keys identify it.
 
     declared_size: of the units that train.
-    held_out: None where the node does not evaluate.
+    held_out: None if the node does not evaluate.
     """
 
     version: Literal[2] = PROTOCOL_VERSION

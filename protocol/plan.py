@@ -46,7 +46,7 @@ class ChoicePlan(Frozen):
     experts: int = Field(ge=1, le=4096)
 
     def due(self, round_number: int) -> bool:
-        """Whether nodes choose before this round; never before the first, when no router has learned anything."""
+        """Whether nodes choose before this round; never before the first: no router has learned anything yet."""
         return round_number > 1 and (round_number - 1) % self.every == 0
 
     def count(self, rounds: int) -> int:
@@ -58,7 +58,7 @@ class EvaluationSchedule(Frozen):
     """When nodes evaluate, and with which experts.
 
     every: rounds from one evaluation to the next; the last round always ends with one.
-    experts: those that a node is ``assigned`` in that round, or ``all`` where the node can hold them.
+    experts: those that a node is ``assigned`` in that round, or ``all`` if the node can hold them.
     """
 
     every: int = Field(default=10, ge=1, le=1_000_000)
@@ -82,14 +82,14 @@ class EvaluationPlan(EvaluationSchedule):
 class Plan(Frozen):
     """What a run will ask of every node, fixed before the first round and independent of private data.
 
-    noise_multiplier: σ of everything that is released from one sample, calibrated for all ``rounds``; None only where
+    noise_multiplier: σ of everything that is released from one sample, calibrated for all ``rounds``; None only if
         ``privacy.mechanism`` is ``none``.
     load_share: share of σ⁻² that a histogram of expert loads gets, see :mod:`conclave.privacy.releases.load_histogram`;
         0 for none.
-    affinity: choices of experts that nodes make; None where the server alone assigns them.
-    local_experts: so many of each layer's routed experts, those with the highest ids, never travel: every node trains
+    affinity: choices of experts that nodes make; None if the server alone assigns them.
+    local_experts: this many of each layer's routed experts, those with the highest ids, never travel: every node trains
         its own.
-    evaluation: measuring on held-out units; a budget of its own pays for it. None where there is none.
+    evaluation: measuring on held-out units, which a separate budget pays for; None if there is none.
     """
 
     younger: ClassVar[frozenset[str]] = frozenset({"affinity", "evaluation", "load_share", "local_experts", "traffic"})

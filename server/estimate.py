@@ -39,11 +39,11 @@ class PlanEstimate:
         gradient's own if load_share, what expert loads get of the precision, were 0.
     epsilon: the enforced value. accountants: the same plan by RDP (best order), PLD and PRV, for reading.
     bytes_down, bytes_up: one node, one round, on the wire. bytes_full_model: both ways with the whole model.
-    parameters_per_node, bytes: of a node that can hold ``experts_per_node``.
+    parameters_per_node, bytes: for a node that can hold ``experts_per_node``.
     holders_per_expert: in a round, on average. short_of_holders: share of experts and rounds below ``min_holders``, see
         :func:`conclave.server.rounds.coverage.outlook`.
-    evaluations: on held-out units, and evaluation_noise, σ of each; a budget of their own pays for them.
-    choices: how often nodes choose experts. choice_share: of the budget's RDP, what that takes.
+    evaluations: on held-out units, and evaluation_noise, σ of each; a separate budget pays for them.
+    choices: how often nodes choose experts. choice_share: the share of the budget's RDP that this takes.
     node_…: where the node is the unit too: σ, the enforced ε at ``node_delta``; None elsewhere.
     seconds_per_node_round: local training alone, measured on this machine with synthetic records.
     """

@@ -16,7 +16,7 @@ from conclave.server.scenario import Scenario
 
 
 def check_coverage(scenario: Scenario, nodes: Nodes, refused: Counter[str]) -> None:
-    """Refuse to start where the nodes that are there cannot give every expert its holders.
+    """Refuse to start if the nodes that are there cannot give every expert its holders.
 
     Not where the node is the unit: there, whether a run starts may not depend on who is there.
 
@@ -36,7 +36,7 @@ def check_coverage(scenario: Scenario, nodes: Nodes, refused: Counter[str]) -> N
 
 
 def check_somebody_took_part(scenario: Scenario, outcome: RoundOutcome) -> None:
-    """End a run that every node refuses; not where the node is the unit, whose part in a round must not show.
+    """End a run that every node refuses; but not if the node is the unit, whose part in a round must not show.
 
     A node that was charged for this round already takes part in the next one: the run goes on for it.
 
@@ -53,7 +53,7 @@ def check_somebody_took_part(scenario: Scenario, outcome: RoundOutcome) -> None:
 
 
 def check_something_changed(metrics: Sequence[Mapping[str, Any]]) -> None:
-    """End a run that came to nothing; not where its draws asked nobody, which costs nothing and is as planned.
+    """End a run that changed nothing; but not if its cohorts were empty, which costs nothing and is as planned.
 
     Args:
         metrics: of all rounds, one mapping a round.

@@ -20,7 +20,7 @@ _Pair = Annotated[list[_Finite], Field(min_length=2, max_length=2)] | None
 
 
 class _Typed(BaseModel):
-    """Where a key is there, it has this type. Older versions of Conclave left keys out, younger ones add some."""
+    """If a key is there, it has this type. Older versions of Conclave left keys out, newer ones add some."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -106,7 +106,7 @@ def line_of(
 
 
 def why_no_metrics(line: object) -> str | None:
-    """Say what a line of metrics cannot have, or lacks to be one at all; None where nothing speaks against it."""
+    """Say what is wrong with a line of metrics, or what it lacks; None if nothing is wrong."""
     try:
         _Line.model_validate(line)
     except ValidationError as error:
@@ -119,7 +119,7 @@ _ALIKE = (("load", "private_load"), ("holders_mean", "rounds_without_holder"))  
 
 
 def lacking(metrics: Sequence[Mapping[str, Any]]) -> str | None:
-    """Say what rounds lack to be summed up; None where they lack nothing. A quality is in all of them or in none."""
+    """Say what rounds lack to be summed up; None if they lack nothing. A quality is in all of them or in none."""
     last = metrics[-1]
     quality = next((names for names in _QUALITIES if names[0] in last), _QUALITIES[0] if "load" in last else ())
     for number, line in enumerate(metrics, start=1):
@@ -137,7 +137,7 @@ def dropped_by(metrics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
     Reasons are those of :data:`conclave.server.replies.validation.Reason`.
 
-    Runs from before reasons were told apart have theirs under ``other``.
+    Runs from before reasons were distinguished have theirs under ``other``.
     """
     total: Counter[str] = Counter()
     for line in metrics:
@@ -146,5 +146,5 @@ def dropped_by(metrics: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def unchanged(metrics: Iterable[Mapping[str, Any]]) -> int:
-    """Return how many rounds changed nothing, for want of acceptable replies."""
+    """Return how many rounds changed nothing for lack of acceptable replies."""
     return sum(not line.get("changed", line["accepted"] > 0) for line in metrics)

@@ -41,7 +41,7 @@ class Record:
         self._full_bytes = full_exchange_bytes(terms, model.tensors)
 
     def resume(self) -> int:
-        """Put the checkpointed state back, if there is one; return the last round that is done.
+        """Restore the checkpointed state, if there is one; return the last round that is done.
 
         Raises:
             BadInputError: the checkpoint is damaged or of another plan.
@@ -56,7 +56,7 @@ class Record:
     def keep_only(self, done: int) -> None:
         """Forget the metrics of rounds that have no checkpoint, and count the others' holders.
 
-        What a disk lost of them is no reason not to go on.
+        If a disk lost some of them, the run still goes on.
         """
         known = self._run.keep_metrics(done)
         if len(known) < done:

@@ -1,7 +1,7 @@
-"""Who takes part: nodes that said what they are and set their budget aside, under whatever Flower id they come.
+"""Who takes part: nodes that described themselves and set their budget aside, under whatever Flower id.
 
 A node is known by its ledger key. Its Flower id is only where to reach it: it may change when a node returns, and
-whoever claims a key that is not theirs is found out when a reply comes without its signature.
+whoever claims another's key is found out when a reply comes without its signature.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Roster:
     def refresh(self) -> bool:
         """Look who came, left or returned; describe and admit newcomers; say whether anything may have changed.
 
-        Nothing that a node does here ends the run. One look at the connected ids is all it costs where nothing changed.
+        Nothing that a node does here ends the run. If nothing changed, it costs one look at the connected ids.
         Newcomers get a moment to answer, once; later answers are taken at a later look, and so are those of nodes whose
         owner had not decided yet.
         """
@@ -147,7 +147,7 @@ class Roster:
         return dict(sorted(found.items()))
 
     def _due(self) -> dict[str, list[int]]:
-        """Return question → connected nodes that it has not been put to."""
+        """Return question → connected nodes that have not been asked it."""
         describe = self._connected - self._asked[QUERY_DESCRIBE]
         reachable = self._reachable()
         admit = [node for node, found in reachable.items() if found.fingerprint not in self._admitted]
@@ -221,7 +221,7 @@ class Roster:
         self._undecided.discard(node)
 
     def _take_description(self, node: int, content: RecordDict) -> None:
-        """Note what a node is. It may be another than before under its id, or no longer fit to take part."""
+        """Note what a node is. Under its id there may be another node now, or one that can no longer take part."""
         before = next((claims for claims in self._claims.values() if node in claims), {})
         try:
             description = decode(content, Description)

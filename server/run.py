@@ -46,7 +46,7 @@ def run_scenario(
     Args:
         run_id: names the run in every charge.
         on_round: told each round's metrics.
-        say: told in words how many nodes refused, and why, what each round came to, what was lost, or that nothing is
+        say: is told in words how many nodes refused, and why, how each round went, what was lost, or that nothing is
             left to do.
 
     Raises:

@@ -85,7 +85,7 @@ class RunDirectory:
     def note_code(self) -> None:
         """Note which code runs here: a run may be resumed under another version than it began with.
 
-        One that does not say what it began with is left as it is: it could not be completed.
+        A directory that does not say what it began with is left as it is: it could not be completed.
         """
         if self.codes and code_hash() not in self.codes:
             document = self.environment | {"code": sorted({*self.codes, code_hash()})}
@@ -101,12 +101,12 @@ class RunDirectory:
 
     @property
     def ledgers(self) -> list[Path]:
-        """Ledger files; simulation only."""
+        """Ledger files; only in a simulation."""
         return sorted((self.path / "ledgers").glob("*.db"))
 
     @property
     def mode(self) -> Mode | None:
-        """What the nodes' ledgers must be; None where an older run does not say, or its environment is damaged."""
+        """What the nodes' ledgers must be; None if an older run does not say, or its environment is damaged."""
         if (self.path / "ledgers").is_dir():  # where a simulation's are begun, wherever they lie now
             return "simulation"
         try:

@@ -59,7 +59,7 @@ class Scenario(Frozen):
 
     @model_validator(mode="after")
     def _fits_node_level(self) -> Scenario:
-        """Everything that would let the step depend on who is there, other than through the noised sum, is refused."""
+        """Refuse everything that would let the step depend on who is there, except through the noised sum."""
         if self.node_privacy is None:
             return self
         federation = self.federation
@@ -149,7 +149,7 @@ class Scenario(Frozen):
         return [given[number % len(given)] for number in taking_part(self.partition)]
 
     def _check_noise_test(self) -> None:
-        """Refuse it where the noise of a delta is not public."""
+        """Refuse it if the noise of a delta is not public."""
         for key, value, allowed, why in (
             ("privacy.mechanism", self.privacy.mechanism, ("gaussian",), "without noise there is none to look like"),
             (
@@ -313,7 +313,7 @@ def _put(document: dict[str, Any], key: str, value: object) -> None:
 
 
 def _drop_stale_options(document: dict[str, Any], overrides: Overrides) -> None:
-    """Where an override picks another option of a table, forget the file's keys that only the old one had."""
+    """If an override picks another option of a table, forget the file's keys that only the old option had."""
     for key in overrides:
         table_key, _, field = key.rpartition(".")
         options = keys_of(Scenario).options(table_key) if field in ("scheme", "kind") else {}

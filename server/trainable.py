@@ -1,4 +1,4 @@
-"""Whether a scenario's model can be trained as the scenario asks: told before any node is asked, or charged."""
+"""Whether a scenario's model can be trained as the scenario asks, decided before any node is asked or charged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from conclave.server.scenario import Scenario
 def check_trainable(scenario: Scenario) -> None:
     """Train a scenario's model on made-up records, with all experts and with a node's part of them.
 
-    What a node would refuse for the model's sake is refused here, before any is asked.
+    What a node would refuse because of the model is refused here, before any node is asked.
 
     Raises:
-        BadInputError: the model cannot be built, or not be trained as the scenario asks.
+        BadInputError: the model cannot be built, or cannot be trained as the scenario asks.
     """
     plan = scenario.plan()
     mechanism = tried_mechanism(plan.privacy, plan.noise_multiplier, plan.load_share)

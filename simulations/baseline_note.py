@@ -16,7 +16,7 @@ from conclave.base.whole_file import write_atomically
 class BaselineNote(Frozen):
     """Which baseline of which scenario a run is.
 
-    parameters, parameters_wanted: of a dense model, and what it was to match. quality_of_nodes: accuracy, or bits per
+    parameters, parameters_wanted: of a dense model, and what it should match. quality_of_nodes: accuracy, or bits per
     byte, of each node that trained alone, once all have.
     """
 

@@ -61,9 +61,9 @@ def baseline(scenario: Scenario, kind: BaselineKind) -> list[Scenario]:
 
 
 def dense(model: ModelConfig, kind: Literal["dense-total", "dense-active"]) -> ModelConfig:
-    """Return the model with one expert for every token, of depth and activation as before, in place of all.
+    """Return the model with a single expert for all tokens, with the same depth and activation.
 
-    Its hidden width is the multiple of 8 whose count of parameters is nearest; of two as near, the smaller. There is
+    Its hidden width is the multiple of 8 with the nearest count of parameters; of two as near, the smaller. There is
     nothing to route or to balance; a router of one expert, ``width`` parameters a layer, stays and changes nothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The Flower ClientApp of simulated nodes: which one it answers as is the engine's to say, never a message's."""
+"""The Flower ClientApp of simulated nodes: the engine decides which one it answers as, never a message."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ def estimate_simulated(scenario: Scenario) -> PlanEstimate:
 def budget_doubts(scenario: Scenario) -> list[str]:
     """Return one sentence for each reason why a simulated scenario's budget protects little.
 
-    A simulation may have any budget. Real nodes have one of their own, which is looked at where they are made.
+    A simulation may have any budget. Real nodes have their own, which is checked when they are created.
 
     Raises:
-        BadInputError: the scenario's data cannot be had.
+        BadInputError: the scenario's data cannot be loaded.
     """
     privacy, nodes = scenario.privacy, scenario.partition.nodes
     if privacy.mechanism == "none" or scenario.data.source == "nodes":

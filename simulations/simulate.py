@@ -30,16 +30,16 @@ from conclave.simulations.simulated_nodes import deal, open_simulated
 
 @dataclass(frozen=True)
 class Summary:
-    """What a simulation came to.
+    """The results of a simulation.
 
-    accuracy, bits_per_byte: of the final model on public test records; None where the task has none.
+    accuracy, bits_per_byte: of the final model on public test records; None if the task has none.
     order0_bits_per_byte: the entropy of the same bytes without context.
     epsilon: the largest over nodes, the enforced RDP value from the ledgers; ``inf`` without privacy.
     node_epsilon: of the server's account at ``node_delta``, where the node is the unit too; the two stand side by side.
     bytes_per_node: mean bytes a node exchanged in a round, both ways, on the wire; 0 in a baseline without federation.
     dropped_by: reason → replies over the run that did not count for it. unchanged: rounds that had too few replies.
-    held_out: what the last private evaluation came to, and held_out_epsilon what all of them spent, the largest over
-        nodes; None where there is none.
+    held_out: the result of the last private evaluation; held_out_epsilon: what all of them spent, the largest over
+        nodes; None if there is none.
     baseline: which one the run is, if it is one.
     """
 
@@ -83,7 +83,7 @@ def simulate(
         workers: nodes run in this process (1), or in this many worker processes with one thread each. The
             result does not depend on it.
         threads: torch's threads in this process. More than one helps large models on an idle machine; on a busy
-            one, small products then take a hundred times as long. The result may differ in its last bits.
+            one, small products can then take a hundred times as long. The result may differ in its last bits.
 
     Raises:
         BadInputError: the scenario cannot be carried out, or its model cannot be trained as it asks.

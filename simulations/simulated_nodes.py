@@ -37,7 +37,7 @@ def held_out_ledger_path(run_dir: Path, node: int) -> Path:
 
 @lru_cache(maxsize=1024)
 def open_simulated(scenario_toml: str, run_dir: str, number: int, of: int) -> Node:
-    """Open the simulated node in place ``number`` of ``of`` of a scenario, creating its ledger on first use.
+    """Open simulated node ``number`` of ``of`` of a scenario, creating its ledger on first use.
 
     Its identity, secrets and records follow from the scenario's seed, so a run can be repeated exactly. The
     ledger is a simulation ledger and says so.

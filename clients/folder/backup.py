@@ -23,7 +23,7 @@ def back_up(directory: NodeDirectory, out: Path) -> list[str]:
     """Write a tar file that its owner alone can read; return what is in it.
 
     ``node.toml``, ledgers, keys, and what the owner approved; paths are relative to the node's folder, and a state that
-    lies outside of it is under ``state``. A running node may go on meanwhile. What it spends later is not in the
+    lies outside it is under ``state``. The node may keep running meanwhile. What it spends later is not in the
     backup: see :mod:`conclave.privacy.ledger.upkeep.recovery`.
 
     Raises:
@@ -49,7 +49,7 @@ def back_up(directory: NodeDirectory, out: Path) -> list[str]:
 
 
 def _kept(state: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of what lies beside the ledgers; a running node may rename or drop plans meanwhile."""
+    """Yield name and content of the files next to the ledgers; a running node may rename or drop plans meanwhile."""
     for pattern in _KEPT:
         for path in state.glob(pattern):
             try:

@@ -14,7 +14,7 @@ from conclave.privacy.ledger.upkeep.registry import Owner
 
 
 class DataClaims:
-    """The claims of one node, and the file in its state that remembers them: it makes up for a lost registry.
+    """The claims of one node, and the file in its state that remembers them, in case the registry is lost.
 
     Nothing in it follows from what the data hold.
     """

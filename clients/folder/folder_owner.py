@@ -10,7 +10,7 @@ from conclave.base.errors import BadInputError
 
 
 def check_owner(folder: Path) -> None:
-    """Check that this process runs as a folder's owner; root, too, is somebody else.
+    """Check that this process runs as a folder's owner; root counts as somebody else, too.
 
     Raises:
         BadInputError: it does not.

@@ -25,7 +25,7 @@ class LedgerFiles:
 
     @property
     def genesis(self) -> Genesis:
-        """What the ledger was created with; a change of keys that a crash interrupted is finished first.
+        """The constants that the ledger was created with; a change of keys that a crash interrupted is finished first.
 
         Raises:
             BadInputError: there is no ledger.
@@ -43,7 +43,7 @@ class LedgerFiles:
         return public_hex(load_key(self.key_path) if self.key_path.exists() else create_key(self.key_path))
 
     def create(self, genesis: Genesis) -> None:
-        """Begin the ledger. One that an interrupted attempt began with the same constants, and nothing used, is kept.
+        """Begin the ledger. An unused one that an interrupted attempt began with the same constants is kept.
 
         Raises:
             BadInputError: another ledger, or a witness of another one, exists.
@@ -62,7 +62,7 @@ class LedgerFiles:
         """Open the ledger for work on the machine named ``machine``.
 
         Raises:
-            BadInputError: it was restored or copied, its witness is missing or ahead, or machine or key are others.
+            BadInputError: it was restored or copied, its witness is missing or ahead, or the machine or key is another.
         """
         return Ledger(self.path, load_key(self.key_path), witness=self.witness, machine=machine)
 
@@ -86,12 +86,12 @@ class LedgerFiles:
         """Start again from a restored or moved ledger; see :mod:`conclave.privacy.ledger.upkeep.recovery`.
 
         Raises:
-            BadInputError: it is no ledger of this key, or the evidence does not hold.
+            BadInputError: it is not a ledger of this key, or the evidence does not hold.
         """
         return recover(self.path, load_key(self.key_path), witness=self.witness, machine=machine, evidence=evidence)
 
     def _finish_rotation(self) -> None:
-        """Where a crash came between the ledger's new key and the key file's, finish."""
+        """If a crash came between changing the ledger's key and changing the key file, finish the change."""
         if self._next_key_path.exists():
             try:
                 next_key = load_key(self._next_key_path)

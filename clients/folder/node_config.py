@@ -23,10 +23,10 @@ from conclave.data.formats.config import FormatConfig
 class DatasetConfig(Frozen):
     """The private data. ``declared_size`` is public: how many units the node says it has.
 
-    id: the owner's name for the data; there is one ledger for it, and one budget.
+    id: the owner's name for the data; it has one ledger and one budget.
     unit: whose participation is protected: each ``record``, or all records of a ``group``.
-    held_out: the share of units that never train, so that models can be measured on them. They have a ledger of their
-        own with the same budget: a unit is on one side only, so (ε, δ) holds for every unit.
+    held_out: the share of units that never train, so that models can be measured on them. They have their own ledger,
+        with the same budget: a unit is on one side only, so (ε, δ) holds for every unit.
     """
 
     id: str = Field(min_length=1, max_length=200)
@@ -48,7 +48,7 @@ class StorageConfig(Frozen):
 
     witness: a file that the ledger's last head is copied to; held-out units' has ``.held-out`` after its name. On
         another disk or machine than ``state``, or a restored backup cannot be told from the ledger itself.
-    machine: stands for the operating system's machine id, where that is missing or shared (containers).
+    machine: replaces the operating system's machine id if that is missing or shared (containers).
     """
 
     state: Path = Path("state")
@@ -73,7 +73,7 @@ class ConnectionConfig(Frozen):
 class NodeConfig(Frozen):
     """All of ``node.toml``.
 
-    server: None where the node is not connected to any. format: how the data are laid out; needed to start.
+    server: None if the node is not connected to one. format: how the data are laid out; needed to start.
     limits, monitoring: how the node runs on its machine.
     """
 

@@ -37,7 +37,7 @@ _CLAIMS = "data.claims"
 class NodeDirectory:
     """The folder that holds a ``node.toml``.
 
-    training: the ledger of the units that train. held_out: that of the units kept out of it; None where all train.
+    training: the ledger of the units that train. held_out: that of the other units; None if all units train.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,10 +65,10 @@ class NodeDirectory:
     ) -> NodeDirectory:
         """Create keys, ledgers and witnesses, and write ``node.toml``.
 
-        That file comes last: the same again completes what an interrupted attempt began.
+        That file comes last: calling this again in the same way completes what an interrupted attempt began.
 
         Args:
-            registry: where datasets that have a ledger are noted.
+            registry: where datasets that have a ledger are recorded.
             server: the one to dial; may be added to ``node.toml`` later.
 
         Raises:
@@ -131,7 +131,7 @@ class NodeDirectory:
         return files.open(self._machine)
 
     def claim_data(self) -> None:
-        """Claim the place that ``dataset.data`` names by now, beside those that were claimed before.
+        """Claim the place that ``dataset.data`` names now, in addition to those that were claimed before.
 
         Raises:
             BadInputError: as :meth:`open_ledger`.
@@ -152,7 +152,7 @@ class NodeDirectory:
         """Start again from a restored or moved ledger; see :mod:`conclave.privacy.ledger.upkeep.recovery`.
 
         Raises:
-            BadInputError: it is no ledger of this node, the evidence does not hold, or the data are another ledger's.
+            BadInputError: it is not this node's ledger, the evidence does not hold, or the data are another ledger's.
         """
         files = self.files(side)
         recovery = files.restore(self._machine, evidence)
@@ -197,7 +197,7 @@ class NodeDirectory:
 
     @property
     def layout(self) -> Path:
-        """What the records' sides depend on beside the records, where units are held out."""
+        """What the records' sides depend on besides the records, if units are held out."""
         return self.state / "held-out.layout"
 
     def connection_files(self) -> tuple[Path, Path]:

@@ -1,4 +1,4 @@
-"""The key that a node proves itself with to a server; other than the ledger's, it signs nothing that is kept."""
+"""The key with which a node proves itself to a server; unlike the ledger's key, it signs nothing that is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_node_key(path: Path) -> None:
     """Check that a node can prove itself with a key.
 
     Raises:
-        BadInputError: it is missing, cannot be read, is no such key, others can read it, or it is not that of the
+        BadInputError: it is missing, cannot be read, is not such a key, others can read it, or it is not that of the
             ``.pub`` beside it.
     """
     again = f"ssh-keygen -t ecdsa -b 384 -N '' -f {path} makes another, which an operator enrols"
@@ -45,7 +45,7 @@ def _public_line(path: Path) -> bytes:
 
 
 def create_node_key(path: Path) -> Path:
-    """Make the key that a node proves itself with, EC P-384 in OpenSSH's format, and its public half ``.pub``.
+    """Make the key with which a node proves itself, EC P-384 in OpenSSH's format, and its public half ``.pub``.
 
     The private half comes last, so that an interrupted attempt left no key without its public half.
 

@@ -17,7 +17,7 @@ def check_address(text: str) -> str:
     """Return an address of a server as it was given: ``name:port``, ``1.2.3.4:port`` or ``[::1]:port``.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not an address.
     """
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+)):([0-9]{1,5})", text)
     if found is None or not _is_host(found[1], found[2]) or not 1 <= int(found[3]) <= _LARGEST_PORT:
@@ -26,7 +26,7 @@ def check_address(text: str) -> str:
 
 
 def is_host_name(text: str) -> bool:
-    """Return whether this may be a name in the DNS; what ends in a number would be taken for an IPv4 address."""
+    """Return whether this may be a name in the DNS; a name that ends in a number would be taken for an IPv4 address."""
     labels = text.split(".")
     sound = all(re.fullmatch(_LABEL, label) for label in labels)
     return sound and len(text) <= _LONGEST_NAME and not labels[-1].isdigit()

@@ -27,7 +27,7 @@ Charges = Mapping[Mechanism, int] | Iterable[Mechanism]
 
 @dataclass(frozen=True)
 class AccountantReport:
-    """ε by accountant, and how the charges were rounded for PLD and PRV; None where they were not.
+    """ε by accountant, and how the charges were rounded for PLD and PRV; None if they were not.
 
     Every value is an upper bound, rounded or not.
     """
@@ -60,7 +60,7 @@ def accountant_report(charges: Charges, delta: float) -> AccountantReport:
 
 
 def epsilon_by_accountant(charges: Charges, delta: float) -> dict[str, float]:
-    """Return only the values of :func:`accountant_report`, which see. No charges are 0 by all three."""
+    """Return only the values of :func:`accountant_report`; see there. No charges give 0 by all three."""
     return accountant_report(charges, delta).epsilon
 
 

@@ -22,7 +22,7 @@ _SUM_TOLERANCE = Fraction(1, 10**9)
 class PlannedRelease:
     """``charges`` charges of ``steps`` Poisson-sampled steps each; several things may be released from each sample.
 
-    sampling_rate: q in (0, 1]; 1 is no sampling.
+    sampling_rate: q in (0, 1]; 1 means no sampling.
     share: what it may spend of the RDP that the plan's choices leave, in (0, 1].
     parts: name → share of the joint precision σ⁻² of what is released from one sample together; the shares sum to 1.
 

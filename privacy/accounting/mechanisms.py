@@ -18,7 +18,7 @@ SMALLEST_RATE, LARGEST_NOISE, MOST_STEPS = 1e-9, 1e9, 10**9
 class SampledGaussian:
     """The cost-relevant parameters of one charge: ``steps`` Poisson-subsampled Gaussian releases.
 
-    sampling_rate: q in (0, 1]; 1 is no sampling.
+    sampling_rate: q in (0, 1]; 1 means no sampling.
     noise_multiplier: σ relative to the sensitivity of everything released from one sample together, finite and > 0.
     steps: at least 1.
 
@@ -71,7 +71,7 @@ Mechanism = SampledGaussian | ExponentialChoice
 def joint_noise(noise_multipliers: Iterable[float]) -> float:
     """Return σ of everything released from one Poisson sample together: ``(Σ σᵢ⁻²)^−½``, rounded down.
 
-    Several releases of one sample are one event; charged apart, each with its own sampling, they would be understated.
+    Several releases of one sample are one event; charged separately, each with its own sampling, ε is understated.
     The result is the largest float not above the exact value, so one release keeps its σ.
 
     Raises:

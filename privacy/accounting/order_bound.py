@@ -1,8 +1,8 @@
 """An upper bound of the RDP of a Poisson-sampled Gaussian at any order, from sums that end.
 
 At whole orders α the moment ``A(α) = E[(1 + X)^α]``, X the relative change of the density, is a finite binomial sum.
-Between them dp-accounting adds magnitudes of an alternating series: that has a floor, which is all there is where σ is
-large, and no value at all where it does not converge. Two functions of the order are convex, so a straight line between
+Between them dp-accounting adds magnitudes of an alternating series: that has a floor, which is all there is if σ is
+large, and no value at all if it does not converge. Two functions of the order are convex, so a straight line between
 whole orders lies above them:
 
 * ``log A(α)``, a log-moment, which is 0 at order 1;
@@ -35,7 +35,7 @@ def rdp_bound(q_P: Array, sigma_P: Array, orders_A: Sequence[float]) -> Array:
     """Return upper bounds in nats of the RDP of one step of each (q, σ) at each order, [pairs, orders].
 
     Args:
-        q_P: sampling rates in (0, 1]; 1 is no sampling, and then the value is exact.
+        q_P: sampling rates in (0, 1]; 1 means no sampling, and then the value is exact.
         sigma_P: noise multipliers of at least 0.01.
         orders_A: above 1, up to 1024.
 

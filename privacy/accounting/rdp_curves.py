@@ -1,7 +1,7 @@
 """RDP of Poisson-sampled Gaussians at all of dp-accounting's default orders, many (q, σ) at a time.
 
 The same sums as dp-accounting's (Mironov, Talwar & Zhang 2019, arXiv:1908.10530, section 3.3), over arrays instead of
-term by term: 10,000 curves take seconds, not ten minutes. Where such a sum at a fractional order is no good,
+term by term: 10,000 curves take seconds, not ten minutes. If such a sum at a fractional order cannot be used,
 :func:`~conclave.privacy.accounting.order_bound.rdp_bound` stands for it, as in the ledger's prices. For reading only: a
 price comes from :func:`conclave.privacy.accounting.prices.rdp_at`, which asks dp-accounting itself.
 """

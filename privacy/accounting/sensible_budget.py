@@ -1,4 +1,4 @@
-"""Whether a budget (ε, δ) protects anybody, for so many units: what is refused, and what its owner should hear of.
+"""Whether a budget (ε, δ) protects anybody, for so many units: what is refused, and what its owner should be told.
 
 δ bounds the chance that the ε-guarantee does not hold. A mechanism that publishes each unit whole with probability δ is
 (0, δ)-DP: with n units it gives n·δ of them away on average. So δ of 1/n and more protects nobody in particular.

@@ -1,4 +1,4 @@
-"""Arithmetic in which a row's result does not follow the rows around it, so that a coupling is told from rounding.
+"""Arithmetic in which a row's result does not depend on the rows around it, so a coupling is not mistaken for rounding.
 
 A kernel adds up in an order that depends on the shape of the batch, and the last bits of a row with it: at float32 by
 1e-7, at bfloat16 by a per cent. A tolerance wide enough for that hides small couplings. Instead every operation is
@@ -38,7 +38,7 @@ class RoundedOnce(TorchDispatchMode):
     """Within it, operations on floating-point tensors are computed in float64 and rounded once.
 
     coarsest: the least precise floating-point type that an operation returned; None before the first.
-    as_they_are: operations that have no float64 form, and the least precise type that they returned.
+    as_they_are: operations without a float64 form, and the least precise type that they returned.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ def _widened(x: Any) -> Any:
 
 @cache
 def _computes(func: Any) -> bool:
-    """Views and conversions compute nothing, and what draws must not draw twice."""
+    """Views and conversions compute nothing, and random operations must not run twice."""
     if torch.Tag.nondeterministic_seeded in func.tags or func._schema.name in _MOVE_ONLY:
         return False
     return not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -117,7 +117,7 @@ _GROUPED = {torch.ops.aten._grouped_mm.default}
 
 
 def _grouped_products(a: Tensor, b: Tensor, offsets_E: Tensor | None = None, *rest: Any, **options: Any) -> Tensor:
-    """What ``grouped_mm`` computes, group by group: it knows no float64.
+    """What ``grouped_mm`` computes, group by group: it does not support float64.
 
     Raises:
         NotImplementedError: groups of another layout, a bias, or another type for the result.

@@ -1,4 +1,4 @@
-"""Batches that put the same records into different company: more or fewer, others, in another place.
+"""Batches that put the same records into different company: more or fewer records, others, in another place.
 
 Made from the records that were brought: repeated, resampled, and, where the model takes them, changed.
 """
@@ -28,9 +28,9 @@ class Company:
 
     example_B: int64, the number of each row: of the record that it is, or a further number where it is made up.
     known_B: bool, which rows are such records.
-    made_up: whether any row is not, so that a model may refuse it.
-    gradients: of which known rows to take gradients too. Losses tell more cheaply, of rows that are no numbers nothing
-        else can be told, and of many rows the last is as good as any.
+    made_up: whether any row is made up, so that a model may refuse it.
+    gradients: of which known rows to take gradients too. Losses are cheaper to compare; for rows that are NaN nothing
+        else can be compared, and of many rows the last is as good as any.
     """
 
     name: str

@@ -57,7 +57,7 @@ def _poisoned_losses(subject: Subject, victim: int, tolerance: float) -> list[st
 
 
 def _broken_records(subject: Subject, victim: int, tolerance: float) -> list[str]:
-    """A model may make do with NaN in a record: what that unit contributes alone is its own, and all it may change."""
+    """A model may cope with NaN in a record: then what that unit contributes alone is all that it may change."""
     everyone, wrong = torch.arange(subject.examples), []
     others = subject.sums(all_but(subject.examples, victim))
     for name, tensor in subject.records.items():
@@ -72,7 +72,7 @@ def _broken_records(subject: Subject, victim: int, tolerance: float) -> list[str
 
 
 def _agree(total: Tensor, expected: Tensor, subject: Subject, tolerance: float) -> bool:
-    """Within what rounding explains: of the sum's size, or where little is left of it, of all that was added up."""
+    """Whether rounding explains the difference: relative to the sum, or if that is small, to all that was added up."""
     size = max(float(expected.norm()), 1e-3 * subject.mechanism.clip)
     return float((total - expected).norm()) <= tolerance * size
 

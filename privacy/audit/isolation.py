@@ -129,7 +129,7 @@ def _errors(subject: Subject, losses: Losses, company: Company, alone: _Alone) -
 
 
 def _relative(now: Tensor, before: Tensor, all_N: Tensor) -> float:
-    """Return the error; 0 where both are the same, also where both are no number."""
+    """Return the error; 0 if both are the same, also if both are NaN."""
     if same_bits(now, before):
         return 0.0
     sizes_N = all_N.reshape(len(all_N), -1).norm(dim=1)
@@ -153,7 +153,7 @@ def _strict(subject: Subject) -> Finding:
 
 
 def check_gradients(subject: Subject) -> Finding:
-    """Compare what units contribute, alone and together, where nothing is clipped, with gradients by plain autograd.
+    """Compare what units contribute, alone and together and without clipping, with gradients by plain autograd.
 
     A weight that is used outside its layer's forward pass, by ``torch.nn.functional`` say, is not seen by hooks: its
     gradient would be missing from the sum. That leaks nothing, but trains another model.
@@ -183,7 +183,7 @@ def check_gradients(subject: Subject) -> Finding:
 
 
 def check_state(subject: Subject) -> Finding:
-    """Use the model on records: it must keep nothing of them, be the same model afterwards, and draw for each alone.
+    """Use the model on records: it must keep nothing of them, stay the same model, and draw for each record alone.
 
     Compared are what Python shows of its memory after records that differ, and its losses and gradients when fresh and
     when used. A table that is filled at the first call, whatever the records, is fine; so is what the next call writes
@@ -235,9 +235,9 @@ def check_state(subject: Subject) -> Finding:
 
 
 def _unlike_when_built_anew(subject: Subject, halves: tuple[Tensor, Tensor], tolerance: float) -> list[str]:
-    """Compare models built alike that saw other records first: what hides their memory from Python hides it in vain.
+    """Compare models built alike that saw different records first: this finds memory that Python does not show.
 
-    What is not the same after the same records either, or cannot be built twice, tells nothing.
+    If they also differ after the same records, or cannot be built twice, nothing follows.
     """
     build = subject.rebuild
     if build is None:
@@ -265,9 +265,9 @@ def _unlike_when_built_anew(subject: Subject, halves: tuple[Tensor, Tensor], tol
 
 
 def _other_draws(subject: Subject) -> tuple[float, bool]:
-    """Return how far losses are apart where what is drawn for no unit of its own is drawn anew; and if it is at all.
+    """Return how far losses differ if draws that belong to no unit are repeated, and whether there are any.
 
-    Such a draw follows how many were made before it, and so the other units of the batches before.
+    Such a draw depends on how many were made before it, and so on other units of earlier batches.
     """
     losses, everyone = losses_of(subject, range(_CALLS)), torch.arange(subject.examples)
     with kept(subject) as memory:

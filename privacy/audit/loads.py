@@ -40,7 +40,7 @@ def check_load_sensitivity(subject: Subject) -> Finding:
 
 
 def check_load_noise(subject: Subject) -> Finding:
-    """Subtract the histogram that is known from those released, with everybody and nobody in the sample."""
+    """Subtract the known histogram from the released ones, with everybody and with nobody in the sample."""
     mechanism = replace(subject.mechanism, sampling_rate=1.0, steps=1)
     std = mechanism.noise_parts[LOADS] * math.sqrt(_square_bound(subject))
     rows: list[torch.Tensor] = []
@@ -64,5 +64,5 @@ def check_load_noise(subject: Subject) -> Finding:
 
 
 def _square_bound(subject: Subject) -> int:
-    """L·K of the model, told from its routers and not from the histogram that is under audit."""
+    """L·K of the model, computed from its routers and not from the histogram under audit."""
     return sum(layer.router.top_k for layer in subject.module.modules() if isinstance(layer, MoELayer))

@@ -1,7 +1,7 @@
 """Everything that a model and its loss can remember from one call to the next, as far as Python shows it.
 
 State hides in more places than buffers: plain attributes, lists and dictionaries, closures, default arguments, class
-attributes, globals of the model's own module. All that is reachable is looked up, so that a model that was used can be
+attributes, globals of the model's own module. Everything reachable is visited, so that a model that was used can be
 put back to what it was, and compared with one that saw other records.
 """
 
@@ -39,7 +39,7 @@ class Memory:
     """What was reachable from some objects when it was taken."""
 
     def __init__(self, **roots: object) -> None:
-        """Remember the state of everything reachable from ``roots``, each known by its name in what is reported."""
+        """Remember the state of everything reachable from ``roots``, whose names are used in reports."""
         self._roots = roots
         self._undo = [undo for _, thing in _Walk(roots).places() if (undo := _undo_for(thing)) is not None]
 
@@ -62,7 +62,7 @@ _Place = tuple[str, Any]
 
 @dataclass(frozen=True)
 class _Names:
-    """Some names of a namespace that holds others too: globals that a function uses, a class's attributes, slots."""
+    """Some names of a larger namespace: globals that a function uses, a class's attributes, slots."""
 
     get: Callable[[str], object]
     put: Callable[[str, Any], None]
@@ -189,7 +189,7 @@ def _value(get: Callable[[], object]) -> object:
 
 
 def _undo_for(thing: Any) -> Callable[[], None] | None:
-    """Return what puts a mutable thing back to what it is now; None where there is nothing to put back."""
+    """Return what restores a mutable thing to what it is now; None if there is nothing to restore."""
     if isinstance(thing, dict):
         return _undo_dictionary(thing)
     if isinstance(thing, list | deque):

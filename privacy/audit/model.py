@@ -41,12 +41,12 @@ BLACK_BOX = ("isolation", "state")
 
 
 def audit_model(subject: Subject) -> list[Finding]:
-    """Run all checks; model and loss are put back after each to what they were.
+    """Run all checks; model and loss are restored after each.
 
     Every check reports. One that cannot be run, whatever the reason, is incomplete and says why; the others still run.
 
     Raises:
-        BadInputError: model, loss and records are nothing that could be trained; see
+        BadInputError: model, loss and records cannot be trained at all; see
             :mod:`conclave.privacy.audit.usable`.
     """
     mode = subject.module.training

@@ -26,7 +26,7 @@ Losses = Callable[[Records, Tensor], Tensor]
 
 @contextmanager
 def kept(subject: Subject) -> Iterator[Memory]:
-    """Put model and loss back at the end to what they were, whatever they keep where."""
+    """Restore model and loss at the end, whatever they keep and wherever they keep it."""
     memory = Memory(model=subject.module, loss=subject.example_loss)
     try:
         yield memory
@@ -37,7 +37,7 @@ def kept(subject: Subject) -> Iterator[Memory]:
 def losses_of(subject: Subject, seeds: Iterable[int] = repeat(0)) -> Losses:
     """Return how training takes losses, in training mode.
 
-    Where training refuses the model, draws are those of a training that did not.
+    If training refuses the model, draws are as if it had not.
 
     Args:
         seeds: one a call, for what is drawn from streams that all records share. By default the same, so that a model
@@ -78,7 +78,7 @@ def same_randomness(seed: int = 0) -> None:
 
 
 def has_drawn(seed: int = 0) -> bool:
-    """Say whether anything was drawn from these generators since :func:`same_randomness`; of GPUs' it is not known."""
+    """Say whether anything was drawn from these generators since :func:`same_randomness`; unknown for GPUs."""
     with callers_randomness_untouched():
         now = _drawn()
         same_randomness(seed)
@@ -92,7 +92,7 @@ def _drawn() -> tuple[object, ...]:
 
 @contextmanager
 def callers_randomness_untouched() -> Iterator[None]:
-    """Give the generators that a program shares back as they were."""
+    """Restore the generators that a program shares."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
@@ -121,7 +121,7 @@ def coarsest_type(subject: Subject) -> torch.dtype:
 
 
 def most_at_once(subject: Subject) -> int:
-    """Return how many examples training processes at once, as many as it ever does where that cannot be told."""
+    """Return how many examples training processes at once; the most that it ever does if that cannot be determined."""
     if subject.mechanism.physical_batch is not None:
         return min(subject.mechanism.physical_batch, MOST)
     same_randomness()

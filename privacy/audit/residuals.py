@@ -1,4 +1,4 @@
-"""What is left of releases without what is known must be the stated noise: of its size and law, and never repeated."""
+"""Releases minus what is known must be the stated noise: of its size and law, and never repeated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def size_and_law(residual_N: Tensor) -> list[str]:
 
 
 def correlated(what: str, a_N: Tensor, b_N: Tensor) -> list[str]:
-    """Compare two rows of residuals; too few tell nothing."""
+    """Compare two rows of residuals; from too few, nothing follows."""
     if len(a_N) <= 100:
         return []
     correlation = float(torch.corrcoef(torch.stack([a_N, b_N]))[0, 1])

@@ -20,7 +20,7 @@ SCALES = (1.0, 2.0**20, 2.0**-20)
 def check_sensitivity(subject: Subject) -> Finding:
     """Leave out every unit in turn, at several sizes of gradient.
 
-    At half precision the others' gradients are rounded apart too, each by a little of C: that much is no unit's doing.
+    At half precision the others' gradients also differ by rounding, each by a little of C; no unit causes that.
     """
     worst, where, n = 0.0, "", subject.examples
     half = torch.finfo(coarsest_type(subject)).bits < 32
@@ -41,7 +41,7 @@ def check_sensitivity(subject: Subject) -> Finding:
 
 
 class _Probe(nn.Module):
-    """A dense layer whose input and output gradient are chosen: what a server that crafts weights can bring about."""
+    """A dense layer whose input and output gradient are chosen, as a server that crafts weights could arrange."""
 
     def __init__(self, delta_TO: Tensor, width: int) -> None:
         super().__init__()

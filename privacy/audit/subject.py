@@ -25,7 +25,7 @@ class Subject:
     """A model, its loss, synthetic records, and the mechanism it is to be trained with.
 
     start: makes the training under audit; the real one unless a test puts a broken one in its place.
-    rebuild: makes model and loss once more, as they were before any use; None where nothing does.
+    rebuild: makes model and loss once more, as they were before any use; None if they cannot be rebuilt.
     """
 
     module: nn.Module
@@ -75,8 +75,8 @@ class Subject:
 class Finding:
     """The outcome of one check.
 
-    violation: what was seen that speaks against the claim, None where nothing does.
-    incomplete: why the check, or a part of it, could not be run, None where all of it was.
+    violation: what was seen that contradicts the claim; None if nothing does.
+    incomplete: why the check, or a part of it, could not be run; None if all of it was.
     """
 
     check: str
@@ -86,7 +86,7 @@ class Finding:
 
     @property
     def verdict(self) -> Verdict:
-        """A counter-example counts, whatever could not be run beside it."""
+        """A counter-example counts, whatever else could not be run."""
         if self.violation is not None:
             return "VIOLATED"
         return "NOT_REFUTED" if self.incomplete is None else "INCOMPLETE"
@@ -108,7 +108,7 @@ def said(error: BaseException) -> str:
 
 
 def length(difference: Tensor) -> float:
-    """Return the L2 norm of a difference; infinite where it is no number, so that no later one can take its place."""
+    """Return the L2 norm of a difference; infinite if it is NaN, so that no later one can hide it."""
     norm = float(difference.norm())
     return norm if norm == norm else math.inf
 

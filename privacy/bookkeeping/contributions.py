@@ -1,7 +1,7 @@
 """Per-unit gradients of one parameter: how large they are, and their weighted sum.
 
 Every kind answers three questions: ``measure`` (a certified bound of each unit's norm), ``weighted`` (Σ_u f_u g_u) and
-``per_unit`` (each g_u, for checks and for what cannot be told otherwise).
+``per_unit`` (each g_u, for checks and for what cannot be computed otherwise).
 
 Dimension suffixes: U units, L rows of a unit, N rows, D and O widths, E experts, V table size.
 """
@@ -44,7 +44,7 @@ class Contribution(ABC):
 
 
 class PerUnit(Contribution):
-    """Gradients that are small, or already there: norm gains, biases, scalars, layers nobody knows."""
+    """Gradients that are small, or already there: norm gains, biases, scalars, layers without a rule."""
 
     def __init__(self, gradient_U: Tensor) -> None:
         self._gradient_U = gradient_U
@@ -72,7 +72,7 @@ def measure_materialised(gradient_U: Tensor) -> Materialised:
 
 
 class Matrix(Contribution):
-    """g_u = Σ_t δ_t ⊗ x_t of a dense layer: materialised or told from Gram matrices, whichever costs less."""
+    """g_u = Σ_t δ_t ⊗ x_t of a dense layer: materialised or computed from Gram matrices, whichever costs less."""
 
     def __init__(self, delta: Factor, x: Factor, shape: Size) -> None:
         self.delta, self.x, self.shape = delta, x, shape

@@ -1,4 +1,4 @@
-"""A layer without a rule: every example gets parameters of its own, and autograd says each one's gradient.
+"""A layer without a rule: every example gets its own parameters, and autograd computes each one's gradient.
 
 The layer's own forward pass runs once more, example by example (``torch.func.vmap``), with every parameter expanded
 along the batch. What it was called with, numbers, keywords and several tensors, is what it sees; the attributes it has
@@ -23,7 +23,7 @@ from conclave.privacy.bookkeeping.shared import widened
 
 
 class _WithoutHooks(nn.Module):
-    """Calls a layer's forward pass alone: its hooks belong to the call that is going on already."""
+    """Calls a layer's forward pass without its hooks, which belong to the call that is already going on."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def run_expanded(
         The output, and the expanded parameters: leaves of its graph, whose gradients are those of every example.
 
     Raises:
-        BadInputError: a tensor among inputs or outputs has not the batch as its first axis.
+        BadInputError: a tensor among inputs or outputs does not have the batch as its first axis.
         Exception: the layer cannot be run example by example, because it draws random numbers, say.
     """
     inputs, structure = tree_flatten((args, dict(kwargs)))

@@ -59,7 +59,7 @@ def register(*kinds: type[nn.Module], by_row: bool = False) -> Callable[[Rule], 
 
 
 def rule_for(layer: nn.Module) -> Rule | None:
-    """Return the rule of a layer, None where it has none, also because its forward pass is not its class's."""
+    """Return the rule of a layer; None if it has none, also because its forward pass is not that of its class."""
     return None if "forward" in vars(layer) else _RULES.get(type(layer))
 
 
@@ -71,7 +71,7 @@ def wanted(parameter: Tensor | None) -> bool:
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return a layer's own trained parameters by name.
 
-    One that a module inside holds too is that module's: Opacus's recurrent layers give their cells' second names.
+    A parameter that an inner module also holds belongs to that module: Opacus's recurrent layers rename their cells'.
     """
     inside = {id(p) for child in layer.children() for p in child.parameters()}
     return {key: p for key, p in layer._parameters.items() if p is not None and p.requires_grad and id(p) not in inside}
@@ -110,7 +110,7 @@ def embedding_bag(layer: nn.EmbeddingBag, inputs: Sequence[Kept], delta: Tensor,
 
 
 def _bags(layer: nn.EmbeddingBag, inputs: Sequence[Tensor], examples: int) -> tuple[Tensor, Tensor]:
-    """Return the ids of each example and their weights, [B, L]; a place that has no id weighs 0."""
+    """Return the ids of each example and their weights, [B, L]; a place without an id has weight 0."""
     ids, rest = inputs[0].long(), list(inputs[1:])
     if ids.dim() == 1:
         start_B = rest.pop(0).long()
@@ -175,7 +175,7 @@ def group_norm(layer: nn.GroupNorm, inputs: Sequence[Kept], delta: Tensor, step:
 
 @register(nn.Conv1d, nn.Conv2d)
 def convolution(layer: nn.Conv1d | nn.Conv2d, inputs: Sequence[Kept], delta: Tensor, step: Passing) -> Contributions:
-    """A dense layer on patches; unfolded, never a fast convolution, whose rounding has no such bound."""
+    """A dense layer on patches: unfolded, never a fast convolution, whose rounding has no such bound."""
     x_BCHW, delta_BOHW = inputs[0].value, delta
     if isinstance(layer, nn.Conv1d):
         x_BCHW, delta_BOHW = x_BCHW.unsqueeze(2), delta_BOHW.unsqueeze(2)

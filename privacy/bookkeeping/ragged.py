@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Memory that is used again and again. New memory costs a page fault per 4 KiB, more than filling it."""
+    """Memory that is reused. New memory costs a page fault per 4 KiB, more than filling it."""
 
     def __init__(self) -> None:
         self._places: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The pass itself: record inputs going forward, take output gradients going backward, none for parameters."""
+"""The pass itself: record inputs going forward, take output gradients going backward, compute none for parameters."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Pass:
         return kept
 
     def hand_over(self) -> list[Use]:
-        """Return the uses and let go of them: each input lives on for as long as somebody asks for it."""
+        """Return the uses and release them: each input lives as long as somebody needs it."""
         uses, self.uses, self._kept = self.uses, [], {}
         return uses
 
@@ -132,7 +132,7 @@ class _Call(NamedTuple):
     output: Any
 
     def inputs(self) -> list[Any]:
-        """Return what it was given in the order of its forward pass's parameters, however it was passed."""
+        """Return its arguments in the order of its forward pass's parameters, however they were passed."""
         if not self.kwargs:
             return list(self.args)
         return list(inspect.signature(self.layer.forward).bind(*self.args, **self.kwargs).arguments.values())
@@ -141,7 +141,7 @@ class _Call(NamedTuple):
 class Bookkeeper:
     """Finds per-unit gradients of a module's trained parameters in one backward pass.
 
-    ``fallbacks`` names the layers that have no rule and get parameters of each example's own: right, but slow.
+    ``fallbacks`` names the layers that have no rule and get separate parameters per example: right, but slow.
 
     While a layer runs, its parameters take no part in the graph: its rule, or the expanded copies, stand for them. All
     other uses of a parameter do enter the graph, where :mod:`conclave.privacy.training.accounted` finds and refuses
@@ -152,7 +152,7 @@ class Bookkeeper:
         """Attach to ``module``; :meth:`close` leaves it as it was.
 
         Raises:
-            BadInputError: a layer makes examples depend on each other, or cannot be told by unit.
+            BadInputError: a layer makes examples depend on each other, or has no gradients per unit.
         """
         refusals.check(module)
         self._trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]

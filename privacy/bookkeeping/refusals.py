@@ -1,6 +1,6 @@
 """Models that cannot be made private as they are, refused by name, each with what to use instead.
 
-All of it shows in the module alone, without records: :func:`check` can be asked before anything is charged.
+All of it can be seen in the module alone, without records: :func:`check` can run before anything is charged.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ _NOT_BY_OPACUS: list[Refusal] = [
 
 
 def check(module: nn.Module, gradients: str = "bookkeeping") -> None:
-    """Refuse a module that holds a layer whose examples are not independent, or that cannot be told by unit.
+    """Refuse a module that holds a layer whose examples are not independent, or that has no gradients per unit.
 
     What a module computes in its own ``forward`` cannot be seen here: :mod:`conclave.privacy.training.accounted` looks
     whether every gradient is accounted for, ``conclave audit model`` whether examples are independent.

@@ -1,4 +1,4 @@
-"""One call of a layer: what was kept of it, and what its parameters' gradients are."""
+"""One call of a layer: what was kept of it, and its parameters' gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Use(Protocol):
     edges: Sequence[GradientEdge | Tensor]
 
     def contributions(self, deltas: Sequence[Tensor | None], step: Passing) -> Iterator[tuple[Tensor, Contribution]]:
-        """Return the per-unit gradients, given what came by at each edge; None where the loss does not depend on it."""
+        """Return the per-unit gradients, given the gradient at each edge; None if the loss does not depend on it."""
 
 
 @dataclass

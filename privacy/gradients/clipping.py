@@ -1,7 +1,7 @@
 """Clip factors: how much of each unit's gradient enters the sum.
 
 Every kind keeps the joint L2 norm of a unit's contribution, over all trained parameters, within the clip bound C. All
-are told from upper bounds of norms, and shrunk by 2^-10 so that rounding cannot carry a contribution over C.
+are computed from upper bounds of norms, and shrunk by 2^-10 so that rounding cannot carry a contribution over C.
 
 * flat: min(1, C/‖g‖) for the whole gradient (Abadi et al. 2016, arXiv:1607.00133).
 * per-layer: each of P parameter tensors is clipped to C/√P by itself.
@@ -97,7 +97,7 @@ class AdaptiveClip:
     def count_noise(noise_multiplier: float, divisor: float) -> float:
         """Return the standard deviation of the count's noise.
 
-        A twentieth of the expected batch, but never so little that most of the noise multiplier went to the count.
+        A twentieth of the expected batch, but never so small that most of the precision would go to the count.
         """
         return max(divisor / 20.0, noise_multiplier)
 

@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at once while a piece of code runs: what torch itself tells of the GPU only."""
+"""How many bytes of tensors live at once while a piece of code runs, which torch itself reports only for GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class MemoryMeter(TorchDispatchMode):
     """Watches every operation within it; ``peak`` is the most bytes that the tensors it counts took at once.
 
-    What an operation takes and gives back within itself is not seen.
+    Memory that an operation takes and frees internally is not seen.
     """
 
     def __init__(self, counts: Callable[[int], bool]) -> None:

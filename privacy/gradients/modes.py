@@ -56,7 +56,7 @@ class GradientMode(Protocol):
         """Return the sum of a physical batch that has at least one unit."""
 
     def unwatched(self) -> AbstractContextManager[None]:
-        """Within it, a forward pass of the module is none of the mode's business."""
+        """Within it, the mode ignores forward passes of the module."""
 
     def close(self) -> None:
         """Leave the module as it was."""
@@ -95,7 +95,7 @@ class Bookkeeping:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Layers that are materialised for want of a rule."""
+        """Layers that are materialised because they have no rule."""
         return self._bookkeeper.fallbacks
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
@@ -147,7 +147,7 @@ def unit_mean(loss_B: Tensor, units: Units) -> Tensor:
 
 
 class _OpacusMode(ABC):
-    """What both modes of Opacus do with its hooks, which remember on module and parameters what they have seen."""
+    """What both Opacus modes do with its hooks, which keep what they have seen on module and parameters."""
 
     name: str
 
@@ -166,7 +166,7 @@ class _OpacusMode(ABC):
         """Return the clipped sum."""
 
     def clipped_sum(self, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping) -> ClippedSum:
-        """Return the clipped sum. A pass that does not end leaves nothing that a later one would add to its own."""
+        """Return the clipped sum. An interrupted pass leaves nothing that a later one would add."""
         self._forget()
         try:
             return self._sum(loss, batch, units, clipping)
@@ -181,14 +181,14 @@ class _OpacusMode(ABC):
             raise
 
     def _forget(self) -> None:
-        """Forget layers that were called and had no part in the loss: Opacus would wait for them for ever."""
+        """Forget layers that were called but had no part in the loss: Opacus would wait for them forever."""
         for layer in self._module.modules():
             vars(layer).pop("activations", None)
         for parameter in self._trained:
             vars(parameter)["_forward_counter"] = 0
 
     def _check_counted(self) -> None:
-        """Refuse a parameter of which Opacus has seen some uses and waits for others: it would leave it out."""
+        """Refuse a parameter for which Opacus saw some uses and waits for others: its gradient would be left out."""
         for name, parameter in self._module.named_parameters():
             if "_current_grad_sample" in vars(parameter):
                 raise BadInputError(
@@ -327,7 +327,7 @@ class Ghost(_OpacusMode):
 
 
 class Strict:
-    """Every unit alone: nothing about it depends, in any bit, on who else is in the batch.
+    """Every unit alone: no bit of its contribution depends on who else is in the batch.
 
     A clipped contribution is rounded toward zero onto the grid ``clip·2^-30`` and summed in int64, so it can only get
     smaller, and sums have no rounding that crafted weights could amplify.
@@ -371,7 +371,7 @@ class Strict:
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
-    """Return what autograd found, zeros where it found nothing; of a table it may have found single rows."""
+    """Return what autograd found, zeros if it found nothing; for a table it may have found single rows."""
     if gradient is None:
         return torch.zeros_like(parameter)
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -1,6 +1,6 @@
-"""How many examples are processed at once: from public shapes alone, so it tells nothing about the data.
+"""How many examples are processed at once: from public shapes alone, so it reveals nothing about the data.
 
-What a batch takes is measured on made-up examples and worked out from that, for the largest batch that sampling may
+What a batch takes is measured on made-up examples and extrapolated, for the largest batch that sampling may
 draw as for the smallest. Where the records' own values decide how much memory a step takes (which experts a token
 chooses, how many records a unit has), the worst that they can do is counted.
 """
@@ -37,7 +37,7 @@ _PADDED = 1.5
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a batch beside what the model itself takes, an upper bound.
+    """Bytes of a batch in addition to what the model itself takes, an upper bound.
 
     example: each example. pair: for each pair of examples of one unit, an example with itself included.
     unit: for each unit of several examples.
@@ -58,7 +58,7 @@ class Footprint:
         return self.of(1, 1)
 
     def check_fits(self, memory_bytes: int) -> None:
-        """Refuse a model of which not one example fits into the bytes that a batch may take.
+        """Refuse a model if not even one example fits into the bytes that a batch may take.
 
         Raises:
             BadInputError: it takes more.
@@ -70,7 +70,7 @@ class Footprint:
             )
 
     def room(self, memory_bytes: int) -> Room:
-        """Return what is processed at once where a batch may take so much; one example at least."""
+        """Return what is processed at once if a batch may take that much; at least one example."""
         return Room(max(1, min(MOST, memory_bytes // max(self.smallest, 1))), self, memory_bytes)
 
 
@@ -104,7 +104,7 @@ def measured(run: Callable[[], object], module: nn.Module, *, grams: bool) -> Fo
     """Return what examples take, measured while ``run`` processes :data:`TRIED` of them, each a unit of its own.
 
     Args:
-        grams: whether norms are told from Gram matrices, which grow with the square of a unit's rows.
+        grams: whether norms are computed from Gram matrices, which grow with the square of a unit's rows.
     """
     # What has as many values as a parameter is a sum or a weight, and counted with the model.
     sizes = {p.numel() for p in module.parameters()}

@@ -1,6 +1,6 @@
 """What is drawn for a unit is a function of secret, step and that unit: whether it is sampled, and what layers draw.
 
-A mode of gradients may run a part of a batch alone. So each example brings its number along, as one tensor more.
+A gradient mode may run a part of a batch alone. So each example carries its number, in one additional tensor.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def with_own_draws(
     """Return a loss of :func:`numbered` batches, with random layers drawing as in one step.
 
     Args:
-        loads: takes note of the experts that are chosen, where given.
+        loads: if given, notes the experts that are chosen.
     """
 
     def loss(batch: Records) -> Tensor:

@@ -31,8 +31,8 @@ class UnitIndex:
     """Looks up the examples of units.
 
     With groups (a patient's visits, an author's texts) a unit is a group, and only its first ``records_per_unit``
-    records take part: a public cap, so that nobody's share of the work is without bound. Of memory nobody's is: what is
-    larger than there is room for is processed in parts.
+    records take part: a public cap, so that nobody's share of the work is unbounded. Memory is bounded anyway: what is
+    larger than the available room is processed in parts.
     """
 
     def __init__(self, examples: int, group_B: Tensor | None = None, records_per_unit: int | None = None) -> None:

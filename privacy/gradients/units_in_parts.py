@@ -2,7 +2,7 @@
 
 Its records' gradients are added up over the parts, in float64, and only their sum is clipped: a unit is never split
 before clipping. What is clipped is what is summed, so the norm that it is clipped by needs no further certificate
-beyond rounding in float64, which the shrinking of the clip bound covers.
+beyond rounding in float64, which the margin of the clip bound covers.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Derived:
             self.plans = {name: (*value[:2], False) for name, value in self.plans.items()}
 
     def store(self, db: sqlite3.Connection) -> None:
-        """Make the file's tables say this, inside the open transaction; where they do already, write nothing."""
+        """Make the file's tables say this, inside the open transaction; if they already do, write nothing."""
         plans = {(*name, str(aside), str(drawn), int(is_open)) for name, (aside, drawn, is_open) in self.plans.items()}
         if set(db.execute("SELECT run_id, plan_hash, set_aside, drawn, open FROM plans")) != plans:
             db.execute("DELETE FROM plans")

@@ -1,4 +1,4 @@
-"""What one run drew from a ledger so far: by round, and of each plan. Read from the entries alone."""
+"""What one run has drawn from a ledger so far, by round and by plan. Read from the entries alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Drawn:
     _most: dict[str, Counter[str]] = field(default_factory=dict)
 
     def catch_up(self, db: sqlite3.Connection) -> None:
-        """Take note of what was appended since; call it inside the transaction that appends."""
+        """Read what was appended since; call it inside the transaction that appends."""
         # An entry's own text cannot spell this: within a string, quotes are escaped.
         named = f'"run_id":{canonical_json(self.run_id).decode()}'
         rows = db.execute("SELECT body FROM entries WHERE seq > ? AND instr(body, ?) ORDER BY seq", (self.last, named))

@@ -24,7 +24,7 @@ other three are about the ledger itself: a new key, a start from a restored copy
 def charge_id_of(
     kind: str, *, ledger_id: str, run_id: str, round_number: int, plan_hash: str, model_in_hash: str
 ) -> str:
-    """Identify a charge by its whole content, so other content is another charge; whoever asks can work it out."""
+    """Identify a charge by its whole content, so other content is another charge; whoever asks can compute it."""
     return sha256(canonical_json([run_id, round_number, ledger_id, plan_hash, model_in_hash, kind]))
 
 
@@ -38,7 +38,7 @@ class ChargeRequest:
     """What a node is about to spend, and on what. Nothing here derives from private data.
 
     mechanism: None is training without privacy, charged ε = ∞ (simulation only).
-    parts: σ of each release by name, where several are made from one Poisson sample: they are one charge.
+    parts: σ of each release by name, if several are made from one Poisson sample: they are one charge.
     kind: what is released, for instance ``train``.
     numeric: ``strict`` or ``fast``, where the clip bound holds for what was summed; ``uncertified`` otherwise.
     rng: ``os-entropy``, or ``seeded`` in simulation.

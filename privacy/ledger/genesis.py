@@ -63,7 +63,7 @@ class Genesis(Hashed):
 
     @property
     def line(self) -> bytes:
-        """The canonical JSON, as it always was where nothing is held out."""
+        """The canonical JSON, unchanged from earlier formats if nothing is held out."""
         document = asdict(self)
         if self.held_out == "0":
             del document["held_out"], document["side"]

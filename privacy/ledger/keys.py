@@ -14,7 +14,7 @@ from conclave.base.whole_file import new_file
 
 
 class DamagedKeyError(BadInputError):
-    """What lies there is no key at all: another file, or the beginning of one."""
+    """What is there is not a key: another file, or only the beginning of one."""
 
 
 def create_key(path: Path) -> Ed25519PrivateKey:
@@ -37,7 +37,7 @@ def load_key(path: Path) -> Ed25519PrivateKey:
     """Read a key.
 
     Raises:
-        DamagedKeyError: it is no Ed25519 key.
+        DamagedKeyError: it is not an Ed25519 key.
         BadInputError: it is missing, or others may read it.
     """
     try:

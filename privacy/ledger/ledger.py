@@ -93,12 +93,12 @@ class Ledger(Store):
         *,
         time: str | None = None,
     ) -> None:
-        """Set the budget of a whole plan aside: ``charges`` charges like ``request``. Again for the same plan: nothing.
+        """Set the budget of a whole plan aside: ``charges`` charges like ``request``. A second time: nothing.
 
         Args:
             also: other charges of the same plan, and how many of each.
-            time: when the plan was admitted elsewhere, see :meth:`admitted_at`; now, where it was not. When it is
-                asked for here may follow how long work on private data took.
+            time: when the plan was admitted elsewhere, see :meth:`admitted_at`; now, if it was not. When it is
+                asked for here may depend on how long work on private data took.
 
         Raises:
             BudgetExhaustedError: what is neither spent nor set aside does not suffice.
@@ -144,7 +144,7 @@ class Ledger(Store):
         return bool(self._rows("SELECT 1 FROM plans WHERE run_id = ? AND plan_hash = ? AND open", run_id, plan_hash))
 
     def admitted_at(self, run_id: str, plan_hash: str) -> str | None:
-        """Return the time of a plan's admission; None where it was never admitted."""
+        """Return the time of a plan's admission; None if it was never admitted."""
         rows = self._rows(
             "SELECT json_extract(body, '$.time') FROM entries WHERE charge_id = ? AND state = 'ADMITTED'",
             plan_id_of(self.genesis.ledger_id, run_id, plan_hash),
@@ -187,7 +187,7 @@ class Ledger(Store):
         same mechanism, not a second one. It is tried at most twice.
 
         Args:
-            repeat_key: names everything else the output follows from (code, numeric environment, start state). Where
+            repeat_key: names everything else the output depends on (code, numeric environment, start state). If
                 it has changed since, the charge cannot be repeated exactly and is abandoned.
 
         Raises:
@@ -285,7 +285,7 @@ class Ledger(Store):
         return str(charge_units(request.mechanism, float(self.genesis.order)))
 
     def _charge(self, request: ChargeRequest, charge_id: str) -> None:
-        """Draw a charge from the plan it belongs to, or from the rest of the budget where none was admitted."""
+        """Draw a charge from the plan it belongs to, or from the rest of the budget if none was admitted."""
         self._refuse_more_than_planned(request)
         price = self._price(request)
         if price != INFINITE:
@@ -362,7 +362,7 @@ class Ledger(Store):
         return StoredReply(charge_id, bytes(body), receipt)
 
     def _receipt(self, seq: int, head_hash: str, signature: str) -> SignedHead | None:
-        """Return the head of an entry; None where the file's signature is not one of this ledger's."""
+        """Return the head of an entry; None if the file's signature is not by one of this ledger's keys."""
         try:
             head = SignedHead(ledger_id=self.genesis.ledger_id, seq=seq, hash=head_hash, signature=signature)
         except ValidationError:

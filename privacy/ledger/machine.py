@@ -11,7 +11,7 @@ _FILES = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 
 def machine_id(stated: str | None = None) -> str:
-    """Return a hash of the operating system's machine id, or of ``stated``, which the owner chose in its place.
+    """Return a hash of the operating system's machine id, or of ``stated``, which the owner chose instead.
 
     Containers of one image may share an id, or have none: state one.
 

@@ -36,9 +36,9 @@ def spell(mechanism: Mechanism | None, *, clip: float, numeric: str, parts: Mapp
     """Return the JSON of a mechanism; None is training without privacy.
 
     Args:
-        clip: the bound of one unit's contribution, where there is one.
+        clip: the bound of one unit's contribution, if there is one.
         numeric: the level at which the bound holds.
-        parts: σ of each release where several are made from one Poisson sample. They are one event, charged with the
+        parts: σ of each release if several are made from one Poisson sample. They are one event, charged with the
             σ of all together.
 
     Raises:
@@ -113,7 +113,7 @@ def parse(text: str) -> Charged:
 
 
 def check_named(mechanism: Mechanism | None, releases: Collection[str], parts: Collection[str]) -> None:
-    """Refuse several releases from one Poisson sample of which not each is named with a σ.
+    """Refuse several releases from one Poisson sample unless each is named with a σ.
 
     Without that nobody could tell that the charge covers them all.
 

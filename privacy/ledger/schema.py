@@ -1,4 +1,4 @@
-"""The ledger's file format: tables, and the way from older formats to this one."""
+"""The ledger's file format: tables, and the conversion of older formats to this one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def is_ours(db: sqlite3.Connection) -> bool:
 
 
 def has_plain_tables(db: sqlite3.Connection) -> bool:
-    """Whether what can be read from a file is stored in it: a view, or a table of another module, may never end."""
+    """Whether everything readable from a file is stored in it: a view, or a virtual table, may never end."""
     return (
         db.execute(
             "SELECT 1 FROM sqlite_master WHERE type NOT IN ('table', 'index', 'trigger') OR sql LIKE 'CREATE VIRTUAL%'"
@@ -74,7 +74,7 @@ def _schema(db: sqlite3.Connection) -> frozenset[tuple[str, ...]]:
 
 
 def bound_to(secret: object, repeat_key: str) -> str:
-    """Return what the column ``repeat_key`` holds: with a secret that was damaged since, noise would be drawn anew."""
+    """Return what the column ``repeat_key`` holds: a secret that was damaged since would draw different noise."""
     return sha256(repeat_key.encode() + secret) if isinstance(secret, bytes) else ""
 
 

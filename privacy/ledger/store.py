@@ -188,7 +188,7 @@ class Store:
         """Compare with the witness, if there is one.
 
         Raises:
-            LedgerMismatchError: it is missing, ahead, or of another history.
+            LedgerMismatchError: it is missing, ahead, or belongs to another history.
         """
         if self._witness is None:
             return
@@ -221,7 +221,7 @@ class Store:
             raise BadInputError(f"{self.path}: {error}") from error
 
     def _catch_up(self) -> None:
-        """Let a witness follow that agrees, and did not hear of the last entry before a crash."""
+        """Update a witness that agrees but, because of a crash, did not hear of the last entry."""
         self._mirror()
 
     def _migrate(self, machine: str | None) -> None:
@@ -242,7 +242,7 @@ class Store:
             check_whole(self._db, self.path)
 
     def _check_unsigned(self, version: int, machine: str | None) -> None:
-        """Look at what an older format would become, and take it back: it has no signature, so anybody can write one.
+        """Look at what an older format would become, and undo that: it is not signed, so anybody can write one.
 
         Its witness must have seen its last entry. A simulation has none, and nobody to protect.
         """
@@ -350,7 +350,7 @@ class Store:
         return seq, json.loads(body)["rdp_total"], entry_hash
 
     def _rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        """Read. A thread that is in the midst of it would let another's check-point fail: the table is locked then."""
+        """Read. A thread that is still reading would make another's checkpoint fail: the table is locked then."""
         with self._one_thread:
             return self._db.execute(query, values).fetchall()
 
@@ -376,7 +376,7 @@ class Store:
             self._mirror()
 
     def _check_last(self) -> None:
-        """Check what the next entry will vouch for: that what this process last saw is there, and what came since.
+        """Check what the next entry will vouch for: what this process last saw, and what was added since.
 
         Raises:
             LedgerMismatchError: an entry is missing or altered, or the last one is not signed with this ledger's key.

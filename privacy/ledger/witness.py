@@ -48,7 +48,7 @@ class Witness:
         return head
 
     def mirror(self, latest: Callable[[], SignedHead]) -> None:
-        """Replace what it holds by the ledger's latest head.
+        """Replace its content with the ledger's latest head.
 
         ``latest`` is asked under a lock, so of two processes the later one never writes the older head.
 

@@ -1,1 +1,1 @@
-"""The one door through which anything leaves a node, and the releases beside deltas."""
+"""The one door through which anything leaves a node, and the releases besides deltas."""

@@ -18,7 +18,7 @@ def choose(scores_E: Tensor, *, count: int, epsilon: float, sensitivity: float, 
     Adding Gumbel noise of scale 2Δ/ε and taking the largest k is the exponential mechanism k times, each time without
     what was taken before (Durfee & Rogers 2019, arXiv:1905.04273).
 
-    Guarantee: ``count`` choices of ε each under add/remove of one unit that moves no score by over Δ, to be charged as
+    Guarantee: ``count`` choices of ε each under add/remove of one unit that moves no score by more than Δ, charged as
     :class:`~conclave.privacy.accounting.mechanisms.ExponentialChoice` with that many choices. Only the order leaves,
     never a score.
 

@@ -2,10 +2,10 @@
 
 What a unit contributes, for each MoE layer, is the share of its tokens that chose each expert held. Such entries lie in
 [0, 1] and sum to at most K, so their L2 norm is at most √K, and √(L·K) over L layers. A group contributes the mean over
-its records. Padding is no token.
+its records. Padding does not count as tokens.
 
 Contributions are whole steps of 2^-30, rounded toward zero and summed in integers, and noise is rounded onto the same
-grid, at every numeric level: they are counts, so nothing needs to be certified or clipped. What they count are choices,
+grid, at every numeric level: they are counts, so nothing needs to be certified or clipped. They count choices,
 and at level ``fast`` a choice rests on the assumption that the gradient rests on: that nobody else's presence changes
 a row's rounding enough to matter. At level ``strict`` each unit runs alone.
 
@@ -69,7 +69,7 @@ def load_shapes(held: HeldExperts) -> dict[str, Size]:
 class LoadHistogram:
     """Counts what a module's MoE layers choose for the units of a step, adds noise, and adds up steps.
 
-    A mode of gradients may run an example twice, or parts of a batch alone: what an example chose last counts.
+    A gradient mode may run an example twice, or parts of a batch alone: an example's last choice counts.
     """
 
     def __init__(self, module: nn.Module, noise_multiplier: float) -> None:

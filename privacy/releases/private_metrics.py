@@ -1,4 +1,4 @@
-"""A metric's mean over units, released with noise: the sum of its values, and the sum of what they lack to 1.
+"""A metric's mean over units, released with noise: the sum of the values v, and the sum of 1 − v.
 
 A unit contributes (v, 1 − v) with v in [0, 1], whose L2 norm is at most 1; a group contributes the mean of its
 records' v. The first sum over both together is the mean over units: neither the number of units nor the mean has to be
@@ -40,7 +40,7 @@ class MetricSums:
         self._part = torch.zeros((), dtype=torch.int64)
 
     def add(self, value_B: Tensor, units: Units) -> None:
-        """Add examples' values, shape [B]; outside [0, 1] they are moved to its ends, and what is no number to 0."""
+        """Add examples' values, shape [B]; values outside [0, 1] are moved to its ends, and NaN to 0."""
         value_U = _steps(value_B)
         if units.unit_B is not None:
             unit_B = units.unit_B.cpu()
@@ -96,7 +96,7 @@ class PrivateMean:
 
 
 def private_mean(sums: tuple[float, float], noise: float) -> PrivateMean | None:
-    """Return the mean that noised sums (of the values, of what they lack to 1) tell; None where noise drowns it.
+    """Return the mean that noised sums (of the values, of what they lack to 1) imply; None if it drowns in noise.
 
     Args:
         noise: standard deviation of the noise in each of the two sums: σ, or σ√n for the sums of n nodes.

@@ -27,7 +27,7 @@ def release(
         expected: name → shape of exactly what was charged. It is an allow-list and a must-list: a missing
             tensor would tell what the data touched, an extra one was not paid for.
         local_state: what the same work leaves on the node, committed together with the output. It never leaves.
-        dtypes: name → type where it is not float32: of an output that was rounded after its noise was added.
+        dtypes: name → type if it is not float32, for an output that was rounded after its noise was added.
 
     Returns:
         The stored bytes (safetensors) and the receipt for them. After a race these are the winner's, not this

@@ -1,23 +1,23 @@
 """Whether every trained parameter's gradient is accounted for: what a mode sums is all there is.
 
-Modes tell per-unit gradients from what they see of layers. A weight that is used past its layer, or a layer that is
-told wrongly, would get noise and no gradient, or another one's, and nobody would notice: what is clipped is what is
+Modes derive per-unit gradients from what they see of layers. A weight used outside its layer, or a layer that is
+read wrongly, would get noise and no gradient, or a wrong one, and nobody would notice: what is clipped is what is
 summed, so nothing leaks, but nothing is learned either. So a trainer asks once, before its first step:
 
-1. *Structure.* In the graph of a forward pass no trained parameter may be reached other than through the layers that
+1. *Structure.* In the graph of a forward pass a trained parameter may only be reached through the layers that
    are watched. This finds a use however little it matters: a tied table used as ``x @ embed.weight.T``, a weight that a
    hook computed, a penalty on weights within the loss, a checkpoint that hides its layers.
-2. *Sum.* The sum of the units' gradients that the mode tells, unclipped, must be autograd's gradient of the same
+2. *Sum.* The unclipped sum of the units' gradients that the mode gives must be autograd's gradient of the same
    batch, parameter by parameter.
 
 Both run on made-up examples: numbers from a fixed public seed in the shapes and types of the records. Nothing that is
 refused, or said, depends on a record's value, so a refusal may leave a node, and the same question can be asked where a
 plan is admitted. Where a loss cannot be computed on such examples (it wants lengths above 0, say), the first records
-themselves are run and only the structure is looked at: then the outcome depends on the model's own branches alone. So
-it is too where nobody but the records' owner sees the outcome.
+themselves are run and only the structure is checked: then the outcome depends on the model's own branches alone.
+The same is done if only the records' owner sees the outcome.
 
 Nothing changes: module attributes, buffers and torch's generator are put back after every pass, and draws of random
-layers come from a stream of this check's own. A passed check is no proof: made-up examples may not reach a branch.
+layers come from this check's own stream. A passed check is not a proof: made-up examples may not reach a branch.
 
 It costs about as much as a step of a small batch, once (:mod:`conclave.privacy.training.accounted_once`).
 """
@@ -244,7 +244,7 @@ def _tolerance(loss_B: Tensor) -> float:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Turn what fails only while it is watched into a refusal: what autograd can do, the mode cannot."""
+    """Turn what fails only while it is watched into a refusal: autograd can do it, the mode cannot."""
     try:
         yield
     except BadInputError:

@@ -1,7 +1,7 @@
 """Which models were found accounted for already, so that a trainer of every round, or audit, need not ask again.
 
-The same question is one about the same module, with the same layers, hooks and plain attributes, in the same mode, for
-records of the same shapes and a loss of the same code. Values of parameters play no part in it.
+Two questions are the same if they are about the same module, with the same layers, hooks and plain attributes, mode,
+shapes of records, and code of the loss. Values of parameters do not matter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _accounted: WeakKeyDictionary[nn.Module, set[Hashable]] = WeakKeyDictionary()
 
 
 def question(mode: type, module: nn.Module, loss: Callable[..., Any], records: Mapping[str, Tensor]) -> Hashable | None:
-    """Return what the answer depends on; None where that cannot be told, because the loss is no plain function."""
+    """Return what the answer depends on; None if that is unknown, because the loss is not a plain function."""
     code = _code(loss)
     if code is None:
         return None

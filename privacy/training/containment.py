@@ -1,6 +1,6 @@
 """Units that cannot be processed: they end the step, or, on a node, contribute nothing to it.
 
-A node has tried the model on made-up records: what fails after that depends on records, and must not show.
+A node has tried the model on made-up records: a later failure depends on records, and must not show.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LEFT_OUT = "a unit could not be processed; it contributes nothing to this step"
 def clipped_sums(
     mode: GradientMode, loss: ExampleLoss, batch: Records, units: Units, clipping: Clipping, *, contain: bool
 ) -> Iterator[ClippedSum]:
-    """Yield the clipped sum of whole units; where that fails and is contained, of each that does not fail alone."""
+    """Yield the clipped sum of whole units; if that fails and is contained, of each unit that does not fail alone."""
     try:
         together = mode.clipped_sum(loss, batch, units, clipping)
     except Exception:
@@ -53,7 +53,7 @@ def _each_alone(batch: Records, units: Units) -> Iterator[tuple[Records, Units]]
 def add_part(
     unit: UnitInParts, mode: GradientMode, loss: ExampleLoss, batch: Records, *, several_tasks: bool, contain: bool
 ) -> None:
-    """Add the gradients of a part of a unit; where that fails and is contained, leave the unit out."""
+    """Add the gradients of a part of a unit; if that fails and is contained, leave the unit out."""
     try:
         with mode.unwatched():
             unit.add(loss(batch), several_tasks=several_tasks)

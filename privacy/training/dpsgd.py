@@ -7,7 +7,7 @@ Built on Opacus's ``DPOptimizer`` and its samplers; what differs, and why:
   zero factor keeps NaN, and the update then shows whether that unit was present.
 * Units are clipped by upper bounds of their norms, shrunk by 2^-10, so rounding cannot carry a contribution over the
   bound; sums of several physical batches accumulate in fp64.
-* Noise comes from the node's secret and is added to every trained parameter, also experts no token reached.
+* Noise comes from the node's secret and is added to every trained parameter, even to experts that no token reached.
 * An empty Poisson batch is a step of pure noise.
 
 The mechanism's parameters are in :mod:`conclave.privacy.training.dpsgd_mechanism`, its steps in
@@ -38,7 +38,7 @@ from conclave.privacy.training.private_training import PrivateTraining
 
 
 class Outcome(NamedTuple):
-    """What training left beside the parameters: the clip bound, and the released loads by name."""
+    """What training left besides the parameters: the clip bound, and the released loads by name."""
 
     clip: float
     loads: Mapping[str, Tensor]

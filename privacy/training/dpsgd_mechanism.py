@@ -51,7 +51,7 @@ class DpSgd:
         """Check every field.
 
         Raises:
-            BadInputError: a word that is none of the allowed, a number out of range, or another type.
+            BadInputError: a word that is not allowed, a number out of range, or another type.
         """
         allowed.check_word("gradients", self.gradients, get_args(Gradients))
         allowed.check_word("numeric", self.numeric, get_args(Numeric))
@@ -114,7 +114,7 @@ class DpSgd:
 
     @property
     def gradient_noise_multiplier(self) -> float:
-        """σ of the gradient alone: more than its part where an adaptive clip counts units beside it."""
+        """σ of the gradient alone: more than its part if an adaptive clip also counts units."""
         part = self.noise_parts[DELTA]
         if self.clipping == "adaptive":
             return self.adaptive.gradient_noise_multiplier(part, self.divisor)

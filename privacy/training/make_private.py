@@ -25,7 +25,7 @@ OPTIONS = frozenset(f.name for f in dataclasses.fields(DpSgd)) - {"steps", "lear
 
 
 class AccountedTraining(PrivateTraining):
-    """:class:`PrivateTraining` that says what its steps came to. It keeps no ledger: the caller keeps count."""
+    """:class:`PrivateTraining` that says what its steps cost. It keeps no ledger: the caller keeps count."""
 
     def epsilon(self, delta: float) -> dict[str, float]:
         """Return ε of the steps taken so far by three accountants: ``rdp``, ``pld``, ``prv``; 0 before the first.

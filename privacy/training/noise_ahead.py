@@ -1,6 +1,6 @@
-"""The noise of a step, drawn beside the computation of its gradient: it does not depend on data.
+"""The noise of a step, drawn while its gradient is computed: it does not depend on data.
 
-One thread draws while the caller computes; what is left when the caller wants the noise, both draw together. Every
+One thread draws while the caller computes; what is left when the caller needs the noise, both draw together. Every
 value is a function of a secret and its index alone, so it is the same whoever draws it, and when.
 """
 
@@ -25,7 +25,7 @@ _one_core = False
 
 
 def keep_to_one_core() -> None:
-    """Never draw ahead in this process: other processes are at work on the other cores."""
+    """Never draw ahead in this process: other processes use the other cores."""
     global _one_core
     _one_core = True
 
@@ -115,7 +115,7 @@ class SharedWork:
             self._thread = None
 
     def finish(self) -> None:
-        """Do what is left, wait for the other thread, and raise what it met."""
+        """Do what is left, wait for the other thread, and raise the error that it met."""
         try:
             self._do()
         finally:
@@ -124,7 +124,7 @@ class SharedWork:
             raise self._failure
 
     def drop(self) -> None:
-        """Leave what was not begun, and wait for the other thread."""
+        """Drop what was not begun, and wait for the other thread."""
         self._calls.clear()
         if self._thread is not None:
             self._thread.join()

@@ -28,8 +28,8 @@ _SMALL = 32
 class PrivateTraining:
     """DP-SGD on one module, step by step. Use as a context manager: it leaves the module clean.
 
-    What a step changes, parameters, clip bound and released loads, is the output of the mechanism; nothing else may be
-    used that saw the records.
+    What a step changes (parameters, clip bound, released loads) is the output of the mechanism; nothing else that saw
+    the records may be used.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PrivateTraining:
         """Attach to a module whose trained parameters ``optimizer`` holds.
 
         Args:
-            room: what is processed at once, where that was worked out before.
+            room: what is processed at once, if that was worked out before.
             contain: a unit that cannot be processed contributes nothing, and the step goes on. For a node, which has
                 tried the model on made-up records: what fails after that depends on records, and must not show.
 
@@ -87,7 +87,7 @@ class PrivateTraining:
 
     @property
     def loads(self) -> dict[str, Tensor]:
-        """The released histograms, added up over the steps: name → float32 [E]; empty where none is asked for."""
+        """The released histograms, added up over the steps: name → float32 [E]; empty if none are asked for."""
         return {} if self._loads is None else self._loads.released()
 
     def step(self, records: Records, index: UnitIndex | None = None) -> None:
@@ -111,7 +111,7 @@ class PrivateTraining:
 
     @contextmanager
     def _one_step(self) -> Iterator[None]:
-        """Count a step, also one that was interrupted: nobody can tell what it showed, so its noise is used up."""
+        """Count a step, even an interrupted one: nobody knows what it revealed, so its noise is used up."""
         try:
             yield
         finally:
@@ -194,7 +194,7 @@ class PrivateTraining:
             self._accounted = True
 
     def measured_room(self, records: Records) -> Room:
-        """Work out from the shapes of records what is processed at once; their values are not looked at.
+        """Work out from the shapes of records how much is processed at once; their values are not used.
 
         Its footprint is unknown where the loss cannot be computed on zeros.
         """

@@ -1,7 +1,7 @@
 """A private step on made-up records, before anything is charged: whether a model can be trained, and what it takes.
 
-Whatever a model and a plan alone decide comes to light here: layers that cannot be made private, scores of a wrong
-shape, code of the user's own that fails, more memory than there is. What fails later, on records, depends on them.
+Whatever a model and a plan alone decide is found here: layers that cannot be made private, scores of a wrong
+shape, user code that fails, more memory than there is. What fails later, on records, depends on the records.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ bfloat16 shows with the size of a batch."""
 
 
 def tried_mechanism(config: PrivacyConfig, noise_multiplier: float | None, load_share: float) -> DpSgd:
-    """Return what the training of a plan is rehearsed with: of it, how it takes gradients counts alone."""
+    """Return the mechanism for rehearsing a plan's training: only how it takes gradients matters."""
     return DpSgd.of(
         config,
         steps=1,
@@ -142,7 +142,7 @@ def _check_shapes(network: Network) -> None:
 
 
 def _check_alike(network: Network, batch: Batch) -> None:
-    """Refuse a model whose loss of a record depends on anything but the record: on draws, passes before, or others.
+    """Refuse a model whose loss of a record depends on anything but the record: draws, earlier passes, or others.
 
     Draws of ``conclave.model.layers.unit_random`` are a record's own and stay the same here.
     """
@@ -166,7 +166,7 @@ def _check_alike(network: Network, batch: Batch) -> None:
 
 
 def _losses(network: Network, batch: Batch, seed: int) -> torch.Tensor:
-    """Return the losses of a pass, with ``seed`` for what draws from a stream of all records."""
+    """Return the losses of a pass, with ``seed`` for draws from streams that all records share."""
 
     def draw(examples: int, values: int) -> torch.Tensor:
         return per_unit_uniform(bytes(32), 0, torch.arange(examples), values)

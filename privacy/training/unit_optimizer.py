@@ -22,7 +22,7 @@ _CHUNK = 1 << 16  # values that stay in the cache while noise is added to them
 
 
 class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
-    """Opacus's optimizer with sums of our own, a declared divisor and the node's own noise.
+    """Opacus's optimizer with our own sums, a declared divisor and the node's own noise.
 
     Call :meth:`accumulate` for each physical batch, any number of times including zero, then :meth:`noisy_step` once.
     """
@@ -110,7 +110,7 @@ class UnitDPOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyped
 
     @contextmanager
     def drawing_ahead(self, noise_secret: bytes) -> Iterator[None]:
-        """Draw the noise of the step that this is around while its gradient is computed, if a core is free for that."""
+        """Draw the noise of the enclosed step while its gradient is computed, if a core is free for that."""
         wanted = [(derive(noise_secret, number), p.numel()) for number, p in enumerate(self.params)]
         if not worth_a_thread(sum(count for _, count in wanted)):
             yield

@@ -22,12 +22,12 @@ class WeightedDelta:
 
 
 class Aggregator(ABC):
-    """Makes one delta of those of each tensor's holders.
+    """Makes one delta of each tensor out of those of its holders.
 
     Contributions may come in any order and the result has the same bits: they are taken in the order of ``nodes``, and
-    one that comes early waits for its turn.
+    an early one waits for its turn.
 
-    holders: tensor name → how many contributions hold it, once there is a result.
+    holders: tensor name → how many contributions have it, once there is a result.
     """
 
     def __init__(self, nodes: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The average of the global model over rounds: what is evaluated and published, never what nodes go on from."""
+"""The average of the global model over rounds: it is evaluated and published, but nodes never continue from it."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class ModelAverage:
         return self.tensors if self.count else tensors
 
     def restore(self, count: int, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-        """Put back what a checkpoint kept of ``count`` and ``tensors``, for the model ``like``.
+        """Restore what a checkpoint kept of ``count`` and ``tensors``, for the model ``like``.
 
         Raises:
-            BadInputError: they are of another model, or of a run that averages otherwise.
+            BadInputError: they are of another model, or of a run that averages differently.
         """
         fits = {n: t.shape for n, t in tensors.items()} == ({n: t.shape for n, t in like.items()} if count else {})
         if count < 0 or not fits or (count and self._config.kind == "none"):

@@ -1,6 +1,6 @@
 """Balancing: selection biases are moved against the expert loads that nodes release, noised (arXiv:2408.15664).
 
-Nodes hold different experts, so a load is compared with what was there to choose from: of K choices a token makes among
+Nodes hold different experts, so a load is compared with what there was to choose from: of K choices a token makes among
 k experts held, an expert can expect K/k. ``relative = load · k / (K · q · declared size · steps)`` has mean 1 over the
 experts of a node whose declared size is its true one; all but the load is public.
 
@@ -116,7 +116,7 @@ def plausible(loads: Mapping[str, Tensor], bound: float) -> bool:
 
 
 def split_loads(tensors: Mapping[str, Tensor], held: HeldExperts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part a reply's tensors: the delta, and the loads."""
+    """Divide a reply's tensors into the delta and the loads."""
     names = load_shapes(held).keys()
     delta = {name: tensor for name, tensor in tensors.items() if name not in names}
     return delta, {name: tensor for name, tensor in tensors.items() if name in names}

@@ -57,7 +57,7 @@ class NoAverage(Frozen):
 class MovingAverage(Frozen):
     """Exponential: a round weighs ``decay`` times as much as the one after it, and all weights sum to 1.
 
-    1/(1 − decay) rounds are about what it looks back on. Unlike the recursion that starts from the fresh model (De et
+    It looks back over about 1/(1 − decay) rounds. Unlike the recursion that starts from the fresh model (De et
     al. 2022, arXiv:2204.13650, warm it up for that), no round before the first has a weight.
     """
 
@@ -139,8 +139,8 @@ class ServerSgd(_Scheduled, _Momentum):
 class _Adaptive(_Scheduled):
     """FedOpt (Reddi et al. 2020, arXiv:2003.00295): ``eps`` is the paper's τ, and as large as there.
 
-    A pseudo-gradient is far smaller than a gradient's usual 1; under a tiny ``eps`` every coordinate, those that hold
-    nothing but noise too, moves by the learning rate. Unlike the paper, torch corrects Adam's moments for their start.
+    A pseudo-gradient is far smaller than a gradient's usual 1; with tiny ``eps`` every coordinate, even one that holds
+    nothing but noise, moves by the learning rate. Unlike the paper, torch corrects Adam's moments for their start.
     """
 
     learning_rate: float = Field(default=0.01, gt=0.0, le=1e4)
@@ -159,7 +159,7 @@ class ServerAdam(_Moments):
 
 
 class ServerAdamW(_Moments):
-    """FedAdam with decoupled weight decay. A tensor that nobody contributed to does not decay either."""
+    """FedAdam with decoupled weight decay. A tensor that nobody contributed to does not decay."""
 
     kind: Literal["adamw"]
     weight_decay: float = Field(default=0.01, ge=0.0, lt=1.0)

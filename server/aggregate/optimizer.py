@@ -69,7 +69,7 @@ class ServerOptimizer:
         return found
 
     def restore(self, tensors: Mapping[str, Tensor], state: OptimizerState) -> None:
-        """Put back what :meth:`snapshot` and :meth:`state` returned.
+        """Restore what :meth:`snapshot` and :meth:`state` returned.
 
         Raises:
             BadInputError: they are of another model or another optimizer.

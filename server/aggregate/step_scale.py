@@ -1,4 +1,4 @@
-"""How far an expert steps that fewer nodes returned than could be expected."""
+"""How far an expert moves if fewer nodes returned it than could be expected."""
 
 from __future__ import annotations
 

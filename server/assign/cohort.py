@@ -12,7 +12,7 @@ from conclave.server.assign.config import CohortConfig, FixedCohort, PoissonCoho
 def public_generator(seed: int, *labels: str | int) -> random.Random:
     """Return a generator for public choices (cohorts, assignments), a pure function of its arguments.
 
-    It is predictable by design: nothing private may be drawn from it.
+    It is predictable by design: never draw anything private from it.
     """
     text = "\x1f".join(str(label) for label in (seed, *labels))
     return random.Random(hashlib.sha256(text.encode()).digest())  # noqa: S311  (public randomness)

@@ -9,13 +9,13 @@ def fill_gaps(choices: Mapping[str, Sequence[int]], experts: int, min_holders: i
     """Return node → expert ids of one layer, ascending: each node as many as it chose.
 
     A node's choices come most wanted first, and the released order is all that is used of them. Where an expert has too
-    few holders, the node gives one up that wants its own least of all nodes, among those whose expert has holders to
+    few holders, a node gives one up: the one that wants its own expert least, among those whose expert has holders to
     spare; ties go to the first name.
 
     Args:
         choices: node → different expert ids, most wanted first.
         experts: how many there are.
-        min_holders: what every expert shall have, if the places suffice.
+        min_holders: how many every expert should have, if the places suffice.
     """
     held = {node: list(wanted) for node, wanted in sorted(choices.items())}
     holders = [sum(expert in wanted for wanted in held.values()) for expert in range(experts)]

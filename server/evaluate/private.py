@@ -1,4 +1,4 @@
-"""What nodes measure on units that they hold out of training: asked for, checked, and made into one figure."""
+"""What nodes measure on units that they hold out of training: asked for, checked, and combined into one figure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PrivateEvaluation:
     """What one evaluation came to.
 
     metric: ``accuracy`` or ``bits_per_byte``. bound: of a unit's value, in its unit.
-    over_units: mean over the units of all nodes that answered; None where noise drowns it.
+    over_units: mean over the units of all nodes that answered; None if it drowns in noise.
     by_node: fingerprint → mean over the node's units, or None. Its mean is the personal quality of the nodes.
     refused, dropped_by: as of a round's replies.
     """
@@ -43,7 +43,7 @@ class PrivateEvaluation:
 
     @property
     def over_nodes(self) -> PrivateMean | None:
-        """Mean over the nodes whose own mean can be told, each counting the same."""
+        """Mean over the nodes whose own mean is known, each counting the same."""
         means = [mean for mean in self.by_node.values() if mean is not None]
         if not means:
             return None
@@ -70,10 +70,10 @@ class PrivateEvaluation:
 def collect(
     plan: Plan, asked: Mapping[int, Asked], replies: Iterable[Message], receipts: ReceiptBook
 ) -> PrivateEvaluation:
-    """Check the answers of one evaluation and pool them. Who does not answer, refuses or sends nonsense is left out.
+    """Check the answers of one evaluation and pool them, except those that are missing, refusals or nonsense.
 
     Args:
-        asked: Flower node id → what it was asked; none are left out of ``receipts`` that could be checked.
+        asked: Flower node id → what it was asked. All receipts that could be checked are kept in ``receipts``.
     """
     metric, bound = plan.metric
     outcome = PrivateEvaluation(metric, bound, asked=len(asked))

@@ -20,7 +20,7 @@ _CHUNK = 512
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality of a model on a public test split. What a task does not have is None.
+    """Quality of a model on a public test split. What does not apply to a task is None.
 
     accuracy: share of right classes. bits_per_byte: mean cross-entropy of a next byte; order0_bits_per_byte: the
     entropy of the same bytes without any context.

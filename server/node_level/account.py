@@ -26,8 +26,8 @@ KIND = "aggregate"
 class NodeAccount:
     """The account of one run, whose unit is the node. It lives in the run directory, as the server's own file.
 
-    Its witness lies beside it: it finds out an older database, not an older copy of the whole directory.
-    A simulation's follows from the scenario's seed, so that its run can be repeated, and says so; any other draws from
+    Its witness lies next to it: that reveals an older database, but not an older copy of the whole directory.
+    In a simulation it is derived from the scenario's seed, so that the run can be repeated, and says so; otherwise from
     the operating system.
     """
 
@@ -56,7 +56,7 @@ class NodeAccount:
 
     @classmethod
     def begin_simulated(cls, path: Path, config: NodePrivacyConfig, seed: int) -> None:
-        """Begin the account of a simulation, where there is none yet; it is repeatable and not private."""
+        """Begin the account of a simulation, if there is none yet; it is repeatable and not private."""
         if not path.exists():
             key = _seeded_key(seed)
             Ledger.create(path, _genesis(config, key, "simulation"), key).close()

@@ -8,7 +8,7 @@ from conclave.base.frozen import Frozen
 
 
 class NodePrivacyConfig(Frozen):
-    """The node as the unit, protected by a trusted server beside what every node does for its records.
+    """The node as the unit, protected by a trusted server in addition to what every node does for its records.
 
     (epsilon, delta) holds for the model after every round, under add or remove of one node with all that it ever sends.
     clip: bound of a node's joint delta of one round, L2; longer ones are scaled down.

@@ -30,7 +30,7 @@ _SHRINK = 1.0 - 2.0**-10  # rounding of norm and sum cannot carry a contribution
 def secret_cohort(nodes: Sequence[str], rate: float, secret: bytes) -> list[str]:
     """Return who takes part, sorted: each node independently with probability ``rate``.
 
-    A node's coin is a function of (secret, node). Who knows the coins knows who took part, and gains nothing from
+    A node's coin is a function of (secret, node). Whoever knows the coins knows who took part, and has no benefit from
     sampling: they never leave the server.
     """
     threshold = int(rate * 2**64)
@@ -48,7 +48,7 @@ def own_experts(node: str, *, experts: int, count: int, layers: int, seed: int, 
 
 
 class NodeLevelSum:
-    """The noised sum of clipped deltas over what was expected; takes the place of an average.
+    """The noised sum of clipped deltas divided by what was expected; it takes the place of an average.
 
     The result has the same bits in whatever order the contributions come: they are added, in float64, in the order of
     ``nodes``.

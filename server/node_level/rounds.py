@@ -26,7 +26,7 @@ from conclave.server.node_level.mechanism import NodeLevelSum, own_experts, secr
 
 
 class NodeLevelRounds:
-    """Draws secret cohorts, and makes of their replies what may be published, each round charged to the account."""
+    """Draws secret cohorts, and turns their replies into what may be published; each round is charged."""
 
     def __init__(
         self,

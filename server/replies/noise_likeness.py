@@ -1,6 +1,6 @@
 """Whether a delta looks like what an honest node must send: public Gaussian noise, and a signal that cannot be long.
 
-A lie that is as long as the noise hides in it from every test of length, for an honest delta is mostly noise. But it
+A lie that is as long as the noise passes every test of length, because an honest delta is mostly noise. But it
 must then be noise. Following the first stage of Xiang et al. 2023 (arXiv:2304.09762), a delta is compared with the
 noise that its node had to add, in units of which :class:`conclave.server.replies.public_noise.PublicNoise` knows
 everything:
@@ -56,7 +56,7 @@ History = dict[str, dict[str, Tensor]]
 class Standardised:
     """A delta in units of its noise, wire name → float32, and what is public about that noise.
 
-    A selection bias has none and is left out: it is the server's to move, whatever a node sends for it.
+    A selection bias has no noise and is left out: only the server moves it, whatever a node sends for it.
     """
 
     noise: PublicNoise
@@ -80,7 +80,7 @@ class Standardised:
 class NoiseTest:
     """Tests the replies of a run. What a node sent counts in later rounds once :meth:`remember` is called.
 
-    history: all that is remembered; it takes one float32 copy of the model for each node that had every expert.
+    history: all that is remembered; up to one float32 copy of the model per node.
     """
 
     def __init__(self, plan: Plan, config: NoiseTestConfig) -> None:
@@ -97,7 +97,7 @@ class NoiseTest:
         return Standardised.of(self._plan, held, delta, declared_size, self._signal)
 
     def flaw(self, node: str, reply: Standardised) -> str | None:
-        """Return what shows that a delta is not an honest node's; None for nothing."""
+        """Return what shows that a delta is not that of an honest node; None if nothing does."""
         noise, groups, errors = reply.noise, _by_group(reply.values), self._errors(reply.values)
         squares = {group: _square(z) for group, z in groups.items()}
         rounding = {group: _square(error) for group, error in errors.items()}

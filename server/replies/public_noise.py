@@ -1,4 +1,4 @@
-"""What anyone can tell of an honest delta before it comes: how large its noise is, and how long its signal at most.
+"""What anyone knows about an honest delta before it arrives: how large its noise is, and the most its signal can be.
 
 A node's delta is ``−lr·Σ_t c_t·(S_t + N_t)/(q·size)``, where S_t is the sum of the clipped gradients of step t, N_t is
 Gaussian with σC for each coordinate, and c_t is what momentum makes of a step: 1 without it. Everything but S_t is
@@ -29,8 +29,8 @@ MORE_UNITS = 1.05
 class PublicNoise:
     """Noise and signal of a node's honest delta of a round.
 
-    std: standard deviation of a coordinate's noise; an expert's is multiplied by its rate's factor. signal: most that
-    the signal is long, in units of it. last: the share of ``std`` that comes from the last step alone. single: whether
+    std: standard deviation of a coordinate's noise; an expert's is multiplied by its rate's factor. signal: how long
+    the signal is at most, in units of it. last: the share of ``std`` that comes from the last step. single: whether
     there is but one step, so no signal can depend on any of the noise. risk: chance that the signal is longer.
     """
 
@@ -44,7 +44,7 @@ class PublicNoise:
         """Return what a plan with privacy, a fixed clip bound and plain or momentum SGD makes of a node.
 
         Args:
-            share: most that the sum of a batch's clipped gradients is long, as a share of units × clip bound; 1 always
+            share: largest norm of the sum of a batch's clipped gradients, as a share of units × clip bound; 1 always
                 holds.
             risk: chance that Poisson sampling draws more units than the signal allows for.
         """
@@ -65,7 +65,7 @@ class PublicNoise:
         )
 
     def norm_range(self, count: int, risk: float) -> tuple[float, float]:
-        """Return between what an honest vector's norm lies, over ``count`` coordinates, in units of ``std``.
+        """Return the range of an honest vector's norm, over ``count`` coordinates, in units of ``std``.
 
         The chance to be below or above is at most ``risk`` each. With one step, ‖noise + signal‖² is a noncentral χ²,
         and its tails are bounded as by Birgé (2001); with more, the noise's norm plus or minus the
@@ -82,7 +82,7 @@ class PublicNoise:
     def distance(self, count: int, risk: float) -> float:
         """Return how far apart ``count`` honest coordinates' distribution and the standard normal one may be.
 
-        In the Kolmogorov–Smirnov distance; the chance of more is at most ``risk``. Given everything before the last
+        In the Kolmogorov–Smirnov distance; more has a chance of at most ``risk``. Given everything before the last
         step's noise, that noise makes independent coordinates, and their empirical distribution is close to the mean
         of theirs (Bretagnolle's inequality: Shorack and Wellner 1986, p. 797). That mean is close to the one without
         signal: a shift of t moves a normal distribution of deviation ``last`` by at most 2Φ(t/(2·last)) − 1, concave
@@ -103,7 +103,7 @@ class PublicNoise:
 
 
 def most_units(units: int, rate: float, risk: float) -> float:
-    """Return how many of ``units`` Poisson sampling draws at most, but for a chance of ``risk`` (Bernstein)."""
+    """Return how many of ``units`` Poisson sampling draws at most, except with probability ``risk`` (Bernstein)."""
     x = -math.log(risk)
     return min(float(units), rate * units + math.sqrt(2.0 * units * rate * (1.0 - rate) * x) + x / 3.0)
 

@@ -1,7 +1,7 @@
 """Receipts: what the server can prove about every node's ledger.
 
 A receipt is the ledger head that a node signed when it committed a release. The server keeps them all: it sends a node
-the last one with the next request, so a ledger that went back in time is found at once, and an audit compares them
+the last one with the next request, so a ledger that went back in time is detected at once, and an audit compares them
 with the ledgers afterwards.
 """
 
@@ -49,7 +49,7 @@ class KeptReceipt(Frozen):
 class ReceiptBook:
     """The receipts of one run, in memory and in a file that only grows.
 
-    A ledger is known by its fingerprint; those of a node's training ledger and of the node are the same.
+    A ledger is known by its fingerprint; a node's fingerprint is that of its training ledger.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -73,7 +73,7 @@ class ReceiptBook:
             self._cut_torn_line(path)
 
     def latest(self, ledger: str) -> SignedHead | None:
-        """Return the furthest head of a ledger that was sent."""
+        """Return the latest head of a ledger that was sent."""
         heads = self._heads.get(ledger)
         return heads[max(heads)] if heads else None
 
@@ -98,7 +98,7 @@ class ReceiptBook:
         return seq in (None, receipt.seq) and charge in (None, charge_id)
 
     def keep(self, kept: KeptReceipt) -> None:
-        """Keep a receipt that nothing speaks against; :meth:`save` makes it last."""
+        """Keep a receipt that passed; :meth:`save` makes it durable."""
         if kept not in self._known:
             self._remember(kept)
             self._new.append(kept)
@@ -136,7 +136,7 @@ def read_receipts(path: Path, *, forgive_last: bool = False) -> Iterable[KeptRec
         forgive_last: skip a last line that a crash cut short.
 
     Raises:
-        BadInputError: the file cannot be read, or a line is no receipt.
+        BadInputError: the file cannot be read, or a line is not a receipt.
     """
     text = read_text(path, "a run's receipts, one a line")
     lines = text.split("\n")

@@ -186,8 +186,8 @@ class ReplyChecker:
         """Check replies to requests under ``plan``; good receipts go into ``receipts``.
 
         Args:
-            bounded: drop a delta above the norm bound; where the node is the unit, it is scaled down instead.
-            noise_test: what drops a delta that is not like its noise; it learns of every acceptable one.
+            bounded: drop a delta above the norm bound; if the node is the unit, it is scaled down instead.
+            noise_test: drops a delta that does not look like its noise; it remembers every acceptable one.
         """
         self._bounded, self._noise_test = bounded, noise_test
         self._plan = plan

@@ -89,7 +89,7 @@ def ask_to_evaluate(terms: Terms, books: Books, nodes: Nodes, model: Mapping[str
 
 
 def full_exchange_bytes(terms: Terms, model: Mapping[str, Tensor]) -> int:
-    """Return the bytes of one exchange (request and reply) that carried the whole model.
+    """Return the bytes of one exchange (request and reply) with the whole model.
 
     Args:
         model: wire name → float32, all of it.

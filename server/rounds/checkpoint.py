@@ -23,7 +23,7 @@ from conclave.server.replies.noise_likeness import History
 class Checkpoint:
     """Where a run stands after ``round``: global tensors, the server optimizer's state, and what they belong to.
 
-    history: node → wire name → the sum of what it sent, where replies are tested against it. average, averaged: the
+    history: node → wire name → the sum of what it sent, if replies are tested against it. average, averaged: the
     average over rounds, and how many rounds are in it; see :mod:`conclave.server.aggregate.averaging`.
     """
 
@@ -37,7 +37,7 @@ class Checkpoint:
     averaged: int = 0
 
     def check_belongs(self, path: Path, plan_hash: str, run_id: str) -> None:
-        """Look whether it is of this plan and run.
+        """Check that it is of this plan and run.
 
         Raises:
             BadInputError: it is not.
@@ -62,7 +62,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, also one from when momentum was all that an optimizer could remember, or without an average.
+    """Read a checkpoint, including older ones that know only momentum or have no average.
 
     Raises:
         BadInputError: missing or damaged.

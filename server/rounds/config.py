@@ -28,11 +28,11 @@ class FederationConfig(Frozen):
         ``sticky`` (a node keeps its experts while every expert has ``min_holders``), see
         :mod:`conclave.server.assign.assignment`; ``affinity`` follows what nodes chose by ``[affinity]``, and is
         balanced before they did.
-    min_holders: an expert that fewer nodes returned keeps its value. A federation that has not the places for so many
-        holders of every expert in a round is refused; 0 lets a round pass experts by.
+    min_holders: an expert that fewer nodes returned keeps its value. A federation without the places for that many
+        holders of every expert in a round is refused; with 0, a round may pass over experts.
     weights: average deltas uniformly or by declared size.
-    expert_scope: ``federated`` averages experts over their holders; ``local`` leaves each node its own, for ever: only
-        router and shared weights travel; ``mixed`` does so with ``local_experts`` of each layer, those with the highest
+    expert_scope: ``federated`` averages experts over their holders; ``local`` leaves each node its own, always: only
+        router and shared weights travel; ``mixed`` does so for ``local_experts`` of each layer, those with the highest
         ids (FedPer, Arivazhagan et al. 2019, arXiv:1912.00818, with experts for layers).
     capacities: experts per layer that simulated nodes can hold, in turn; a real node declares its own.
     aggregation: how the deltas of a tensor's holders become one.
@@ -92,7 +92,7 @@ class EvaluationConfig(EvaluationSchedule):
     """Nodes measure the model on units that never train, and release the result noised, against a budget of its own.
 
     held_out: the share of each node's units that is kept out of training. In a deployment each owner decided it.
-    epsilon: of all evaluations together, for a unit that is held out; the training's where it is not given. A unit is
+    epsilon: of all evaluations together, for a unit that is held out; if not given, that of training. A unit is
         on one side only, so its whole ε is the larger of the two, not their sum.
     """
 

@@ -1,4 +1,4 @@
-"""Whether every expert finds holders: the arithmetic before a run, and the count while it goes."""
+"""Whether every expert finds holders: the arithmetic before a run, and the count during it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MOST_NODES_TRIED = 20_000  # over all rounds
 
 
 def shortage(federation: FederationConfig, experts: int, capacities: Sequence[int]) -> str | None:
-    """Say why no round can give every expert its ``min_holders``, with the arithmetic; None where one can.
+    """Say why no round can give every expert its ``min_holders``, with the arithmetic; None if one can.
 
     Args:
         experts: routed experts of a layer.
         capacities: experts per layer that each node of the run can hold.
 
-    A random assignment, and a cohort that a coin decides, may miss it by chance all the same; see :func:`outlook`.
+    A random assignment, or a cohort decided by coins, may still fall short by chance; see :func:`outlook`.
     """
     if federation.expert_scope == "local":  # every node has its own of each
         return None
@@ -121,7 +121,7 @@ class Coverage:
         self._count(counts)
 
     def restore(self, metrics: Iterable[Mapping[str, Any]]) -> None:
-        """Count the rounds of an interrupted run, as :meth:`metrics` noted them; of another model's, nothing."""
+        """Count the rounds of an interrupted run, as :meth:`metrics` noted them, unless they are of another model."""
         shape = list(map(len, self.last))
         for line in metrics:
             if list(map(len, line.get("holders", ()))) == shape:

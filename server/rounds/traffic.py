@@ -13,7 +13,7 @@ _known: dict[tuple[int, ...], int] = {}
 def wire_bytes(carrier: Message | RecordDict) -> int:
     """Return the bytes of the objects Flower transfers for a message or its content, HTTP framing excluded.
 
-    Objects that are equal are sent once, as Flower does.
+    Equal objects are counted once, since Flower sends them once.
     """
     return sum(len(part.deflate()) for part in get_all_nested_objects(carrier).values())
 

@@ -1,6 +1,6 @@
 """Messages between this process and its workers, over a local socket.
 
-A frame is a small JSON header and the text of a message's document. Tensors never travel here: the header says
+A frame is a small JSON header and the text of a message's document. Tensors never travel in it: the header says
 where they lie in shared memory. Flower's own encoding would cost more than all the rest of a short message.
 """
 
@@ -54,7 +54,7 @@ class Channel:
         self.connection.sendall(b"".join(parts))
 
     def receive_all(self) -> list[Frame]:
-        """Wait for a frame and return it with those that came along; none when the other side has closed.
+        """Wait for a frame and return it with others that have arrived; empty when the other side has closed.
 
         Raises:
             ConnectionError: it closed in the middle of a frame.
@@ -95,7 +95,7 @@ def document_of(content: RecordDict) -> str | None:
     """Return the text of a content's document, None if it has none.
 
     Raises:
-        ValueError: the content is not of the form that :func:`conclave.protocol.codec.encode` makes; what a frame
+        ValueError: the content does not have the form that :func:`conclave.protocol.codec.encode` makes; what a frame
             cannot carry is refused, not lost.
     """
     record = content.get("document")

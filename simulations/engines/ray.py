@@ -1,7 +1,7 @@
 """The ray engine: Flower's own simulation runtime, which spreads nodes over cores, GPUs and machines.
 
 Flower's ``run_simulation`` is deprecated in favour of ``flwr run`` and takes neither a run id nor a run config. What it
-calls does; it is private, and every use of it is in this file.
+calls underneath takes both; that is private, and every use of it is in this file.
 """
 
 from __future__ import annotations

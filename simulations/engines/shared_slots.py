@@ -1,8 +1,8 @@
 """Tensors in memory that two processes map: written once, read in place, no socket in between.
 
 One side writes into slots of a shared file; the other gets tensors that are views of the slot. A slot is free again
-when the reader holds no such view any more, which the reader learns from its garbage collector and tells the writer
-in its next message. A reader that keeps tensors is therefore safe, and memory grows by what is kept and no more.
+when the reader no longer holds such a view; the reader learns that from its garbage collector and tells the writer
+in its next message. So a reader that keeps tensors is safe, and memory grows only by what is kept.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _capacity(size: int) -> int:
-    """The size of a slot: powers of two, so that slots of nodes with different experts are reused for each other.
+    """The size of a slot: powers of two, so that nodes with different experts can reuse each other's slots.
 
     Nothing is lost by rounding up: pages nobody wrote to take no memory.
     """

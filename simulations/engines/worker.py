@@ -92,7 +92,7 @@ class Worker:
 def main(descriptor: str, request_file: str, reply_file: str, app_path: str) -> None:
     """Answer messages until the other side closes.
 
-    Quick replies leave several at a time, slow ones one by one, and none waits while there
+    Quick replies are sent several at a time, slow ones one by one, and none waits while there
     is nothing else to answer.
     """
     torch.set_num_threads(1)

@@ -82,7 +82,7 @@ class WorkerPool:
                     yield from self._collect(key.data, todo)
 
     def _feed(self, worker: _Worker, todo: deque[tuple[int, Message]], at_hand: int) -> None:
-        """Let a worker have ``at_hand`` messages to answer, but no more than its share: workers end together."""
+        """Let a worker have ``at_hand`` messages to answer, but at most its share, so that workers finish together."""
         left = len(todo) + sum(len(other.waiting) for other in self._workers)
         share = min(at_hand, math.ceil(left / len(self._workers)))
         frames = [self._request(worker, *todo.popleft()) for _ in range(min(share - len(worker.waiting), len(todo)))]
@@ -106,7 +106,7 @@ class WorkerPool:
         return Frame(header, document_of(message.content))
 
     def _broadcast(self, worker: _Worker, content: RecordDict) -> dict[str, Any]:
-        """Name the content's tensors; what a worker was not sent yet, or long ago, it gets now."""
+        """Name the content's tensors; send a worker what it was never sent, or was sent long ago."""
         record = content.get("tensors")
         array = record.get("body") if isinstance(record, ArrayRecord) else None
         if array is None:

@@ -39,7 +39,7 @@ class History(Protocol):
 
 
 class LedgerFile:
-    """The history in a ledger file, read without changing it. What is appended meanwhile is not seen."""
+    """The history in a ledger file, read without changing it. Entries that are appended meanwhile are not seen."""
 
     def __init__(self, path: Path) -> None:
         """Read genesis and head.
@@ -193,7 +193,7 @@ def _last_line(stream: BinaryIO) -> tuple[int, bytes]:
 
 
 def _refuse_other_bytes(path: Path, first: bytes, last: bytes) -> None:
-    """Name what editors, mail and copying do to text, where what was signed are the bytes.
+    """Name what editors, mail and copying do to text: the signature covers the bytes.
 
     Args:
         first, last: the first and the last line, with their line ends.

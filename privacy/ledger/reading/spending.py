@@ -77,7 +77,7 @@ class Forecast:
 
 
 def budget_of(history: History) -> Budget:
-    """Sum a ledger up, as its entries state it; whether they are true is the audit's question.
+    """Sum a ledger up, as its entries state it; whether they are true is for the audit to decide.
 
     Raises:
         BadInputError: the history cannot be read, or adds up to nothing.

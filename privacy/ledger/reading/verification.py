@@ -197,7 +197,7 @@ class _Audit:
         self.prev_hash = digest
 
     def _check_blank(self, position: int, entry: dict[str, Any]) -> None:
-        """Check that an entry states nothing that entries of its state never have."""
+        """Check that an entry leaves empty what entries of its state never have."""
         state = entry["state"]
         for name, blank in _BLANK.get(state, ()):
             if entry[name] != blank:
@@ -435,7 +435,7 @@ class _Audit:
             self.say(f"entry {seen.seq} is not the one that a {what} proves: this is another history")
 
     def _say_missing(self, what: str, beyond: list[int]) -> None:
-        """Say at once what has one cause: the ledger was cut, or it is an export from before these entries."""
+        """Report together what has one cause: the ledger was cut, or it is an export from before these entries."""
         proof = f"a {what} proves entry {beyond[0]}"
         if len(beyond) > 1:
             proof = f"{len(beyond)} {what}s prove entries up to {max(beyond)}"
@@ -448,7 +448,7 @@ class _Audit:
 def least_price(mechanism: Mechanism, order: float) -> int:
     """Return what a charge must at least cost, in RDP units at ``order``.
 
-    It is without the rounding margin of a charge: another machine's last digit is no violation.
+    It leaves out the rounding margin of a charge: another machine's last digit is not a violation.
 
     Raises:
         BadInputError: no budget could pay for it.

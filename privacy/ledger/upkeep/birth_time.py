@@ -1,6 +1,6 @@
-"""When a file came into being: with its number it tells a file from a later one that was given the same number.
+"""When a file was created: together with its number this distinguishes it from a later file with the same number.
 
-Times of change do not: who edits a file, or copies another time onto it, still has the same file.
+Modification times do not: a file that is edited, or given another time, is still the same file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SIZE, _AT = 256, 80  # of struct statx (statx(2)), and where stx_btime begins i
 
 
 def birth_time(path: Path) -> str | None:
-    """Return the time in nanoseconds; None where the operating or the file system does not say. Links are followed."""
+    """Return the time in nanoseconds; None if the operating or file system does not say. Links are followed."""
     call = _statx()
     if call is None:
         return None
@@ -32,7 +32,7 @@ def birth_time(path: Path) -> str | None:
 
 @cache
 def _statx() -> Any:
-    """Return the C library's function, which Python has no name for; None where there is none."""
+    """Return the C library's function, which Python does not offer; None if there is none."""
     try:
         call = ctypes.CDLL(None, use_errno=True).statx
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Where data lie, by which files are there: links, other mounts and other spellings lead to the same ones.
+"""Where data lie, judged by which files are there: links, other mounts and other spellings lead to the same files.
 
 What a file is known by (device and number) is the file system's; nothing here is read from what files hold but
 :func:`fingerprint`, which must not leave its owner's machine.
@@ -25,7 +25,7 @@ class DataPlace:
 
     path: absolute, without links.
     files: device and number → path, of files that hold anything and of folders. Links are followed, as readers do.
-    known: ``DEVICE:NUMBER`` → size, time of the last change, and of birth where the file system tells it, of files.
+    known: of files, ``DEVICE:NUMBER`` → size, time of the last change, and of creation if the file system records it.
         Numbers are given anew once a file is gone: who was born at the same time, or is of the same size and not
         changed since, is the same file under another name.
     """
@@ -35,7 +35,7 @@ class DataPlace:
     known: Mapping[str, str]
 
     def shared_with(self, other: DataPlace) -> Path | None:
-        """Return a file or folder of this place that the other one has too; None where there is none."""
+        """Return a file or folder of this place that the other one also has; None if there is none."""
         return next((path for known_by, path in self.files.items() if known_by in other.files), None)
 
     def seen_in(self, known: Mapping[str, str]) -> bool:
@@ -48,7 +48,7 @@ class DataPlace:
 
 
 def look_at(data: Path) -> DataPlace:
-    """Look at what lies somewhere. What is not there, or cannot be looked at, is left out: nobody can train on it."""
+    """Look at what is at a place. What is missing, or cannot be read, is left out: nobody can train on it."""
     path = data.resolve()
     files: dict[tuple[int, int], Path] = {}
     known: dict[str, str] = {}
@@ -64,14 +64,14 @@ def look_at(data: Path) -> DataPlace:
 
 
 def _is_same(then: str, now: str) -> bool:
-    """Whether two states are of one file; earlier releases did not write when it was born."""
+    """Whether two states are of one file; earlier releases did not record when it was created."""
     *changed, born = (*then.split(":"), "")[:3]
     *changed_now, born_now = now.split(":")
     return born == born_now if born and born_now else changed == changed_now
 
 
 def fingerprint(data: Path) -> str:
-    """Return 32 hexadecimal digits that follow from what the files at a place hold, whatever they are called.
+    """Return 32 hexadecimal digits computed from the content of the files at a place, whatever their names.
 
     For the owner, who knows by it that two nodes have the same data. It is a function of private data: shown on the
     owner's terminal, and neither stored, logged nor sent.

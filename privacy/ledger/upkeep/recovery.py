@@ -30,12 +30,12 @@ from conclave.privacy.ledger.witness import Witness
 def copy_without_secrets(path: Path) -> bytes:
     """Return a ledger's file as bytes, as of one moment.
 
-    The seeds of charges whose work is not done are left out. The ledger erases them once the output exists, for with
-    the seed the noise can be taken off it; a copy would keep them. Where such a copy is restored, these charges are
+    The seeds of unfinished charges are left out. The ledger erases them once the output exists, because with
+    the seed the noise can be removed; a copy would keep them. If such a copy is restored, these charges are
     abandoned.
 
     Raises:
-        BadInputError: it is no ledger, or cannot be read.
+        BadInputError: it is not a ledger, or cannot be read.
     """
     try:
         with (
@@ -91,7 +91,7 @@ def recover(
 
 
 class _Copy(Store):
-    """A ledger that is opened in order to be recovered: where it lies and what its witness saw do not count yet."""
+    """A ledger that is opened in order to be recovered: its place and its witness are not checked yet."""
 
     def _check_key(self, signed_with: str) -> None:
         pass  # the evidence may rotate it

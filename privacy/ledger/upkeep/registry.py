@@ -1,8 +1,8 @@
-"""One ledger per dataset: which datasets of this user's machine have a ledger already.
+"""One ledger per dataset: which datasets on this machine already have a ledger, for this user.
 
 Two ledgers for one dataset would be two budgets for the same people. A claim says whose a name or a place is; it is
-made before a ledger is, looked at whenever one is opened, and never given back: what a ledger has paid for once is its
-own, also where the ledger is lost or the data have moved.
+made before a ledger is, checked whenever one is opened, and never given back: what a ledger has paid for once stays its
+own, even if the ledger is lost or the data have moved.
 
 What one user's machine cannot know is a copy of data on another disk, and what another user or machine has.
 """
@@ -57,7 +57,7 @@ class Claim:
     """One claim, as its file says.
 
     what, name: the dataset's name, or the path where data lie.
-    used: whether the ledger came into being. Until then nothing can have been spent, and the same again completes what
+    used: whether the ledger was created. Until then nothing can have been spent, and the same call again completes what
         was interrupted. Earlier releases did not say.
     seen: files that were there when the claim was last looked at; see :attr:`DataPlace.known`.
     """
@@ -124,7 +124,7 @@ def claim(registry: Path, dataset_id: str, data: Path, ledger: Path, *, exists: 
 def hold(
     registry: Path, dataset_id: str, data: Path, owner: Owner, *, before: Iterable[Path] = (), moved: bool = False
 ) -> list[Path]:
-    """Look at the claims of a ledger that exists, before it is used; a claim that was lost is made again.
+    """Check the claims of an existing ledger before it is used; a lost claim is made again.
 
     Args:
         before: where its data lay, as the ledger's own folder remembers.
@@ -191,7 +191,7 @@ def _says_less(one: Claim, dataset_id: str) -> bool:
 
 
 def _is_elsewhere(claimed: Path, ledger: Path) -> bool:
-    """Whether there are two ledgers: also a file with a name in each of two folders is, for its log lies beside it."""
+    """Whether there are two ledgers. A file with a name in each of two folders counts as two: each has its own log."""
     if claimed == ledger or not claimed.exists():
         return False
     return not (claimed.samefile(ledger) and claimed.parent.samefile(ledger.parent))
@@ -232,7 +232,7 @@ def _has_one(one: Claim) -> str:
 
 
 def _spelled(name: str) -> str:
-    """Return what names have in common that people take for one: all but case, width, blanks and unseen characters."""
+    """Return what names that look the same have in common: all but case, width, blanks and invisible characters."""
     seen = "".join(c for c in name if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())
     folded = unicodedata.normalize("NFKC", seen).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
@@ -258,7 +258,7 @@ def _parse(path: Path) -> Claim:
 
 
 def _write(registry: Path, one: Claim, *, must: bool = True) -> None:
-    """Write a claim; where it need not be, it stays as it was if it cannot."""
+    """Write a claim; if it need not be written and cannot be, it stays as it was."""
     path = one.file_in(registry)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -276,7 +276,7 @@ def _write(registry: Path, one: Claim, *, must: bool = True) -> None:
 
 @contextmanager
 def _locked(registry: Path) -> Iterator[None]:
-    """Let one process claim at a time, where the file system can lock a folder."""
+    """Let one process claim at a time, if the file system can lock a folder."""
     lock = None
     try:
         registry.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -63,6 +63,7 @@ def test_every_example_runs_as_it_is_shown(name, tmp_path, monkeypatch):
         assert doctest.DocTestRunner().run(example, out=said.append).failed == 0, "".join(said)
 
 
+@pytest.mark.slow
 def test_the_page_about_python_is_true(tmp_path, monkeypatch, capsys):
     """All its blocks one after the other, as a reader would run them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)

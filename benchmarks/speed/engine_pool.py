@@ -4,8 +4,8 @@ A round is a broadcast of all tensors to a cohort of nodes, and a reply of as ma
 next to nothing, so that what is left is the way there and back. Every side runs the same ClientApp on the same messages
 in as many processes with one thread each, and adds up the replies as they come.
 
-``pool`` is ours. ``executor`` is ``concurrent.futures.ProcessPoolExecutor``, and ``loky`` a sturdier one, where it is
-installed: both pickle a message with its tensors packed. ``shared`` is the executor with ``torch.multiprocessing``:
+``pool`` is ours. ``executor`` is ``concurrent.futures.ProcessPoolExecutor``, and ``loky`` a sturdier one, as joblib
+brings it along: both pickle a message with its tensors packed. ``shared`` is the executor with ``torch.multiprocessing``:
 tensors lie in shared memory, the broadcast once for the whole round, and what is pickled are handles. ``flat`` is the
 same with all tensors of a message in one, so that there is one handle. Ours pickles nothing, as nothing in the product
 may; what is measured is whether that costs anything.
@@ -26,13 +26,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.multiprocessing  # tensors are pickled as handles from here on, where multiprocessing pickles
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from joblib.externals.loky import ProcessPoolExecutor as Loky
 from torch import Size, Tensor
 
 from conclave.protocol.codec import array_of, decode, encode, tensors_of
@@ -164,11 +164,8 @@ def sides(workers: int, stack: ExitStack) -> dict[str, tuple[Round, list[int]]]:
     for name, way in (("executor", by_executor), ("shared", by_shared), ("flat", by_flat)):
         executor = stack.enter_context(ProcessPoolExecutor(workers, mp_context=spawn, initializer=one_thread))
         found[name] = (partial(way, executor), started(executor, workers))
-    if find_spec("loky") is not None:
-        from loky import ProcessPoolExecutor as Loky
-
-        executor = stack.enter_context(Loky(workers, timeout=None, initializer=one_thread))
-        found["loky"] = (partial(by_executor, executor), started(executor, workers))
+    executor = stack.enter_context(Loky(workers, timeout=None, initializer=one_thread))
+    found["loky"] = (partial(by_executor, executor), started(executor, workers))
     return found
 
 

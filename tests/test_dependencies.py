@@ -20,6 +20,7 @@ PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 }
+LOCKED = (ROOT / "requirements-dev.lock").read_text()
 ONLY_WITH = {"ray": "flwr"}
 """Imported where an extra of the distribution on the right was asked for."""
 
@@ -75,3 +76,12 @@ def test_every_range_holds_the_version_that_is_tested(line):
     requirement = Requirement(line)
     if canonicalize_name(requirement.name) != PROJECT["name"]:  # an extra that takes another along
         assert requirement.specifier.contains(PINS[canonicalize_name(requirement.name)])
+
+
+def test_the_lock_holds_every_tested_version_but_torch_with_hashes_and_says_not_where_from():
+    locked = re.findall(r"^([\w.-]+)==(\S+) \\\n((?: {4}--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", LOCKED, re.MULTILINE)
+    versions = {canonicalize_name(name): version for name, version, _ in locked}
+    assert versions == {name: version for name, version in PINS.items() if name != "torch"}
+    comments = [line for line in LOCKED.splitlines() if line.startswith("#")]
+    assert len(LOCKED.splitlines()) == len(comments) + sum(1 + hashes.count("\n") for _, _, hashes in locked)
+    assert not any("/" in line or "-" in line for line in comments)

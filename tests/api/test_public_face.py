@@ -63,6 +63,13 @@ def test_every_example_runs_as_it_is_shown(name, tmp_path, monkeypatch):
         assert doctest.DocTestRunner().run(example, out=said.append).failed == 0, "".join(said)
 
 
+def test_no_example_stands_where_none_is_run():
+    files = [file for folder in (ROOT / "src" / "conclave").iterdir() for file in folder.resolve().rglob("*.py")]
+    found = [file.relative_to(ROOT) for file in files if re.search(r"^ *>>> ", file.read_text(), re.MULTILINE)]
+    shown = {".".join(("conclave", *file.with_suffix("").parts)) for file in found}
+    assert shown == set(conclave._HOMES.values())
+
+
 @pytest.mark.slow
 def test_the_page_about_python_is_true(tmp_path, monkeypatch, capsys):
     """All its blocks one after the other, as a reader would run them."""

@@ -139,9 +139,9 @@ def test_a_model_beside_a_users_own_names_is_audited(wheel, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["verdict"] == "NOT_REFUTED"
 
 
-USERS_PROGRAM = """from pathlib import Path
-from conclave.server.scenario import read_scenario
-rounds: int = read_scenario(Path("mine.toml")).federation.rounds
+USERS_PROGRAM = """import conclave
+scenario = conclave.Scenario.read("digits")
+rounds: int = scenario.federation.rounds
 """
 
 

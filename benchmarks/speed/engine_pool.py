@@ -4,9 +4,8 @@ A round is a broadcast of all tensors to a cohort of nodes, and a reply of as ma
 next to nothing, so that what is left is the way there and back. Every side runs the same ClientApp on the same messages
 in as many processes with one thread each, and adds up the replies as they come.
 
-``pool`` is ours. ``executor`` is ``concurrent.futures.ProcessPoolExecutor``, and ``loky`` a sturdier one, as joblib
-brings it along: both pickle a message with its tensors packed. ``shared`` is the executor
-with ``torch.multiprocessing``:
+``pool`` is ours. ``executor`` is ``concurrent.futures.ProcessPoolExecutor``; ``loky`` is a sturdier one that comes with
+joblib: both pickle a message with its tensors packed. ``shared`` is the executor with ``torch.multiprocessing``:
 tensors lie in shared memory, the broadcast once for the whole round, and what is pickled are handles. ``flat`` is the
 same with all tensors of a message in one, so that there is one handle. Ours pickles nothing, as nothing in the product
 may; what is measured is whether that costs anything.

@@ -82,7 +82,7 @@ def prose_of(page: Path) -> str:
 def sources() -> dict[Path, str]:
     """Every Python file of the repository, tests and benchmarks included."""
     files = (file for name in sorted(FOLDERS - {"src"}) for file in (ROOT / name).rglob("*.py"))
-    return {file: file.read_text() for file in files}
+    return {file: file.read_text() for file in (*files, *ROOT.glob("*.py"))}
 
 
 def defines(text: str, name: str) -> bool:

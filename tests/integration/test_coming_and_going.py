@@ -10,7 +10,7 @@ from safetensors.torch import load
 
 import conclave.simulations.client_app
 from conclave.audit.run import audit_run
-from conclave.base.errors import BadInputError
+from conclave.base.errors import RunFailedError
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.verification import audit_history
 from conclave.protocol.codec import encode
@@ -102,7 +102,7 @@ def test_too_few_holders_names_the_nodes_that_do_not_take_part(tmp_path):
         return conclave.simulations.client_app.app(message, context)
 
     told = r"1 node × 4 experts hold 4 places, .* need 16; nodes that do not take part: 3 × awaiting-approval$"
-    with pytest.raises(BadInputError, match=told):
+    with pytest.raises(RunFailedError, match=told):
         run(tmp_path / "run", client=client, **{"federation.min_holders": 2})
 
 

@@ -116,7 +116,7 @@ def check_receipt(ledger: Ledger, receipt: SignedHead | None) -> None:
     )
 
 
-CODES: Mapping[type[LedgerError], Code] = MappingProxyType(
+CODE_OF: Mapping[type[LedgerError], Code] = MappingProxyType(
     {
         AlreadyChargedError: "already-charged",
         BudgetExhaustedError: "budget-exhausted",
@@ -137,7 +137,7 @@ def as_codes() -> Iterator[None]:
     try:
         yield
     except LedgerError as error:
-        raise ProtocolError(CODES[type(error)], str(error)) from error
+        raise ProtocolError(CODE_OF[type(error)], str(error)) from error
     except BadInputError as error:
         raise ProtocolError("not-allowed", str(error)) from error
     except sqlite3.OperationalError as error:  # of the disk; the transaction was undone

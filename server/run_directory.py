@@ -132,8 +132,9 @@ class RunDirectory:
 
     @property
     def choices(self) -> Path:
-        """The experts that nodes chose, where they do."""
-        return self.path / "choices.json"
+        """The experts that nodes chose, where they do; under the name that the file had when the run began."""
+        earlier = self.path / "wishes.json"
+        return earlier if earlier.exists() else self.path / "choices.json"
 
     @property
     def node_account(self) -> Path:

@@ -46,7 +46,8 @@ class Choices:
         if path is not None and path.is_file():
             try:
                 document = parse_json(path.read_bytes())
-                self.round, self._of = int(document["round"]), {str(k): v for k, v in document["choices"].items()}
+                kept = document["wishes"] if "wishes" in document else document["choices"]  # their name until 0.1
+                self.round, self._of = int(document["round"]), {str(k): v for k, v in kept.items()}
                 if not all(map(self._possible, self._of.values())):
                     raise ValueError("no choice of experts")
             except (ValueError, KeyError, TypeError, AttributeError) as error:

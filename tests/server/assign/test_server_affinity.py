@@ -39,7 +39,7 @@ def test_as_many_as_wished_and_the_minimum_wherever_places_suffice(wanted, least
 
 
 @pytest.mark.parametrize("least", [1, 2])
-def test_no_fewer_wishes_could_move(least):
+def test_no_fewer_choices_could_move(least):
     """All choices of three nodes with three of five experts, against trying every assignment."""
     orders = list(itertools.permutations(range(EXPERTS), 3))[::7]
     choices = list(itertools.combinations(range(EXPERTS), 3))
@@ -59,7 +59,7 @@ def test_no_fewer_wishes_could_move(least):
             assert least == 2  # nine places, ten needed
 
 
-def test_wishes_that_cover_everything_are_kept():
+def test_choices_that_cover_everything_are_kept():
     wanted = {"b": [4, 0], "a": [1, 2], "c": [3, 0]}
     assert fill_gaps(wanted, EXPERTS, 1) == {"a": (1, 2), "b": (0, 4), "c": (0, 3)}
 

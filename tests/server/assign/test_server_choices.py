@@ -60,6 +60,16 @@ def take(choices, content, number=1, round_number=3):
     choices.take(round_number, describe(number), "1", SENT, content, ReceiptBook())
 
 
+def test_what_a_run_of_an_earlier_version_kept_is_known(tmp_path):
+    """Without it the rounds until the next choice would go on as if nobody had chosen."""
+    node = describe(1).fingerprint
+    (tmp_path / "wishes.json").write_text(json.dumps({"round": 3, "wishes": {node: [[0, 2, 4]]}}))
+    choices = Choices(PLAN, RunDirectory(tmp_path).choices)
+    assert (choices.round, choices.assign({node: {0: (0, 1, 3)}}, 1)) == (3, {node: {0: (0, 2, 4)}})
+    choices.finish(5)
+    assert Choices(PLAN, RunDirectory(tmp_path).choices).round == 5
+
+
 def test_an_honest_choice_becomes_the_assignment_and_outlives_a_restart(tmp_path):
     be_the_server()
     path = tmp_path / "choices.json"

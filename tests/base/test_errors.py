@@ -12,7 +12,7 @@ import conclave.base.errors
 from conclave.base.errors import BadInputError, ConclaveError, RunFailedError
 from conclave.clients.node_ledger import CODE_OF
 from conclave.privacy.ledger import LedgerError
-from conclave.protocol.messages import CODE_OF as KNOWN_CODES
+from conclave.protocol.messages import CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = [path for path in (ROOT / "src" / "conclave").iterdir() if path.is_symlink()]
@@ -78,5 +78,5 @@ def test_every_refusal_of_a_ledger_has_a_code():
     """And a sentence for the node's log."""
     kinds = {kind for kind in LedgerError.__subclasses__() if kind.__module__.startswith("conclave.")}
     assert CODE_OF.keys() == kinds
-    assert set(CODE_OF.values()) <= set(KNOWN_CODES)
+    assert set(CODE_OF.values()) <= set(CODES)
     assert all(str(kind()) and not kind.__subclasses__() for kind in kinds)

@@ -94,7 +94,8 @@ class Family:
         return {name: process.poll() is None for name, process in list(self._running.items())}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stopped.set()
+        # In the main thread, wherever that is: within a wait for ``stopped`` it may hold the lock that ``set`` takes.
+        threading.Thread(target=self.stopped.set, daemon=True).start()
 
     def _start(self, program: Program) -> None:
         process = self._running[program.name] = subprocess.Popen(  # noqa: S603  (our own commands)

@@ -116,3 +116,18 @@ def test_nobody_outlives_a_parent_that_is_killed(tmp_path):
     parent.kill()
     parent.wait(30)
     wait_for(lambda: not alive(pids(log)[0]))
+
+
+def test_a_signal_that_meets_a_wait_stops_it():
+    """Between taking the event's lock and letting go of it, a handler that waits for the lock would wait for ever."""
+    family = Family([])
+
+    def met() -> None:
+        with family.stopped._cond:  # as ``Event.wait`` holds it
+            family._on_signal(signal.SIGTERM, None)
+
+    waiting = threading.Thread(target=met, daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
+    assert family.stopped.wait(20)

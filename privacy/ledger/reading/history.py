@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from conclave.base.canonical import canonical_json
 from conclave.base.errors import BadInputError
 from conclave.base.reading import other_encoding, without_mark
+from conclave.privacy.ledger.database import UNREADABLE, altered, read_genesis, read_head
 from conclave.privacy.ledger.genesis import FORMAT_VERSION, Genesis
 from conclave.privacy.ledger.heads import SignedHead
 from conclave.privacy.ledger.schema import format_version, has_plain_tables
-from conclave.privacy.ledger.store import UNREADABLE, altered, read_genesis, read_head
 
 _LONGEST_HEAD_LINE = 1024
 _LONGEST_LINE = 1 << 20

@@ -17,13 +17,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from conclave.base.canonical import sha256
 from conclave.base.errors import BadInputError
+from conclave.privacy.ledger.database import transaction
 from conclave.privacy.ledger.derived import rebuild
 from conclave.privacy.ledger.entry import INFINITE
 from conclave.privacy.ledger.heads import public_hex
 from conclave.privacy.ledger.mechanism_text import Restored
 from conclave.privacy.ledger.reading.history import LedgerExport
 from conclave.privacy.ledger.reading.verification import audit_history
-from conclave.privacy.ledger.store import Store, transaction
+from conclave.privacy.ledger.store import Store
 from conclave.privacy.ledger.witness import Witness
 
 

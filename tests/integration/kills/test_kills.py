@@ -49,9 +49,10 @@ import conclave.clients.trainer
 from conclave.base.canonical import sha256
 from conclave.privacy.accounting.prices import charge_units
 from conclave.privacy.ledger import Ledger
+from conclave.privacy.ledger.database import transaction
 from conclave.privacy.ledger.reading.history import LedgerFile
 from conclave.privacy.ledger.reading.verification import LedgerAudit, audit_history
-from conclave.privacy.ledger.store import Store, transaction
+from conclave.privacy.ledger.store import Store
 from conclave.protocol.messages import ProtocolError
 
 KILLS, SOAK_KILLS = 12, 208

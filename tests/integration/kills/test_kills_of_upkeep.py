@@ -40,7 +40,15 @@ from conclave.privacy.ledger.upkeep.recovery import recover
 
 NEW_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 ELSEWHERE = "another machine"
-WRITERS = ("ledger/store.py", "recovery.py", "derived.py", "schema.py", "witness.py", "base/whole_file.py")
+WRITERS = (
+    "ledger/store.py",
+    "ledger/database.py",
+    "recovery.py",
+    "derived.py",
+    "schema.py",
+    "witness.py",
+    "base/whole_file.py",
+)
 
 
 def ledger_of(folder: Path) -> Path:
